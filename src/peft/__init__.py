@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+Parameter-efficient fine-tuning in which tied weights stay tied.
+
+Public names are resolved on first use: `import peft` loads neither torch nor transformers.
+"""
+
+from ._lazy import lazy_exports
+
+
+__version__ = "0.21.2+tied.1"
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        ".config": ["PeftConfig", "PromptLearningConfig"],
+        ".mapping": [
+            "PEFT_TYPE_TO_CONFIG_MAPPING",
+            "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+            "PEFT_TYPE_TO_TUNER_MAPPING",
+            "get_peft_config",
+            "inject_adapter_in_model",
+        ],
+        ".mapping_func": ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "get_peft_model"],
+        ".mixed_model": ["PeftMixedModel"],
+        ".peft_model": [
+            "PeftModel",
+            "PeftModelForCausalLM",
+            "PeftModelForFeatureExtraction",
+            "PeftModelForQuestionAnswering",
+            "PeftModelForSeq2SeqLM",
+            "PeftModelForSequenceClassification",
+            "PeftModelForTokenClassification",
+        ],
+        ".tuners.lora.config": [
+            "ArrowConfig",
+            "BdLoraConfig",
+            "EvaConfig",
+            "KasaConfig",
+            "LoftQConfig",
+            "LoraConfig",
+            "LoraGAConfig",
+            "LoraRuntimeConfig",
+            "MontecloraConfig",
+            "VeloraConfig",
+        ],
+        ".tuners.lora.model": ["LoraModel"],
+        ".utils.error": ["NoMatchingPeftModuleError", "PeftError"],
+        ".utils.peft_types": ["PeftType", "TaskType"],
+        ".utils.save_and_load": [
+            "get_base_model_state_dict",
+            "get_peft_model_state_dict",
+            "load_peft_weights",
+            "set_base_model_state_dict",
+            "set_peft_model_state_dict",
+        ],
+        ".utils.warning": ["PeftWarning"],
+    },
+)

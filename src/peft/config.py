@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+Configs: dataclasses that are written to and read from `adapter_config.json`. No torch in here.
+
+Field values are checked when a config is built and raise plain `ValueError` and `TypeError`, as any dataclass would;
+reading a file raises the classes of `peft.utils.error`.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from .utils.constants import CONFIG_NAME
+from .utils.error import PeftKeyError, PeftPathError, PeftTypeError, PeftValueError
+from .utils.peft_types import PeftType, TaskType
+from .utils.warning import warn
+
+
+MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
+
+_HUB_KWARGS = {"cache_dir", "force_download", "local_files_only", "repo_type", "revision", "token", "etag_timeout"}
+
+
+def interface_version() -> str:
+    """
+    The release whose interface and file format this version has, without our local label.
+
+    Files name this version, so that readers which know the released package take them for what they are.
+    """
+    from . import __version__
+
+    return __version__.partition("+")[0]
+
+
+@dataclass
+class PeftConfigMixin:
+    """
+    Reading and writing of configs.
+
+    Args:
+        task_type: task of the base model, a value of `TaskType`.
+        peft_type: method, a value of `PeftType`.
+        auto_mapping: class and library of a base model that has no task type, filled in when saving.
+        peft_version: version that wrote the file, filled in when saving.
+
+    Raises:
+        ValueError: for an unknown task type.
+    """
+
+    task_type: str | TaskType | None = field(default=None, metadata={"help": "Task of the base model."})
+    peft_type: str | PeftType | None = field(default=None, metadata={"help": "Method of the adapter."})
+    auto_mapping: dict | None = field(
+        default=None, metadata={"help": "Class and library of the base model, where no task type says it."}
+    )
+    peft_version: str | None = field(default=None, metadata={"help": "Version of the package that saved the file."})
+
+    # fields that a config object has but that are never written: they describe a run, not an adapter
+    _runtime_fields = ("runtime_config",)
+
+    def __post_init__(self) -> None:
+        known = [task.value for task in TaskType]
+        if self.task_type is not None and self.task_type not in known:
+            raise ValueError(f"unknown task_type {self.task_type!r}; choose one of {', '.join(known)} or None")
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        Give the fields as a dictionary, without those that only matter at run time.
+
+        Returns:
+            Field name -> value; nested configs as dictionaries.
+        """
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in self._runtime_fields}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """
+        Write `adapter_config.json` into a folder, which is made if it is missing.
+
+        Args:
+            save_directory: folder to write to.
+            kwargs: `auto_mapping_dict` is written under `auto_mapping`; others are ignored.
+
+        Raises:
+            PeftPathError: if the path is a file.
+        """
+        if os.path.isfile(save_directory):
+            raise PeftPathError(f"{os.fspath(save_directory)!r} is a file; a config is saved into a folder")
+        os.makedirs(save_directory, exist_ok=True)
+        content = {**self.to_dict(), "peft_version": interface_version()}
+        if kwargs.get("auto_mapping_dict") is not None:
+            content["auto_mapping"] = kwargs["auto_mapping_dict"]
+        from .utils.files import write_atomically
+
+        text = json.dumps(content, indent=2, sort_keys=True, default=_to_json)
+        write_atomically(os.path.join(save_directory, CONFIG_NAME), lambda path: _write_text(path, text))
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> "PeftConfigMixin":
+        """
+        Build the config of the class that belongs to `peft_type`.
+
+        Args:
+            kwargs: field values; `peft_type` picks the class. Unknown fields are left out with one warning.
+
+        Raises:
+            PeftKeyError: if no method has that `peft_type`.
+        """
+        from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        peft_type = kwargs.get("peft_type")
+        config_cls = cls if peft_type is None else PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+        names = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls._runtime_fields)
+        unknown = sorted(set(kwargs) - names)
+        if unknown:
+            warn(
+                f"fields that {config_cls.__name__} of this version does not know are ignored: {', '.join(unknown)}; "
+                "they may come from a newer version"
+            )
+        values = {name: value for name, value in kwargs.items() if name in names}
+        values.pop("peft_type", None)
+        config = config_cls(**values)
+        if peft_type is not None and config.peft_type is None:
+            config.peft_type = peft_type
+        return config
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "PeftConfigMixin":
+        """
+        Read a config from a local folder or from the hub.
+
+        Args:
+            pretrained_model_name_or_path: folder with `adapter_config.json`, or hub id.
+            subfolder: folder below it.
+            kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, ... for the hub; others replace fields.
+
+        Returns:
+            A config of the class that belongs to the file's `peft_type`.
+
+        Raises:
+            PeftPathError: if there is no such file.
+            PeftKeyError: if `peft_type` is missing or unknown.
+            PeftValueError: if the file is not a config.
+
+        Example:
+
+            >>> import tempfile
+            >>> from peft import LoraConfig, PeftConfig
+            >>> folder = tempfile.mkdtemp()
+            >>> LoraConfig(r=4).save_pretrained(folder)
+            >>> PeftConfig.from_pretrained(folder).r
+            4
+        """
+        hub_kwargs = {name: value for name, value in kwargs.items() if name in _HUB_KWARGS}
+        overrides = {name: value for name, value in kwargs.items() if name not in _HUB_KWARGS}
+        path = _find_config_file(os.fspath(pretrained_model_name_or_path), subfolder, hub_kwargs)
+        values = {**cls.from_json_file(path), **overrides}
+        missing = MIN_EXPECTED_CONFIG_KEYS - set(values)
+        if missing:
+            raise PeftKeyError(
+                f"{path!r} lacks {', '.join(sorted(missing))}; found {', '.join(sorted(values)) or 'nothing'}. "
+                "It is not the config of an adapter, or it was damaged"
+            )
+        if values["peft_type"] is None:
+            raise PeftKeyError(f"{path!r} has peft_type null; write the method's name there, for example 'LORA'")
+        return cls.from_peft_type(**values)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """
+        Read a JSON file that holds one object.
+
+        Raises:
+            PeftValueError: if it is not JSON, or not an object.
+        """
+        try:
+            with open(path_json_file, encoding="utf-8") as file:
+                values = json.load(file)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise PeftValueError(f"{path_json_file!r} is not valid JSON ({error}); save the adapter again") from error
+        if not isinstance(values, dict):
+            raise PeftValueError(f"{path_json_file!r} holds a {type(values).__name__}, expected an object with fields")
+        return values
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """
+        Check field values before a config is built from them; returns them unchanged.
+
+        Raises:
+            PeftTypeError: for names that are not fields of the config.
+        """
+        unknown = sorted(set(kwargs) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise PeftTypeError(f"{cls.__name__} has no field named {', '.join(unknown)}")
+        return kwargs
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method puts virtual tokens in front of the inputs."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether the method is adaption prompt."""
+        return False
+
+
+@dataclass
+class PeftConfig(PeftConfigMixin):
+    """
+    What every method's config has.
+
+    Args:
+        base_model_name_or_path: where the base model comes from.
+        revision: revision of the base model on the hub.
+        inference_mode: whether the adapter is frozen.
+    """
+
+    base_model_name_or_path: str | None = field(default=None, metadata={"help": "Where the base model is from."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the hub."})
+    inference_mode: bool = field(default=False, metadata={"help": "Whether the adapter is frozen."})
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """
+    What the configs of prompt-learning methods have in common.
+
+    Args:
+        num_virtual_tokens: number of virtual tokens.
+        token_dim: width of the base model's embedding.
+        num_transformer_submodules: 2 for encoder-decoder models, else 1.
+        num_attention_heads: attention heads of the base model.
+        num_layers: layers of the base model.
+        modules_to_save: names of modules that are trained and saved in full.
+    """
+
+    num_virtual_tokens: int | None = field(default=None, metadata={"help": "Number of virtual tokens."})
+    token_dim: int | None = field(default=None, metadata={"help": "Width of the base model's embedding."})
+    num_transformer_submodules: int | None = field(
+        default=None, metadata={"help": "2 for encoder-decoder models, else 1."}
+    )
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Attention heads of the base model."})
+    num_layers: int | None = field(default=None, metadata={"help": "Layers of the base model."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Names of modules that are trained and saved in full."}
+    )
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method puts virtual tokens in front of the inputs."""
+        return True
+
+
+def check_layer_selection(config: PeftConfig) -> None:
+    """
+    Check the fields that choose layers by index, and turn lists of names into sets.
+
+    Args:
+        config: a config with `target_modules`, `layers_to_transform` and `layers_pattern`.
+
+    Raises:
+        ValueError: if the fields contradict each other, or a pattern is not a regular expression.
+    """
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)):
+            setattr(config, name, set(value))
+        elif isinstance(value, str):
+            check_pattern(name, value)
+    if isinstance(config.target_modules, str):
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"{name} has no effect where target_modules is a regular expression; choose the layers in "
+                    "target_modules itself, or give target_modules as a list"
+                )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("layers_pattern was given without layers_to_transform; give the indices of the layers too")
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Check that a field holds a regular expression that compiles."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}={pattern!r} is not a valid regular expression: {error}") from error
+
+
+def _to_json(value: Any) -> Any:
+    """Write sets as sorted lists (the same file on each run) and enum members as their value."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, Enum):
+        return value.value
+    raise PeftTypeError(f"a {type(value).__name__} cannot be written to {CONFIG_NAME}: {value!r}")
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _find_config_file(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str:
+    folder = os.path.join(name_or_path, subfolder) if subfolder else name_or_path
+    path = os.path.join(folder, CONFIG_NAME)
+    if os.path.isfile(path):
+        return path
+    if os.path.isdir(name_or_path):
+        found = sorted(os.listdir(folder))[:10] if os.path.isdir(folder) else "no such folder"
+        raise PeftPathError(f"no {CONFIG_NAME} in {folder!r} (found: {found}); save_pretrained writes one")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
+    except Exception as error:  # the hub's client has dozens of classes for 'cannot be had'
+        raise PeftPathError(
+            f"no {CONFIG_NAME} at {name_or_path!r}: it is no local folder, and the hub answered: {error}"
+        ) from error

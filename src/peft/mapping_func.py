@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""`get_peft_model`: the way in."""
+
+import copy
+from typing import TYPE_CHECKING, Union
+
+from torch import nn
+
+from .config import PeftConfig
+from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from .utils.error import PeftTypeError
+from .utils.warning import warn
+
+
+if TYPE_CHECKING:
+    from .mixed_model import PeftMixedModel
+
+
+__all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "PeftConfig",
+    "PeftModel",
+    "get_peft_model",
+]
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> Union[PeftModel, "PeftMixedModel"]:
+    """
+    Put an adapter into a base model.
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: what to adapt and how; it is not changed.
+        adapter_name: name of the adapter.
+        mixed: make a model that can hold adapters of several methods.
+        autocast_adapter_dtype: keep the adapter's tensors in float32 where the base is in half precision.
+        revision: revision of the base model on the hub, to be noted in the saved config.
+        low_cpu_mem_usage: make the tensors on the meta device, to be filled by loading a checkpoint.
+
+    Returns:
+        A `PeftModel` of the class that belongs to the config's task.
+
+    Raises:
+        NoMatchingPeftModuleError: if nothing in the model matches what the config targets.
+        PeftTypeError: if `peft_config` is no config.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
+        >>> model.targeted_module_names
+        ['0']
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise PeftTypeError(f"peft_config must be a PeftConfig, found a {type(peft_config).__name__}")
+    if isinstance(model, PeftModel):
+        warn(
+            "the model is a PeftModel already; add_adapter puts another adapter beside those that it has, and "
+            "unload() gives the base model back"
+        )
+    config = copy.copy(peft_config)
+    config.base_model_name_or_path = getattr(model, "name_or_path", None) or config.base_model_name_or_path
+    if revision is not None:
+        if config.revision is not None and config.revision != revision:
+            warn(f"revision={revision!r} replaces the config's revision {config.revision!r}")
+        config.revision = revision
+    if mixed:
+        from .mixed_model import PeftMixedModel
+
+        return PeftMixedModel(model, config, adapter_name=adapter_name)
+    model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    return model_cls(
+        model,
+        config,
+        adapter_name=adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )

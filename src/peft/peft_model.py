@@ -1,0 +1,1010 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""`PeftModel`: a base model with adapters, and one thin subclass per task."""
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers.utils.hub import PushToHubMixin
+
+from .config import PeftConfig
+from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from .model_card import write_model_card
+from .tuners._new_tensors import making_tensors
+from .tuners._surgery import adapter_modules
+from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from .utils.constants import (
+    DUMMY_MODEL_CONFIG,
+    QUESTION_ANSWERING_HEAD_NAMES,
+    SAFETENSORS_WEIGHTS_NAME,
+    SEQ_CLS_HEAD_NAMES,
+    WEIGHTS_NAME,
+)
+from .utils.error import (
+    PeftNotImplementedError,
+    PeftPathError,
+    PeftTypeError,
+    PeftValueError,
+)
+from .utils.files import write_atomically
+from .utils.other import AuxiliaryTrainingWrapper
+from .utils.peft_types import PeftType, TaskType
+from .utils.save_and_load import (
+    adapter_key_map,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from .utils.warning import warn
+
+
+__all__ = [
+    "DUMMY_MODEL_CONFIG",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+]
+
+
+class PeftModel(PushToHubMixin, nn.Module):
+    """
+    A base model with one or more adapters.
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: what to adapt and how; it is not changed.
+        adapter_name: name of the adapter.
+        autocast_adapter_dtype: keep the adapter's tensors in float32 where the base is in half precision.
+        low_cpu_mem_usage: make them on the meta device, to be filled by loading a checkpoint.
+
+    Attributes:
+        base_model: the tuner, which holds the base model.
+        peft_config: adapter name -> config as it applies to this model.
+        active_adapter: name of the active adapter.
+
+    Raises:
+        NoMatchingPeftModuleError: if nothing in the model matches what the config targets.
+        PeftValueError: if a target or the name cannot work.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import LoraConfig, PeftModel
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> PeftModel(net, LoraConfig(r=2, target_modules=["0"])).get_nb_trainable_parameters()
+        (16, 36)
+    """
+
+    # modules that a task's models have on top and that are trained in full
+    _head_names: Sequence[str] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
+            raise PeftNotImplementedError(f"{peft_config.peft_type} is not part of this version")
+        self.peft_type = peft_config.peft_type
+        self.active_adapter = adapter_name
+        self.special_peft_forward_args = {"adapter_names"}
+        tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
+        with making_tensors(full_precision=autocast_adapter_dtype):
+            self.base_model = tuner_cls(
+                model,
+                {adapter_name: self._with_heads(peft_config)},
+                adapter_name,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+            )
+        if _checkpoints_activations(model):
+            self.prepare_model_for_gradient_checkpointing(model)
+
+    def _with_heads(self, peft_config: PeftConfig) -> PeftConfig:
+        """Give the config with the task's heads among the modules that are trained in full."""
+        if not self._head_names or not hasattr(peft_config, "modules_to_save"):
+            return peft_config
+        config = copy.copy(peft_config)
+        own = list(config.modules_to_save or ())
+        config.modules_to_save = own + [name for name in self._head_names if name not in own]
+        return config
+
+    # ------------------------------------------------------------------------------------------------- basic access
+    def __getattr__(self, name: str) -> Any:
+        """Forward what the wrapper lacks to the tuner and the base model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or "_modules" not in self.__dict__:  # while unpickling
+                raise
+            return getattr(self.base_model, name)
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Adapter name -> config as it applies to this model."""
+        return self.base_model.peft_config
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, PeftConfig]) -> None:
+        self.base_model.peft_config = value
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """Config of the active adapter."""
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter takes part in the forward pass."""
+        modules = [module for _, module in adapter_modules(self)]
+        return any(
+            not module.disable_adapters and module.available_adapters & set(module.active_adapters)
+            for module in modules
+        )
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that adapters train in full; None if there are none."""
+        names = {
+            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
+        }
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """Type of the base model's parameters, where the model says it."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        """Give the base model, with adapter layers in it."""
+        return self.base_model.model
+
+    # --------------------------------------------------------------------------------------------------- forward pass
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Call the base model.
+
+        Args:
+            args: passed on.
+            kwargs: passed on, but for `adapter_names`: one adapter name per sample of the batch, `"__base__"` for
+                none.
+        """
+        with self._adapter_per_sample(kwargs.pop("adapter_names", None)):
+            return self.get_base_model()(*args, **kwargs)
+
+    def _forward_task(self, named: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+        """Call the base model with those of a task's arguments that were given."""
+        named = {name: value for name, value in named.items() if value is not None}
+        return PeftModel.forward(self, **named, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Generate with the base model.
+
+        Args:
+            args: for the base model's `generate`.
+            kwargs: likewise, but for `adapter_names`; see `forward`.
+        """
+        with self._adapter_per_sample(kwargs.pop("adapter_names", None)):
+            return self.get_base_model().generate(*args, **kwargs)
+
+    @contextmanager
+    def _adapter_per_sample(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        """Tell every adapter module which adapter each sample of the batch gets."""
+        if adapter_names is None:
+            yield
+            return
+        modules = [module for _, module in adapter_modules(self)]
+        self._check_adapter_per_sample(adapter_names, modules)
+
+        def pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            if args and len(args[0]) != len(adapter_names):
+                raise PeftValueError(
+                    f"adapter_names has {len(adapter_names)} entries for a batch of {len(args[0])}; give one each"
+                )
+            return args, {**kwargs, "adapter_names": adapter_names}
+
+        handles = [module.register_forward_pre_hook(pass_names, with_kwargs=True) for module in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_per_sample(self, adapter_names: Sequence[str], modules: list[nn.Module]) -> None:
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise PeftValueError(
+                f"adapter_names holds {', '.join(map(repr, unknown))}; the model has "
+                f"{', '.join(map(repr, self.peft_config))}, and '__base__' stands for no adapter"
+            )
+        if self.training:
+            raise PeftValueError("adapter_names works for inference only; call eval() first")
+        if any(isinstance(module, BaseTunerLayer) and module.merged for module in modules):
+            raise PeftValueError("adapter_names does not work while adapters are merged; call unmerge_adapter() first")
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """
+        Switch all adapters off inside a context; the model computes what the base model does.
+
+        Example:
+
+            >>> import torch
+            >>> from peft import LoraConfig, get_peft_model
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+            >>> x = torch.ones(1, 4)
+            >>> expected = net(x)
+            >>> model = get_peft_model(net, LoraConfig(target_modules=["0"], init_lora_weights=False))
+            >>> with model.disable_adapter():
+            ...     torch.equal(model(x), expected)
+            True
+        """
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.base_model.enable_adapter_layers()
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """
+        Let gradients flow through a frozen embedding, without which checkpointed layers would get none.
+
+        Args:
+            model: the base model.
+        """
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        elif hasattr(model, "get_input_embeddings"):
+            model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+        return model
+
+    # ------------------------------------------------------------------------------------------------------- counting
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """
+        Count parameters; one that several modules share counts once.
+
+        Returns:
+            Trainable parameters, all parameters.
+        """
+        trainable = total = 0
+        for parameter in self.parameters():
+            # ZeRO-3 keeps the whole size apart; 4-bit weights hold two values per byte
+            count = getattr(parameter, "ds_numel", 0) or parameter.numel()
+            if type(parameter).__name__ == "Params4bit":
+                count *= 2 * getattr(getattr(parameter, "quant_storage", torch.uint8), "itemsize", 1)
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """
+        Print how many parameters are trained.
+
+        Example:
+
+            >>> import torch
+            >>> from peft import LoraConfig, get_peft_model
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+            >>> get_peft_model(net, LoraConfig(r=2, target_modules=["0"])).print_trainable_parameters()
+            trainable params: 16 || all params: 36 || trainable%: 44.4444
+        """
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    # -------------------------------------------------------------------------------------------------- adapter names
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """
+        Put another adapter beside those that the model has. It is not active at first.
+
+        Args:
+            adapter_name: its name.
+            peft_config: what to adapt and how, for the same method; it is not changed.
+            low_cpu_mem_usage: make its tensors on the meta device.
+            autocast_adapter_dtype: keep them in float32 where the base is in half precision.
+
+        Raises:
+            PeftValueError: if the name is taken or the method another one; the model stays as it was.
+        """
+        if peft_config.peft_type != self.peft_type:
+            raise PeftValueError(
+                f"the model's adapters are of method {PeftType(self.peft_type).value}, {adapter_name!r} would be "
+                f"{peft_config.peft_type}; PeftMixedModel can hold several methods"
+            )
+        if adapter_name in self.peft_config:
+            raise PeftValueError(f"there is an adapter named {adapter_name!r} already; delete it or use another name")
+        self.base_model.add_adapter(
+            adapter_name, self._with_heads(peft_config), low_cpu_mem_usage, autocast_adapter_dtype
+        )
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """
+        Choose the adapter that is used; others are frozen.
+
+        Args:
+            adapter_name: its name. To activate several, call `base_model.set_adapter`.
+            inference_mode: freeze it too.
+
+        Raises:
+            PeftValueError: if there is no adapter of that name.
+            PeftTypeError: for anything but one name.
+        """
+        if not isinstance(adapter_name, str):
+            raise PeftTypeError(
+                f"set_adapter takes one name, found {adapter_name!r}; base_model.set_adapter takes several"
+            )
+        self._check_name(adapter_name)
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """
+        Remove an adapter. If it was active, another one becomes active.
+
+        Args:
+            adapter_name: its name.
+
+        Raises:
+            PeftValueError: if there is no adapter of that name.
+        """
+        self._check_name(adapter_name)
+        self.base_model.delete_adapter(adapter_name)
+        if self.active_adapter == adapter_name and self.active_adapters:
+            self.active_adapter = self.active_adapters[0]
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """
+        Freeze adapters or let them be trained, without a change to which are active.
+
+        Args:
+            adapter_names: one name or several.
+            requires_grad: False to freeze.
+        """
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def _check_name(self, adapter_name: str) -> None:
+        if adapter_name not in self.peft_config:
+            raise PeftValueError(
+                f"there is no adapter {adapter_name!r}; the model has {', '.join(map(repr, self.peft_config))}"
+            )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """
+        Say whether an adapter can be converted to LoRA.
+
+        Args:
+            adapter_name: its name.
+        """
+        return self.base_model.supports_lora_conversion(adapter_name)
+
+    # --------------------------------------------------------------------------------------------------------- saving
+    def save_pretrained(
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Write adapters: tensors, config and model card. The adapter "default" goes to the folder itself, others to
+        folders of their names below it. Each file replaces an older one only when it is whole.
+
+        Args:
+            save_directory: folder; it is made if it is missing.
+            safe_serialization: write safetensors; False writes a pickle.
+            selected_adapters: names to write; all if left out.
+            save_embedding_layers: also write the base weights of the embeddings; "auto" does so if the vocabulary was
+                resized.
+            is_main_process: False to write nothing, on all processes of a run but one.
+            path_initial_model_for_weight_conversion: not part of this version.
+            kwargs: `state_dict`, if it had to be gathered from several processes; others are ignored.
+
+        Raises:
+            PeftPathError: if the path is a file.
+            PeftValueError: if there is no adapter of a name in `selected_adapters`.
+        """
+        if path_initial_model_for_weight_conversion is not None:
+            raise PeftNotImplementedError("path_initial_model_for_weight_conversion is not part of this version")
+        if os.path.isfile(save_directory):
+            raise PeftPathError(f"{os.fspath(save_directory)!r} is a file; adapters are saved into a folder")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        for name in names:
+            self._check_name(name)
+        if not is_main_process:
+            return
+        os.makedirs(save_directory, exist_ok=True)
+        write_model_card(self, save_directory)
+        for name in names:
+            tensors = get_peft_model_state_dict(
+                self, kwargs.get("state_dict"), name, save_embedding_layers=save_embedding_layers
+            )
+            folder = save_directory if name == "default" else os.path.join(save_directory, name)
+            os.makedirs(folder, exist_ok=True)
+            _write_tensors(folder, tensors, safe_serialization)
+            self._config_to_save(name).save_pretrained(folder)
+
+    def _config_to_save(self, adapter_name: str) -> PeftConfig:
+        """Give an adapter's config as it is written: frozen, and with a note on a base model without a task."""
+        config = copy.copy(self.peft_config[adapter_name])
+        config.inference_mode = True
+        base = self.get_base_model()
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+        if config.task_type is None:
+            config.auto_mapping = {
+                "base_model_class": type(base).__name__,
+                "parent_library": type(base).__module__,
+            }
+        return config
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """
+        Write a model card, or bring the one that is there up to date.
+
+        Args:
+            output_dir: folder.
+        """
+        write_model_card(self, output_dir)
+
+    # -------------------------------------------------------------------------------------------------------- loading
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> "PeftModel":
+        """
+        Put an adapter from a folder or from the hub into a base model.
+
+        Args:
+            model: the base model; it is changed in place.
+            model_id: folder, or hub id.
+            adapter_name: name to give the adapter.
+            is_trainable: let it be trained; otherwise it is frozen and the model is in eval mode.
+            config: config to use instead of the one in the folder.
+            autocast_adapter_dtype: keep its tensors in float32 where the base is in half precision.
+            ephemeral_gpu_offload: use the accelerator for start-up computations only.
+            low_cpu_mem_usage: make its tensors without storage, so that they are allocated once.
+            key_mapping: regular expression -> replacement for keys of the checkpoint.
+            kwargs: `subfolder`, `revision`, `token`, ... for the hub.
+
+        Returns:
+            A `PeftModel` of the class that belongs to the config's task.
+
+        Raises:
+            PeftPathError: if there is no adapter at `model_id`.
+            PeftKeyError: if its method is not known.
+            PeftRuntimeError: if its tensors do not fit the model.
+            PeftValueError: if its files are damaged, or its tensors not finite.
+        """
+        if config is None:
+            config = PeftConfig.from_pretrained(os.fspath(model_id), **kwargs)
+        elif not isinstance(config, PeftConfig):
+            raise PeftValueError(f"config must be a PeftConfig, found a {type(config).__name__}")
+        config.inference_mode = not is_trainable
+        if hasattr(config, "runtime_config"):
+            config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
+        # files are read before the model is touched
+        weights = load_peft_weights(os.fspath(model_id), device="cpu", key_mapping=key_mapping, **kwargs)
+        model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls) if cls is PeftModel else cls
+        peft_model = model_cls(
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+        try:
+            peft_model._fill_adapter(adapter_name, weights, **_load_options(kwargs))
+        except BaseException:
+            peft_model.base_model.unload()
+            raise
+        return peft_model if is_trainable else peft_model.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> _IncompatibleKeys:
+        """
+        Put an adapter from a folder or from the hub beside those that the model has. It is not active at first.
+
+        Args:
+            model_id: folder, or hub id.
+            adapter_name: name to give the adapter; if there is one of that name, its tensors are replaced.
+            is_trainable: let it be trained; otherwise the model is put in eval mode.
+            torch_device: where its file is read to.
+            autocast_adapter_dtype: keep its tensors in float32 where the base is in half precision.
+            ephemeral_gpu_offload: use the accelerator for start-up computations only.
+            low_cpu_mem_usage: make its tensors without storage, so that they are allocated once.
+            key_mapping: regular expression -> replacement for keys of the checkpoint.
+            kwargs: `subfolder`, `revision`, `token`, ... for the hub; `ignore_mismatched_sizes`.
+
+        Returns:
+            `missing_keys` and `unexpected_keys`; see `set_peft_model_state_dict`.
+
+        Raises:
+            PeftPathError: if there is no adapter at `model_id`.
+            PeftRuntimeError: if its tensors do not fit the model; the model stays as it was.
+        """
+        weights = load_peft_weights(
+            os.fspath(model_id), device=torch_device or "cpu", key_mapping=key_mapping, **kwargs
+        )
+        new = adapter_name not in self.peft_config
+        if new:
+            config = PeftConfig.from_pretrained(os.fspath(model_id), **kwargs)
+            config.inference_mode = not is_trainable
+            if hasattr(config, "runtime_config"):
+                config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
+            self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+        try:
+            result = self._fill_adapter(adapter_name, weights, **_load_options(kwargs))
+        except BaseException:
+            if new:
+                self.base_model.delete_adapter(adapter_name)
+            raise
+        if not is_trainable:
+            self.eval()
+        return result
+
+    def _fill_adapter(
+        self, adapter_name: str, weights: dict[str, torch.Tensor], ignore_mismatched_sizes: bool = False
+    ) -> _IncompatibleKeys:
+        """Put a checkpoint's tensors into an adapter, and warn about those of its tensors that got nothing."""
+        result = set_peft_model_state_dict(self, weights, adapter_name, ignore_mismatched_sizes)
+        own = adapter_key_map(self, adapter_name)
+        missing = sorted(saved for saved, live in own.items() if live in set(result.missing_keys))
+        if missing:
+            warn(
+                f"the checkpoint lacks {len(missing)} of {len(own)} tensors of adapter {adapter_name!r}; they keep "
+                f"their start values: {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}"
+            )
+        return result
+
+
+def _checkpoints_activations(model: nn.Module) -> bool:
+    # transformers 5 has renamed the property
+    name = "is_activation_checkpointing"
+    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
+
+
+def _load_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name == "ignore_mismatched_sizes"}
+
+
+def _write_tensors(folder: str, tensors: dict[str, torch.Tensor], safe_serialization: bool) -> None:
+    if not safe_serialization:
+        write_atomically(os.path.join(folder, WEIGHTS_NAME), lambda path: torch.save(tensors, path))
+        return
+    # the format has no notion of two names for one tensor, so a tensor that stands under two names is written twice
+    seen: set[int] = set()
+    whole = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        whole[key] = tensor.clone() if pointer in seen or pointer == 0 else tensor
+        seen.add(pointer)
+    write_atomically(
+        os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), lambda path: save_file(whole, path, metadata={"format": "pt"})
+    )
+
+
+class PeftModelForCausalLM(PeftModel):
+    """
+    A causal language model with adapters.
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: what to adapt and how.
+        adapter_name: name of the adapter.
+        kwargs: see `PeftModel`.
+    """
+
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
+    ) -> None:
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        self.base_model_prepare_inputs_for_generation = getattr(model, "prepare_inputs_for_generation", None)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Call the base model.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            attention_mask: (batch, length), 0 at positions to leave out.
+            inputs_embeds: (batch, length, width), instead of `input_ids`.
+            labels: (batch, length) token ids, -100 at positions without a loss.
+            output_attentions: return the attention weights.
+            output_hidden_states: return the hidden states.
+            return_dict: return an object with names, not a tuple.
+            task_ids: (batch,) for methods with several tasks.
+            kwargs: passed on to the base model.
+        """
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+            "task_ids": task_ids,
+        }
+        return self._forward_task(named, kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """
+        Prepare the inputs of one generation step as the base model does.
+
+        Args:
+            args: for the base model.
+            task_ids: (batch,) for methods with several tasks.
+            kwargs: for the base model.
+        """
+        return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """
+    An encoder-decoder language model with adapters.
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: what to adapt and how.
+        adapter_name: name of the adapter.
+        kwargs: see `PeftModel`.
+    """
+
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
+    ) -> None:
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        self.base_model_prepare_inputs_for_generation = getattr(model, "prepare_inputs_for_generation", None)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Call the base model.
+
+        Args:
+            input_ids: (batch, length) token ids of the source.
+            attention_mask: (batch, length), 0 at positions to leave out.
+            inputs_embeds: (batch, length, width), instead of `input_ids`.
+            decoder_input_ids: (batch, length) token ids of the target.
+            decoder_attention_mask: (batch, length) of the target.
+            decoder_inputs_embeds: (batch, length, width), instead of `decoder_input_ids`.
+            labels: (batch, length) token ids, -100 at positions without a loss.
+            output_attentions: return the attention weights.
+            output_hidden_states: return the hidden states.
+            return_dict: return an object with names, not a tuple.
+            task_ids: (batch,) for methods with several tasks.
+            kwargs: passed on to the base model.
+        """
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "decoder_inputs_embeds": decoder_inputs_embeds,
+            "labels": labels,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+            "task_ids": task_ids,
+        }
+        return self._forward_task(named, kwargs)
+
+    def generate(self, **kwargs: Any) -> Any:
+        """
+        Generate with the base model.
+
+        Args:
+            kwargs: for the base model's `generate`, but for `adapter_names`; see `PeftModel.forward`.
+        """
+        return super().generate(**kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """
+        Prepare the inputs of one generation step as the base model does.
+
+        Args:
+            args: for the base model.
+            task_ids: (batch,) for methods with several tasks.
+            kwargs: for the base model.
+        """
+        return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+
+
+class _PeftModelWithLabels(PeftModel):
+    """What models that map a text to labels or features share."""
+
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
+    ) -> None:
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Call the base model.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            attention_mask: (batch, length), 0 at positions to leave out.
+            inputs_embeds: (batch, length, width), instead of `input_ids`.
+            labels: (batch,) classes or values, or (batch, length) classes of tokens.
+            output_attentions: return the attention weights.
+            output_hidden_states: return the hidden states.
+            return_dict: return an object with names, not a tuple.
+            task_ids: (batch,) for methods with several tasks.
+            kwargs: passed on to the base model.
+        """
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+            "task_ids": task_ids,
+        }
+        return self._forward_task(named, kwargs)
+
+
+class PeftModelForSequenceClassification(_PeftModelWithLabels):
+    """
+    A sequence classifier with adapters; its head is trained in full.
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: what to adapt and how.
+        adapter_name: name of the adapter.
+        kwargs: see `PeftModel`.
+    """
+
+    _head_names = tuple(SEQ_CLS_HEAD_NAMES[::-1])
+
+
+class PeftModelForTokenClassification(_PeftModelWithLabels):
+    """
+    A token classifier with adapters; its head is trained in full.
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: what to adapt and how.
+        adapter_name: name of the adapter.
+        kwargs: see `PeftModel`.
+    """
+
+    _head_names = tuple(SEQ_CLS_HEAD_NAMES[::-1])
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | None = None,
+        adapter_name: str = "default",
+        **kwargs: Any,
+    ) -> None:
+        if peft_config is None:
+            raise PeftTypeError("peft_config is needed: it says what to adapt and how")
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """
+    An extractive question answering model with adapters; its head is trained in full.
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: what to adapt and how.
+        adapter_name: name of the adapter.
+        kwargs: see `PeftModel`.
+    """
+
+    _head_names = tuple(QUESTION_ANSWERING_HEAD_NAMES)
+
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
+    ) -> None:
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Call the base model.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            attention_mask: (batch, length), 0 at positions to leave out.
+            token_type_ids: (batch, length), question or text.
+            position_ids: (batch, length).
+            inputs_embeds: (batch, length, width), instead of `input_ids`.
+            start_positions: (batch,) first token of the answer.
+            end_positions: (batch,) last token of the answer.
+            output_attentions: return the attention weights.
+            output_hidden_states: return the hidden states.
+            return_dict: return an object with names, not a tuple.
+            task_ids: (batch,) for methods with several tasks.
+            kwargs: passed on to the base model.
+        """
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "start_positions": start_positions,
+            "end_positions": end_positions,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+            "task_ids": task_ids,
+        }
+        return self._forward_task(named, kwargs)
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """
+    An encoder with adapters, for embeddings of text.
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: what to adapt and how.
+        adapter_name: name of the adapter.
+        kwargs: see `PeftModel`.
+    """
+
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
+    ) -> None:
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Call the base model.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            attention_mask: (batch, length), 0 at positions to leave out.
+            inputs_embeds: (batch, length, width), instead of `input_ids`.
+            output_attentions: return the attention weights.
+            output_hidden_states: return the hidden states.
+            return_dict: return an object with names, not a tuple.
+            task_ids: (batch,) for methods with several tasks.
+            kwargs: passed on to the base model.
+        """
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+            "task_ids": task_ids,
+        }
+        return self._forward_task(named, kwargs)
+
+
+# task -> class; a model without a task is a plain PeftModel
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    TaskType.SEQ_CLS.value: PeftModelForSequenceClassification,
+    TaskType.SEQ_2_SEQ_LM.value: PeftModelForSeq2SeqLM,
+    TaskType.CAUSAL_LM.value: PeftModelForCausalLM,
+    TaskType.TOKEN_CLS.value: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS.value: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION.value: PeftModelForFeatureExtraction,
+}

@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+What every adapter layer has in common, and the three rules that a method can follow.
+
+A method's layer subclasses one rule and writes its math; forward pass, merging, unmerging, activation, freezing and
+deletion follow from it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..utils.error import PeftNotImplementedError, PeftValueError
+from ..utils.warning import warn
+from ._buffer_dict import BufferDict
+from ._kinds import apply_weight, features, stores_weight_transposed
+from ._merging import check_adapters_to_merge, merge_layer, unmerge_layer
+from ._new_tensors import new_parameter
+
+
+class BaseTunerLayer(ABC):
+    """
+    A layer that wraps a base layer and holds the tensors of any number of adapters.
+
+    Attributes:
+        adapter_layer_names: attributes that hold trainable tensors by adapter name.
+        other_param_names: attributes that hold other settings by adapter name.
+        base_layer: the wrapped layer.
+        merged_adapters: names of the adapters that are merged into the base weight, in the order of merging.
+    """
+
+    _is_adapter_module = True
+    _base_names = ("base_layer",)
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+    merged_adapters: list[str] = []
+    quantization_backend: str | None = None
+
+    _disable_adapters: bool = False
+    _active_adapter: str | list[str] = "default"
+
+    def _wrap(self, base_layer: nn.Module) -> None:
+        """Take the base layer in; to be called once, after `nn.Module.__init__`."""
+        self.base_layer = base_layer
+        self.in_features, self.out_features = features(self.get_base_layer())
+        self.merged_adapters = []
+        # Adapters that shall be trained while adapters are enabled. Kept, so that switching adapters costs time for
+        # the adapters that change and not for all that are loaded.
+        self._trainable_adapters: set[str] = set()
+
+    # ---------------------------------------------------------------------------------------------- the base layer
+    def get_base_layer(self) -> nn.Module:
+        """Give the layer of the base model, below any number of adapter layers."""
+        layer = self.base_layer
+        while "base_layer" in layer._modules:
+            layer = layer._modules["base_layer"]
+        return layer
+
+    def get_base_weight(self) -> torch.Tensor:
+        """Give the weight of the base layer."""
+        return self.get_base_layer().weight
+
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        """Replace the values of the base weight; the parameter object stays, and with it every tie."""
+        self.get_base_layer().weight.data = weight_data
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Weight of the base layer."""
+        return self.get_base_weight()
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Bias of the base layer."""
+        return self.get_base_layer().bias
+
+    def base_tensors(self) -> dict[str, torch.Tensor]:
+        """Give the tensors of the base layer that merging may change: "weight" and, where there is one, "bias"."""
+        layer = self.get_base_layer()
+        tensors = {"weight": layer.weight, "bias": getattr(layer, "bias", None)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    # ----------------------------------------------------------------------------------------- adapters and tensors
+    def _containers(self) -> Iterator[tuple[str, Any]]:
+        """Yield the name and the content of each attribute that holds tensors by adapter name."""
+        for name in self.adapter_layer_names:
+            container = self._modules.get(name)
+            if container is not None:
+                yield name, container
+
+    @property
+    def available_adapters(self) -> set[str]:
+        """Names of the adapters that this layer has."""
+        return {adapter for _, container in self._containers() for adapter in container.keys()}
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Say whether this layer has tensors of an adapter."""
+        return any(adapter_name in container for _, container in self._containers())
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters of one adapter."""
+        for _, container in self._containers():
+            if adapter_name in container:
+                value = container[adapter_name]
+                if isinstance(value, nn.Parameter):
+                    yield value
+                elif isinstance(value, nn.Module):
+                    yield from value.parameters()
+
+    def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
+        """
+        Yield for each tensor of an adapter its key in a checkpoint and its key in this layer's state dict.
+
+        The two differ by the adapter's name, which checkpoints leave out.
+        """
+        for name, container in self._containers():
+            if adapter_name not in container:
+                continue
+            value = container[adapter_name]
+            if not isinstance(value, nn.Module):
+                if not (isinstance(container, BufferDict) and not container.persistent):
+                    yield name, f"{name}.{adapter_name}"
+                continue
+            for key in value.state_dict():
+                yield f"{name}.{key}", f"{name}.{adapter_name}.{key}"
+
+    def new_parameter(self, *shape: int) -> nn.Parameter:
+        """Make an uninitialised parameter for an adapter, where and in the type that the base weight calls for."""
+        return new_parameter(self.get_base_weight(), *shape)
+
+    # ------------------------------------------------------------------------------------------ activation, freezing
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter is merged into the base weight."""
+        return bool(self.merged_adapters)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapters are switched off."""
+        return self._disable_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """Name of the active adapter, or names if several are active."""
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters; a layer need not have all of them."""
+        return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """
+        Switch adapters on or off. Merged adapters are taken out of the weight when switched off.
+
+        Args:
+            enabled: True to switch on. What was trainable before is trainable again.
+        """
+        if not enabled and self.merged:
+            unmerge_layer(self)
+        self._disable_adapters = not enabled
+        for name in self._trainable_adapters:
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(enabled)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """
+        Choose the adapters that are used; others are frozen.
+
+        Args:
+            adapter_names: one name or several.
+            inference_mode: freeze the chosen ones too.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.set_requires_grad([name for name in self._trainable_adapters if name not in names], False)
+        self.set_requires_grad(names, not inference_mode)
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """
+        Freeze adapters or let them be trained, without a change to which are active.
+
+        Args:
+            adapter_names: one name or several; names that the layer does not have are passed over.
+            requires_grad: False to freeze.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            for parameter in self.adapter_parameters(name):
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(requires_grad)
+            (self._trainable_adapters.add if requires_grad else self._trainable_adapters.discard)(name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """
+        Remove an adapter's tensors and settings. If it was active, one that remains becomes active.
+
+        Args:
+            adapter_name: name; a layer that does not have it stays as it is.
+        """
+        if adapter_name in self.merged_adapters:
+            unmerge_layer(self)
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            container = getattr(self, name, None)
+            # settings may be plain values, one for all adapters
+            if hasattr(container, "keys") and adapter_name in container:
+                del container[adapter_name]
+        self._trainable_adapters.discard(adapter_name)
+        if adapter_name in self.active_adapters:
+            remaining = [name for name in self.active_adapters if name != adapter_name]
+            self.set_adapter(remaining or sorted(self.available_adapters)[:1])
+
+    # -------------------------------------------------------------------------------------------------- forward pass
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """
+        Compute the base layer with the active adapters.
+
+        Args:
+            x: input of the base layer.
+            args: passed on to the base layer.
+            kwargs: passed on too, but for `adapter_names`: one name per sample of the batch, `"__base__"` for none.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
+        if self._disable_adapters or self.merged_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if self.has_adapter(name)]
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+        return self.adapter_forward(active, x, *args, **kwargs)
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Compute each sample with the adapter named for it."""
+        result = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name == "__base__" or not self.has_adapter(name):
+                continue
+            rows = torch.tensor([i for i, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
+            result = result.index_copy(
+                0, rows, self.adapter_forward([name], x[rows], *args, **kwargs).to(result.dtype)
+            )
+        return result
+
+    @abstractmethod
+    def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the layer with adapters that it has. Supplied by the rule."""
+
+    # ------------------------------------------------------------------------------------------------------- merging
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merge adapters into the base weight.
+
+        Args:
+            safe_merge: compute the result apart, and refuse it if an entry is not finite.
+            adapter_names: which adapters; the active ones if left out.
+
+        Raises:
+            PeftValueError: if `safe_merge` finds an entry that is not finite.
+        """
+        merge_layer(self, check_adapters_to_merge(self, adapter_names), safe_merge)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of the base weight."""
+        if not self.merged:
+            warn("no adapter is merged, so there is nothing to unmerge")
+        unmerge_layer(self)
+
+    def check_mergeable(self, adapter_name: str) -> None:
+        """Raise if this adapter cannot be merged into this base layer; by default every adapter can."""
+        return
+
+    @abstractmethod
+    def merge_into(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Apply an adapter to the base layer's tensors, in place. Supplied by the rule."""
+
+    @abstractmethod
+    def unmerge_from(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Undo `merge_into`. Supplied by the rule."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say whether an adapter can be converted to LoRA."""
+        return False
+
+
+class AdditiveLayer(BaseTunerLayer):
+    """Rule for methods that add to the weight: W + delta."""
+
+    @abstractmethod
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """
+        Compute what the adapter adds to the base weight.
+
+        Returns:
+            A tensor of the shape and layout of the base weight.
+        """
+
+    def add_delta_(self, adapter: str, weight: torch.Tensor, sign: float) -> None:
+        """
+        Add `sign` times the delta to a weight in place. Methods may do it without building the delta.
+
+        Args:
+            adapter: name.
+            weight: tensor of the shape and layout of the base weight.
+            sign: 1 to merge, -1 to unmerge.
+        """
+        delta = self.get_delta_weight(adapter)
+        weight.add_(delta.to(weight.device, weight.dtype), alpha=sign)
+
+    def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """Compute what the adapter adds to the output. Methods may do it without building the delta."""
+        delta = self.get_delta_weight(adapter)
+        return apply_weight(self.get_base_layer(), x.to(delta.dtype) if x.is_floating_point() else x, delta)
+
+    def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Add the adapters' terms to the base layer's output; the output keeps its type."""
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for adapter in adapters:
+            result = result + self.delta_forward(adapter, x)
+        return result.to(dtype)
+
+    def merge_into(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Add the delta to the weight."""
+        self.add_delta_(adapter_name, tensors["weight"], 1.0)
+
+    def unmerge_from(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Subtract the delta from the weight."""
+        self.add_delta_(adapter_name, tensors["weight"], -1.0)
+
+
+class WeightLayer(BaseTunerLayer):
+    """Rule for methods that transform the weight: f(W)."""
+
+    @abstractmethod
+    def transform_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Compute the adapted weight from a weight of the base layer's shape and layout."""
+
+    def inverse_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Compute the weight that `transform_weight` was given, where the method can."""
+        raise PeftNotImplementedError(
+            f"{type(self).__name__} cannot be unmerged: its transform has no inverse; load the base model again"
+        )
+
+    def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the base layer with the transformed weight."""
+        layer = self.get_base_layer()
+        weight = layer.weight
+        for adapter in adapters:
+            weight = self.transform_weight(adapter, weight)
+        return apply_weight(layer, x, weight.to(layer.weight.dtype), getattr(layer, "bias", None))
+
+    def merge_into(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Replace the weight by the transformed one."""
+        tensors["weight"].copy_(self.transform_weight(adapter_name, tensors["weight"]))
+
+    def unmerge_from(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Replace the weight by what it was transformed from."""
+        tensors["weight"].copy_(self.inverse_weight(adapter_name, tensors["weight"]))
+
+
+class ActivationLayer(BaseTunerLayer):
+    """Rule for methods that scale features: of the input (columns of W) or of the output (rows of W and bias)."""
+
+    @abstractmethod
+    def feature_scale(self, adapter: str) -> torch.Tensor:
+        """Give the factors, (in_features,) or (out_features,)."""
+
+    @abstractmethod
+    def scales_input(self, adapter: str) -> bool:
+        """Say whether the factors belong to the input."""
+
+    def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Scale input and output around the base layer; input and output keep their types."""
+        dtype = x.dtype
+        for adapter in adapters:
+            if self.scales_input(adapter):
+                x = x * self.feature_scale(adapter)
+        result = self.base_layer(x.to(dtype), *args, **kwargs)
+        dtype = result.dtype
+        for adapter in adapters:
+            if not self.scales_input(adapter):
+                result = result * self.feature_scale(adapter)
+        return result.to(dtype)
+
+    def merge_into(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Scale rows or columns of the weight, and the bias if it is the output that is scaled."""
+        self._scale_(tensors, adapter_name, self.feature_scale(adapter_name))
+
+    def unmerge_from(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Undo the scaling; impossible where a factor is zero."""
+        factors = self.feature_scale(adapter_name)
+        if (factors == 0).any():
+            raise PeftValueError(f"adapter {adapter_name!r} scales a feature by 0, which cannot be undone")
+        self._scale_(tensors, adapter_name, 1 / factors)
+
+    def _scale_(self, tensors: dict[str, torch.Tensor], adapter: str, factors: torch.Tensor) -> None:
+        weight = tensors["weight"]
+        factors = factors.to(weight.device, weight.dtype)
+        # (out, in), or (in, out) where the layer stores its weight transposed
+        along_last = self.scales_input(adapter) != stores_weight_transposed(self.get_base_layer())
+        weight.mul_(factors if along_last else factors.unsqueeze(-1))
+        if not self.scales_input(adapter) and "bias" in tensors:
+            tensors["bias"].mul_(factors)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Which modules a config targets: pure functions from names and patterns to names. No model is touched here."""
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+
+Names = str | Collection[str] | None
+
+
+def dotted_endings(name: str) -> Iterator[str]:
+    """
+    Yield a dotted name and everything that follows one of its dots, longest first.
+
+    Example:
+
+        >>> list(dotted_endings("model.layers.0"))
+        ['model.layers.0', 'layers.0', '0']
+    """
+    yield name
+    start = name.find(".")
+    while start >= 0:
+        yield name[start + 1 :]
+        start = name.find(".", start + 1)
+
+
+def matching_entry(names: Names, key: str) -> str | None:
+    """
+    Find the entry that a module's full name matches.
+
+    Args:
+        names: a regular expression that must match the whole name, or a collection of names of which one must be the
+            full name or its ending from a dot on. A set is looked up in a time that does not depend on its size.
+        key: full name of a module.
+
+    Returns:
+        The entry (for a regular expression: the expression), or None.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str):
+        return names if _compiled(names).fullmatch(key) else None
+    lookup = names if isinstance(names, (set, frozenset, dict)) else set(names)
+    return next((ending for ending in dotted_endings(key) if ending in lookup), None)
+
+
+def lies_in(names: Collection[str], key: str) -> bool:
+    """Say whether a module is, or lies inside, a module that matches an entry (see `matching_entry`)."""
+    lookup = set(names)
+    ends = [i for i, character in enumerate(key) if character == "."] + [len(key)]
+    return any(matching_entry(lookup, key[:end]) is not None for end in ends)
+
+
+@lru_cache(maxsize=256)
+def _compiled(pattern: str) -> re.Pattern:
+    return re.compile(pattern)
+
+
+def layer_index(key: str, layers_pattern: str | Collection[str] | None) -> int | None:
+    """
+    Read the index of the layer that a module lies in.
+
+    Args:
+        key: full name of a module.
+        layers_pattern: name of the list of layers, or several such names; any list if it is left out. Where several
+            lists are nested, the innermost counts.
+
+    Returns:
+        The index, or None if the module lies in no such list.
+    """
+    if not layers_pattern:
+        patterns = [r"[^.]+"]
+    else:
+        patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern)
+    for pattern in patterns:
+        found = _compiled(rf"(?:.*\.)?(?:{pattern})\.(\d+)\.").match(key)
+        if found:
+            return int(found.group(1))
+    return None
+
+
+def _layer_is_chosen(config: Any, key: str) -> bool:
+    chosen = getattr(config, "layers_to_transform", None)
+    if chosen is None or chosen == []:
+        return True
+    index = layer_index(key, getattr(config, "layers_pattern", None))
+    return index is not None and (index == chosen if isinstance(chosen, int) else index in chosen)
+
+
+def check_target_module_exists(config: Any, key: str) -> bool:
+    """
+    Say whether a config targets the module of that name.
+
+    Args:
+        config: a config with `target_modules` and, where the method has them, `exclude_modules`,
+            `layers_to_transform` and `layers_pattern`.
+        key: full name of a module.
+    """
+    if matching_entry(getattr(config, "exclude_modules", None), key) is not None:
+        return False
+    return matching_entry(config.target_modules, key) is not None and _layer_is_chosen(config, key)
+
+
+@dataclass
+class Targets:
+    """
+    What a config reaches among a model's modules.
+
+    Attributes:
+        names: full names of the targeted modules, in the order of the model.
+        excluded: names that `exclude_modules` took out.
+        unmatched: entries of the `target_modules` list that match no module at all.
+    """
+
+    names: list[str] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+
+
+def find_targets(config: Any, names: Iterable[str]) -> Targets:
+    """
+    Find the modules that a config targets.
+
+    Args:
+        config: see `check_target_module_exists`.
+        names: full names of the model's modules, in order.
+    """
+    targets = Targets()
+    wanted = config.target_modules
+    seen = set()
+    for name in names:
+        entry = matching_entry(wanted, name)
+        if entry is None:
+            continue
+        seen.add(entry)
+        if matching_entry(getattr(config, "exclude_modules", None), name) is not None:
+            targets.excluded.append(name)
+        elif _layer_is_chosen(config, name):
+            targets.names.append(name)
+    if not isinstance(wanted, str):
+        targets.unmatched = sorted(set(wanted or ()) - seen)
+        if targets.unmatched:
+            # an entry may be the ending of a name that a longer entry has claimed already
+            endings = {ending for name in targets.names for ending in dotted_endings(name)}
+            targets.unmatched = [entry for entry in targets.unmatched if entry not in endings]
+    return targets
+
+
+def near_names(wanted: str, names: Iterable[str], most: int = 3) -> list[str]:
+    """
+    Find names of modules that somebody who wrote `wanted` may have meant.
+
+    Args:
+        wanted: what was asked for; may be the ending of a name, or a regular expression.
+        names: full names of the model's modules.
+        most: how many to return at most.
+    """
+    literal = re.sub(r"[^\w.]", "", wanted).strip(".")
+    candidates = dict.fromkeys(ending for name in names for ending in dotted_endings(name) if not ending.isdigit())
+    dots = literal.count(".")
+    same_depth = [name for name in candidates if name.count(".") == dots]
+    return difflib.get_close_matches(literal, same_depth, n=most, cutoff=0.5)
+
+
+def pattern_lookup(patterns: Mapping[str, Any] | None) -> Callable[[str, Any], Any]:
+    """
+    Make a function that finds a module's value in a mapping such as `rank_pattern`.
+
+    A pattern matches if it is the module's full name, or the name's ending from a dot on; it may be a regular
+    expression, and one that starts with `^` has to match from the beginning. The first pattern that matches wins.
+    Plain names are looked up in a time that does not depend on how many there are.
+
+    Args:
+        patterns: name or regular expression -> value.
+
+    Returns:
+        A function of the module's full name and the value to use where no pattern matches.
+    """
+    order = {pattern: position for position, pattern in enumerate(patterns or {})}
+    plain = {pattern for pattern in order if re.fullmatch(r"[\w.\-]+", pattern)}
+    expressions = [(pattern, _pattern_expression(pattern)) for pattern in order if pattern not in plain]
+
+    def lookup(key: str, default: Any) -> Any:
+        found = [ending for ending in dotted_endings(key) if ending in plain]
+        found += [pattern for pattern, expression in expressions if expression.match(key)]
+        return patterns[min(found, key=order.__getitem__)] if found else default
+
+    return lookup
+
+
+def _pattern_expression(pattern: str) -> re.Pattern:
+    if pattern.startswith("^"):
+        return re.compile(rf"(?:{pattern})$")
+    return re.compile(rf"(?:.*\.)?(?:{pattern})$")
+
+
+def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
+    """
+    Find the first pattern that matches a module's full name; see `pattern_lookup` for what matches.
+
+    Args:
+        pattern_keys: names or regular expressions.
+        key_to_match: full name of a module.
+
+    Returns:
+        The pattern, or the name itself if none matches.
+    """
+    return pattern_lookup({key: key for key in pattern_keys})(key_to_match, key_to_match)
+
+
+def match_target_against_key(target_pattern: str, key: str) -> re.Match | None:
+    """Match a regular expression against a whole name."""
+    return _compiled(target_pattern).fullmatch(key)

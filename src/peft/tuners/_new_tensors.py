@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Where and in which type the tensors of a new adapter are made."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class NewTensors:
+    """
+    How the tensors of an adapter are made.
+
+    Attributes:
+        on_meta: make them without storage, to be filled by loading a checkpoint.
+        full_precision: keep them in float32 where the base weight is in half precision.
+    """
+
+    on_meta: bool = False
+    full_precision: bool = True
+
+
+_DEFAULT = NewTensors()
+_OPTIONS: ContextVar[NewTensors] = ContextVar("new_adapter_tensors", default=_DEFAULT)
+
+
+@contextmanager
+def making_tensors(on_meta: bool = False, full_precision: bool = True) -> Iterator[None]:
+    """Hold options for every adapter tensor that is made inside; what an outer context asks for holds on."""
+    outer = _OPTIONS.get()
+    token = _OPTIONS.set(NewTensors(on_meta or outer.on_meta, full_precision and outer.full_precision))
+    try:
+        yield
+    finally:
+        _OPTIONS.reset(token)
+
+
+def on_meta() -> bool:
+    """Say whether tensors are made without storage at the moment."""
+    return _OPTIONS.get().on_meta
+
+
+def new_parameter(weight: torch.Tensor, *shape: int) -> nn.Parameter:
+    """
+    Make an uninitialised parameter that belongs to a base weight.
+
+    It is made on the weight's device and in its type, or in float32 where that type cannot be trained well: half
+    precision, unless the caller of the injection asked for it, and anything quantised.
+
+    Args:
+        weight: the base weight.
+        shape: shape of the parameter.
+    """
+    options = _OPTIONS.get()
+    dtype = weight.dtype
+    if dtype.itemsize < 2 or not dtype.is_floating_point or (options.full_precision and dtype.itemsize < 4):
+        dtype = torch.float32
+    return nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta" if options.on_meta else weight.device))

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Walking a model around its adapters, and replacing modules wherever they are held."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def is_adapter_module(module: nn.Module) -> bool:
+    """Say whether a module was put into the model by this package (an adapter layer or a training wrapper)."""
+    return getattr(type(module), "_is_adapter_module", False)
+
+
+def walk(model: nn.Module, into_bases: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """
+    Yield each module of a model once, under its first name, without what adapters are made of.
+
+    Args:
+        model: the model; its own name is "".
+        into_bases: also yield the original modules inside adapter modules. Adapter tensors are never entered.
+
+    Yields:
+        Full name and module, in the order of registration. An adapter module has the name of the module that it
+        replaced.
+    """
+    seen = set()
+    stack = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        if is_adapter_module(module):
+            children = [(key, module._modules[key]) for key in module._base_names if into_bases]
+        else:
+            children = module._modules.items()
+        prefix = f"{name}." if name else ""
+        stack.extend((prefix + key, child) for key, child in reversed(list(children)) if child is not None)
+
+
+def names_of_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """
+    List every name under which a module of the model can be reached: a module that is held twice has two.
+
+    Returns:
+        Full name -> module, in the order of registration; adapter modules are not entered.
+    """
+    names = {}
+    stack = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        names[name] = module
+        if not is_adapter_module(module):
+            prefix = f"{name}." if name else ""
+            children = [(prefix + key, child) for key, child in module._modules.items() if child is not None]
+            stack.extend(reversed(children))
+    return names
+
+
+def adapter_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each adapter layer and training wrapper of a model, with its full name."""
+    return ((name, module) for name, module in walk(model, into_bases=True) if is_adapter_module(module))
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of the base model, that is all but those that adapters brought along."""
+    for name, module in walk(model, into_bases=True):
+        if not is_adapter_module(module):
+            prefix = f"{name}." if name else ""
+            yield from ((prefix + key, p) for key, p in module._parameters.items() if p is not None)
+
+
+class Slots:
+    """
+    Every place of a model that holds a module.
+
+    One module object may stand in several places; whoever replaces it has to do so in all of them.
+
+    Args:
+        model: the model. Places inside adapter modules count too.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for _, module in walk(model, into_bases=True):
+            for key, child in module._modules.items():
+                if child is not None:
+                    self._places.setdefault(id(child), []).append((module, key))
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put `new` wherever `old` is held."""
+        places = self._places.pop(id(old), [])
+        for parent, key in places:
+            parent._modules[key] = new
+        self._places[id(new)] = places

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+LoRA: low-rank adaptation of weights.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685.
+"""
+
+from ..._lazy import lazy_exports
+from ...mapping import add_method
+
+
+add_method(
+    "LORA",
+    "peft.tuners.lora.config:LoraConfig",
+    "peft.tuners.lora.model:LoraModel",
+    prefix="lora_",
+    is_mixed_compatible=True,
+)
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        ".config": [
+            "ArrowConfig",
+            "BdLoraConfig",
+            "EvaConfig",
+            "KasaConfig",
+            "LoftQConfig",
+            "LoraConfig",
+            "LoraGAConfig",
+            "LoraRuntimeConfig",
+            "MontecloraConfig",
+            "VeloraConfig",
+        ],
+        ".layer": ["Embedding", "Linear", "LoraLayer"],
+        ".model": ["LoraModel"],
+    },
+)

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Config of LoRA and the configs of its initialisations and variants."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ...config import PeftConfig, check_layer_selection
+from ...utils.peft_types import PeftType, TaskType
+from ...utils.warning import warn
+
+
+def _option(default: Any, text: str) -> Any:
+    """A dataclass field with a help text."""
+    return field(default=default, metadata={"help": text})
+
+
+def _require(condition: bool, text: str) -> None:
+    if not condition:
+        raise ValueError(text)
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """
+    Settings that hold for one run and are not saved.
+
+    Args:
+        ephemeral_gpu_offload: move weights to the accelerator only while they are initialised.
+    """
+
+    ephemeral_gpu_offload: bool = _option(False, "Use the accelerator for the start-up computations only.")
+
+
+@dataclass
+class LoftQConfig:
+    """
+    Settings of the LoftQ initialisation (Li et al. 2023, arXiv:2310.08659).
+
+    Args:
+        loftq_bits: bits per quantised weight.
+        loftq_iter: alternating steps between quantising and fitting the factors.
+    """
+
+    loftq_bits: int = _option(4, "Bits per quantised weight.")
+    loftq_iter: int = _option(1, "Alternating steps between quantising and fitting the factors.")
+
+
+@dataclass
+class EvaConfig:
+    """
+    Settings of the EVA initialisation (Paischer et al. 2024, arXiv:2410.07170).
+
+    Args:
+        rho: most that a layer's rank may grow, as a factor of `r`; at least 1.
+        tau: cosine similarity (0 to 1) from which on a component counts as settled.
+        use_label_mask: leave out positions whose label is `label_mask_value`.
+        label_mask_value: label of positions to leave out.
+        whiten: scale the components to unit variance.
+        adjust_scaling_factors: rescale alpha when ranks are redistributed.
+    """
+
+    rho: float = _option(2.0, "Most that a layer's rank may grow, as a factor of r.")
+    tau: float = _option(0.99, "Cosine similarity from which on a component counts as settled.")
+    use_label_mask: bool = _option(True, "Leave out positions whose label is label_mask_value.")
+    label_mask_value: int = _option(-100, "Label of positions to leave out.")
+    whiten: bool = _option(False, "Scale the components to unit variance.")
+    adjust_scaling_factors: bool = _option(True, "Rescale alpha when ranks are redistributed.")
+
+    def __post_init__(self) -> None:
+        _require(self.rho >= 1.0, f"rho must be at least 1, found {self.rho}")
+        _require(0.0 <= self.tau <= 1.0, f"tau must lie between 0 and 1, found {self.tau}")
+
+
+@dataclass
+class CordaConfig:
+    """
+    Settings of the CorDA initialisation (Yang et al. 2024, arXiv:2406.05223).
+
+    Args:
+        cache_file: file for the decomposed weights.
+        covariance_file: file for the covariances of the layers' inputs.
+        corda_method: "ipm" adapts to the instructions, "kpm" preserves knowledge.
+        verbose: say what is being done.
+        use_float16_for_covariance: gather the covariances in float16.
+        prune_temporary_fields: free what the preparation has left on the modules.
+    """
+
+    cache_file: str | None = _option(None, "File for the decomposed weights.")
+    covariance_file: str | None = _option(None, "File for the covariances of the layers' inputs.")
+    corda_method: Literal["ipm", "kpm"] = _option(
+        "ipm", "Adapt to the instructions (ipm) or preserve knowledge (kpm)."
+    )
+    verbose: bool = _option(False, "Say what is being done.")
+    use_float16_for_covariance: bool = _option(False, "Gather the covariances in float16.")
+    prune_temporary_fields: bool = _option(True, "Free what the preparation has left on the modules.")
+
+
+@dataclass
+class LoraGAConfig:
+    """
+    Settings of the LoRA-GA initialisation (Wang et al. 2024, arXiv:2407.05000).
+
+    Args:
+        direction: which singular directions of the gradient the factors take.
+        scale: how the factors are scaled.
+        stable_gamma: gamma of the "stable" scale.
+    """
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = _option("ArB2r", "Singular directions of the factors.")
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = _option("stable", "How the factors are scaled.")
+    stable_gamma: int = _option(16, "Gamma of the stable scale.")
+
+
+@dataclass
+class ArrowConfig:
+    """
+    Settings of Arrow routing between LoRA experts (Ostapenko et al. 2024, arXiv:2405.11157).
+
+    Args:
+        top_k: experts per token.
+        router_temperature: temperature of the softmax over experts.
+        use_gks: subtract general-knowledge adapters.
+        task_adapter_names: names of the experts.
+        gks_adapter_names: names of the general-knowledge adapters.
+        rng_seed: seed for ties between experts.
+    """
+
+    top_k: int = _option(3, "Experts per token.")
+    router_temperature: float = _option(1.0, "Temperature of the softmax over experts.")
+    use_gks: bool = _option(False, "Subtract general-knowledge adapters.")
+    task_adapter_names: list[str] | None = _option(None, "Names of the experts.")
+    gks_adapter_names: list[str] | None = _option(None, "Names of the general-knowledge adapters.")
+    rng_seed: int | None = _option(None, "Seed for ties between experts.")
+
+    def __post_init__(self) -> None:
+        _require(self.top_k > 0, f"top_k must be positive, found {self.top_k}")
+        _require(self.router_temperature > 0, f"router_temperature must be positive, found {self.router_temperature}")
+
+
+@dataclass
+class BdLoraConfig:
+    """
+    Settings of block-diagonal LoRA.
+
+    Args:
+        target_modules_bd_a: modules whose factor A is block-diagonal.
+        target_modules_bd_b: modules whose factor B is block-diagonal.
+        nblocks: number of blocks.
+        match_strict: refuse a target that neither list names.
+    """
+
+    target_modules_bd_a: list[str] | None = _option(None, "Modules whose factor A is block-diagonal.")
+    target_modules_bd_b: list[str] | None = _option(None, "Modules whose factor B is block-diagonal.")
+    nblocks: int = _option(1, "Number of blocks.")
+    match_strict: bool = _option(True, "Refuse a target that neither list names.")
+
+    def __post_init__(self) -> None:
+        both = sorted(set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ()))
+        _require(not both, f"{', '.join(both)} stands in target_modules_bd_a and in target_modules_bd_b; keep one")
+
+
+@dataclass
+class KasaConfig:
+    """
+    Settings of KaSA (Wang et al. 2024, arXiv:2412.06071).
+
+    Args:
+        beta: weight of the penalty on the singular values.
+        gamma: weight of the penalty on orthogonality.
+    """
+
+    beta: float = _option(1e-4, "Weight of the penalty on the singular values.")
+    gamma: float = _option(1e-3, "Weight of the penalty on orthogonality.")
+
+
+@dataclass
+class MontecloraConfig:
+    """
+    Settings of MonteCLoRA (Sengupta et al. 2024, arXiv:2411.04358).
+
+    Args:
+        num_samples: samples per step.
+        use_entropy: add an entropy term.
+        dirichlet_prior: concentration of the prior, positive.
+        sample_scaler: scale of the samples.
+        kl_loss_weight: weight of the divergence from the prior.
+        buffer_size: steps for which samples are drawn ahead.
+    """
+
+    num_samples: int = _option(8, "Samples per step.")
+    use_entropy: bool = _option(False, "Add an entropy term.")
+    dirichlet_prior: float = _option(0.1, "Concentration of the prior.")
+    sample_scaler: float = _option(1e-4, "Scale of the samples.")
+    kl_loss_weight: float = _option(1e-5, "Weight of the divergence from the prior.")
+    buffer_size: int = _option(150, "Steps for which samples are drawn ahead.")
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "dirichlet_prior", "buffer_size"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}")
+
+
+@dataclass
+class VeloraConfig:
+    """
+    Settings of VeLoRA (Miles et al. 2024, arXiv:2405.17991).
+
+    Args:
+        num_groups: groups that the inputs are split into.
+        scale: scale of the reconstruction, positive.
+        init_type: how the projection is set.
+    """
+
+    num_groups: int = _option(64, "Groups that the inputs are split into.")
+    scale: float = _option(1.0, "Scale of the reconstruction.")
+    init_type: Literal["batch_average", "batch_average_once", "random"] = _option(
+        "batch_average", "How the projection is set."
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.num_groups > 0, f"num_groups must be positive, found {self.num_groups}")
+        _require(self.scale > 0, f"scale must be positive, found {self.scale}")
+
+
+# nested configs: field -> class that a dictionary in that field becomes
+_NESTED = {
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+    "use_bdlora": BdLoraConfig,
+    "arrow_config": ArrowConfig,
+    "kasa_config": KasaConfig,
+}
+
+# initialisations that read a config of their own: init_lora_weights -> (field, needed or only recommended)
+_INIT_CONFIGS = {"eva": "eva_config", "corda": "corda_config"}
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """
+    Config of LoRA (Hu et al. 2021, arXiv:2106.09685): W x is replaced by W x + scaling * B A x.
+
+    Args:
+        r: rank of the factors.
+        target_modules: names of the modules to adapt: a list of names (or their endings, from a dot on), a regular
+            expression that must match the whole name, or "all-linear". Left out, the model type decides.
+        exclude_modules: modules to leave out, as a list or a regular expression.
+        lora_alpha: the factors' product is scaled by lora_alpha / r.
+        lora_dropout: probability of dropping an input of factor A, while training.
+        fan_in_fan_out: whether the layer keeps its weight as (in, out).
+        bias: which of the base model's biases to train: "none", "all" or "lora_only".
+        use_rslora: scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732).
+        modules_to_save: names of modules that are trained and saved in full.
+        init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), False (both at random, for tests),
+            or one of the named initialisations.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: name of the list of layers that the indices count.
+        rank_pattern: name (or regular expression) -> rank, where it differs from r.
+        alpha_pattern: name (or regular expression) -> alpha, where it differs from lora_alpha.
+        megatron_config: arguments for Megatron's parallel layers.
+        megatron_core: module that holds them.
+        trainable_token_indices: rows of the embedding to train, beside the factors.
+        loftq_config: settings of the LoftQ initialisation.
+        eva_config: settings of the EVA initialisation.
+        corda_config: settings of the CorDA initialisation.
+        lora_ga_config: settings of the LoRA-GA initialisation.
+        use_dora: learn magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353).
+        velora_config: settings of VeLoRA.
+        alora_invocation_tokens: tokens from which on the adapter is active (aLoRA).
+        use_qalora: group the inputs so that the merged weight stays quantised (QA-LoRA).
+        qalora_group_size: inputs per group for QA-LoRA.
+        monteclora_config: settings of MonteCLoRA.
+        layer_replication: ranges of layers to stack into a deeper model, each layer with adapters of its own.
+        runtime_config: settings for this run only, never saved.
+        lora_bias: give factor B a bias.
+        target_parameters: names of parameters to adapt, for modules that hold them directly.
+        use_bdlora: settings of block-diagonal LoRA.
+        arrow_config: settings of Arrow routing.
+        kasa_config: settings of KaSA.
+
+    Raises:
+        ValueError: for values that cannot work together.
+        TypeError: for a value of the wrong type.
+
+    Example:
+
+        >>> from peft import LoraConfig
+        >>> config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        >>> sorted(config.target_modules)
+        ['q_proj', 'v_proj']
+    """
+
+    r: int = _option(8, "Rank of the factors.")
+    target_modules: list[str] | str | None = _option(
+        None, "Names of the modules to adapt (list), a regular expression, or 'all-linear'."
+    )
+    exclude_modules: list[str] | str | None = _option(None, "Modules to leave out: list or regular expression.")
+    lora_alpha: int = _option(8, "The factors' product is scaled by lora_alpha / r.")
+    lora_dropout: float = _option(0.0, "Probability of dropping an input of factor A, while training.")
+    fan_in_fan_out: bool = _option(False, "Whether the layer keeps its weight as (in, out).")
+    bias: Literal["none", "all", "lora_only"] = _option("none", "Which of the base model's biases to train.")
+    use_rslora: bool = _option(False, "Scale by lora_alpha / sqrt(r).")
+    modules_to_save: list[str] | None = _option(None, "Names of modules that are trained and saved in full.")
+    init_lora_weights: (
+        bool
+        | Literal[
+            "gaussian",
+            "eva",
+            "olora",
+            "pissa",
+            "pissa_niter_[number of iters]",
+            "corda",
+            "loftq",
+            "orthogonal",
+            "mica",
+        ]
+    ) = _option(True, "How the factors start.")
+    layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt.")
+    layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers that indices count.")
+    rank_pattern: dict | None = field(
+        default_factory=dict, metadata={"help": "Name or regular expression -> rank, where it differs from r."}
+    )
+    alpha_pattern: dict | None = field(
+        default_factory=dict, metadata={"help": "Name or regular expression -> alpha, where it differs."}
+    )
+    megatron_config: dict | None = _option(None, "Arguments for Megatron's parallel layers.")
+    megatron_core: str | None = _option("megatron.core", "Module that holds Megatron's parallel layers.")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = _option(
+        None, "Rows of the embedding to train, as a list or per layer."
+    )
+    loftq_config: LoftQConfig | dict = field(
+        default_factory=dict, metadata={"help": "Settings of the LoftQ initialisation."}
+    )
+    eva_config: EvaConfig | None = _option(None, "Settings of the EVA initialisation.")
+    corda_config: CordaConfig | None = _option(None, "Settings of the CorDA initialisation.")
+    lora_ga_config: LoraGAConfig | None = _option(None, "Settings of the LoRA-GA initialisation.")
+    use_dora: bool = _option(False, "Learn magnitude and direction of the weight apart.")
+    velora_config: VeloraConfig | dict | None = _option(None, "Settings of VeLoRA.")
+    alora_invocation_tokens: list[int] | None = _option(None, "Tokens from which on the adapter is active.")
+    use_qalora: bool = _option(False, "Group the inputs so that the merged weight stays quantised.")
+    qalora_group_size: int = _option(16, "Inputs per group for QA-LoRA.")
+    monteclora_config: MontecloraConfig | None = _option(None, "Settings of MonteCLoRA.")
+    layer_replication: list[tuple[int, int]] | None = _option(None, "Ranges of layers to stack.")
+    runtime_config: LoraRuntimeConfig = field(
+        default_factory=LoraRuntimeConfig, metadata={"help": "Settings for this run only, never saved."}
+    )
+    lora_bias: bool = _option(False, "Give factor B a bias.")
+    target_parameters: list[str] | None = _option(None, "Names of parameters to adapt.")
+    use_bdlora: BdLoraConfig | None = _option(None, "Settings of block-diagonal LoRA.")
+    arrow_config: ArrowConfig | None = _option(None, "Settings of Arrow routing.")
+    kasa_config: KasaConfig | None = _option(None, "Settings of KaSA.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        check_layer_selection(self)
+        self._build_nested_configs()
+        self._check_contradictions()
+        self._check_initialisation()
+        self._warn_of_effects()
+
+    def _build_nested_configs(self) -> None:
+        """Turn dictionaries, as they stand in a file, into the configs they are."""
+        for name, config_cls in _NESTED.items():
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                setattr(self, name, config_cls(**value))
+            elif value is not None and not isinstance(value, config_cls):
+                raise TypeError(
+                    f"{name} must be a {config_cls.__name__}, a dictionary of its fields or None, "
+                    f"found {type(value).__name__}"
+                )
+        if isinstance(self.loftq_config, LoftQConfig):
+            given = vars(self.loftq_config)
+            self.loftq_config = dict(given) if self.init_lora_weights == "loftq" else {}
+            if not self.loftq_config:
+                warn("loftq_config has no effect unless init_lora_weights='loftq'; it is left out")
+
+    def _check_contradictions(self) -> None:
+        if self.target_parameters is not None and isinstance(self.target_parameters, str):
+            raise TypeError(f"target_parameters must be a list of names, found {self.target_parameters!r}")
+        if self.use_dora and self.megatron_config:
+            raise ValueError("use_dora does not work on the layers of megatron_core; leave one of the two out")
+        if self.lora_bias and (self.init_lora_weights not in (True, False) or self.use_dora):
+            raise ValueError(
+                "lora_bias works with init_lora_weights True or False and without use_dora only; found "
+                f"init_lora_weights={self.init_lora_weights!r}, use_dora={self.use_dora}"
+            )
+
+    def _check_initialisation(self) -> None:
+        init = self.init_lora_weights
+        if init == "loftq" and not self.loftq_config:
+            raise ValueError("init_lora_weights='loftq' needs its settings: give loftq_config=LoftQConfig(...)")
+        for name, config_field in _INIT_CONFIGS.items():
+            if (init == name) != (getattr(self, config_field) is not None):
+                warn(f"init_lora_weights={name!r} and {config_field} belong together; only one of them was given")
+        factored = init in ("corda", "olora") or str(init).startswith("pissa")
+        if factored and self.use_rslora and (self.rank_pattern or self.alpha_pattern):
+            settings = " (with corda_config)" if init == "corda" else ""
+            warn(
+                f"an adapter with use_rslora, rank_pattern or alpha_pattern and init_lora_weights={init!r}{settings} "
+                "cannot be converted to plain LoRA when it is saved"
+            )
+
+    def _warn_of_effects(self) -> None:
+        if self.alora_invocation_tokens and self.task_type != TaskType.CAUSAL_LM:
+            warn("alora_invocation_tokens works with task_type='CAUSAL_LM' only")

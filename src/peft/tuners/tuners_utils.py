@@ -1,0 +1,656 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+`BaseTuner` puts a method's layers into a model: match, plan, create, replace, finish.
+
+`BaseTunerLayer` and the rules of methods live in `_layer.py`, and are imported from here by everybody else.
+"""
+
+import copy
+import dataclasses
+from abc import ABC
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import PeftConfig
+from ..utils.constants import (
+    DUMMY_MODEL_CONFIG,
+    DUMMY_TARGET_MODULES,
+    EMBEDDING_LAYER_NAMES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    MIN_TARGET_MODULES_FOR_OPTIMIZATION,
+    SEQ_CLS_HEAD_NAMES,
+    UPCAST_DTYPES,
+)
+from ..utils.error import (
+    NoMatchingPeftModuleError,
+    PeftKeyError,
+    PeftNotImplementedError,
+    PeftTypeError,
+    PeftValueError,
+)
+from ..utils.other import (
+    AuxiliaryTrainingWrapper,
+    check_additional_trainable_modules,
+    set_additional_trainable_modules,
+)
+from ..utils.peft_types import TaskType
+from ..utils.warning import warn
+from ._layer import ActivationLayer, AdditiveLayer, BaseTunerLayer, WeightLayer
+from ._matching import Targets, check_target_module_exists, find_targets, lies_in, near_names
+from ._merging import check_adapters_to_merge, merge_layers, unmerge_layer
+from ._new_tensors import making_tensors
+from ._surgery import Slots, adapter_modules, base_parameters, names_of_modules, walk
+
+
+__all__ = [
+    "DUMMY_TARGET_MODULES",
+    "EMBEDDING_LAYER_NAMES",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
+    "SEQ_CLS_HEAD_NAMES",
+    "UPCAST_DTYPES",
+    "ActivationLayer",
+    "AdditiveLayer",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "WeightLayer",
+    "cast_adapter_dtype",
+    "check_adapters_to_merge",
+    "check_target_module_exists",
+    "delete_adapter",
+    "set_adapter",
+    "set_requires_grad",
+]
+
+# a layer is changed by name only where its class says what it computes
+LINEAR_LAYERS = (nn.Linear, Conv1D)
+
+
+class BaseTuner(nn.Module, ABC):
+    """
+    A model with the layers of one method in it.
+
+    A method subclasses it and declares `prefix`, `tuner_layer_cls`, `layer_classes` and `target_module_mapping`; what
+    a layer is made with comes from `_layer_arguments`.
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: config, or adapter name -> config.
+        adapter_name: name of the adapter to inject now.
+        low_cpu_mem_usage: make the adapter's tensors on the meta device, to be filled by loading a checkpoint.
+        state_dict: adapter tensors; if given, the modules named by its keys are adapted.
+
+    Attributes:
+        model: the base model, with adapter layers in it.
+        peft_config: adapter name -> config as it applies to this model.
+        targeted_module_names: full names of the modules that were adapted by the last injection.
+
+    Raises:
+        NoMatchingPeftModuleError: if the model has no module that the config targets.
+        PeftValueError: for adapter names and targets that cannot work. A refused injection changes nothing.
+    """
+
+    prefix: str
+    tuner_layer_cls: type[BaseTunerLayer]
+    layer_classes: dict[type[nn.Module], type[BaseTunerLayer]] = {}
+    target_module_mapping: dict[str, Any] = {}
+    uses_shared_state: bool = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        new = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
+        self.model = model
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        # an earlier injection into the same model has left its configs on it
+        present = model.__dict__.get("peft_config")
+        if present:
+            warn(
+                f"the model holds adapters already ({', '.join(present)}); {', '.join(new)} is put beside them. Call "
+                "unload() first to start from the base model"
+            )
+        # configs say how an adapter applies to this model, so the caller's object, which may be used for another
+        # model too, is left alone
+        self.peft_config = {**(present or {}), **{name: copy.copy(config) for name, config in new.items()}}
+        self.active_adapter: str | list[str] = adapter_name
+        self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        model.peft_config = self.peft_config
+
+    # ------------------------------------------------------------------------------------------------- basic access
+    def __getattr__(self, name: str) -> Any:
+        """Forward what the tuner lacks to the base model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "_modules" not in self.__dict__:  # while unpickling
+                raise
+            return getattr(self.model, name)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        active = self.active_adapter
+        return [active] if isinstance(active, str) else list(active)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model."""
+        return self.model(*args, **kwargs)
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """Give the model's config as a dictionary; `{"model_type": "custom"}` for models without one."""
+        config = getattr(model, "config", DUMMY_MODEL_CONFIG)
+        if hasattr(config, "to_dict"):
+            return config.to_dict()
+        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
+
+    def _layers(self) -> Iterator[BaseTunerLayer]:
+        """Yield the adapter layers."""
+        return (module for _, module in adapter_modules(self.model) if isinstance(module, BaseTunerLayer))
+
+    # ------------------------------------------------------------------------------------------------------ injecting
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """
+        Put another adapter beside those that the model has; if it is refused, the model stays as it was.
+
+        Args:
+            adapter_name: its name.
+            peft_config: its config; it is not changed.
+            low_cpu_mem_usage: make its tensors on the meta device.
+            autocast_adapter_dtype: keep them in float32 where the base is in half precision.
+        """
+        self.peft_config[adapter_name] = copy.copy(peft_config)
+        try:
+            self.inject_adapter(self.model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """
+        Put an adapter, whose config is in `peft_config`, into the model.
+
+        Everything that can be refused is refused before the model is changed.
+
+        Args:
+            model: the base model.
+            adapter_name: name of the adapter.
+            autocast_adapter_dtype: keep the adapter's tensors in float32 where the base is in half precision.
+            low_cpu_mem_usage: make the tensors on the meta device.
+            state_dict: adapter tensors; if given, the modules named by its keys are adapted.
+
+        Raises:
+            NoMatchingPeftModuleError: if nothing matches.
+            PeftValueError: if the name or a target cannot work.
+        """
+        config = self.peft_config[adapter_name]
+        check_adapter_name(adapter_name, self.prefix)
+        self._check_new_adapter_config(adapter_name, config)
+        self._resolve_targets(model, config)
+        names = self._matched_names(model, config, state_dict)
+        check_additional_trainable_modules(model, config)
+        with making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype):
+            self._place_layers(model, adapter_name, config, names)
+            set_additional_trainable_modules(
+                model, config, self.get_model_config(model), adapter_name, adapter_name in self.active_adapters
+            )
+        self.targeted_module_names = names
+        self._finish(adapter_name, config)
+
+    def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
+        """Refuse a config that cannot stand beside those that the model has. To be extended by methods."""
+        bias = [name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
+        if len(self.peft_config) > 1 and getattr(config, "bias", "none") != "none" and bias != [adapter_name]:
+            raise PeftValueError(
+                f"adapter {adapter_name!r} trains the base model's biases (bias={config.bias!r}), and so does "
+                f"{bias[0]!r}; biases exist once. Use bias='none' for all adapters but one"
+            )
+        allowed = ("none", "all", f"{self.prefix}only")
+        if getattr(config, "bias", "none") not in allowed:
+            raise PeftNotImplementedError(f"bias={config.bias!r} is not known; choose one of {', '.join(allowed)}")
+
+    def _resolve_targets(self, model: nn.Module, config: PeftConfig) -> None:
+        """Replace a target that was left out, or a shorthand, by the names of modules."""
+        if config.target_modules is None and self._needs_targets(config):
+            model_type = self.get_model_config(model).get("model_type")
+            if model_type not in self.target_module_mapping:
+                raise PeftValueError(
+                    f"target_modules was left out, and there is no default for model type {model_type!r}; name the "
+                    "modules to adapt, or use target_modules='all-linear'"
+                )
+            targets = self.target_module_mapping[model_type]
+            config.target_modules = targets if isinstance(targets, str) else set(targets)
+        elif config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            config.target_modules = all_linear_names(model, config)
+
+    def _needs_targets(self, config: PeftConfig) -> bool:
+        """Say whether a config without `target_modules` gets the default ones."""
+        return not getattr(config, "target_parameters", None)
+
+    def _matched_names(
+        self, model: nn.Module, config: PeftConfig, state_dict: dict[str, torch.Tensor] | None
+    ) -> list[str]:
+        """Find the modules to adapt, and refuse or warn about what matches nothing."""
+        modules = {name: module for name, module in names_of_modules(model).items() if name}
+        candidates = list(modules)
+        if state_dict is not None:
+            return self._names_in_state_dict(candidates, state_dict)
+        if config.target_modules == DUMMY_TARGET_MODULES:
+            return []
+        targets = find_targets(config, candidates)
+        saved = getattr(config, "modules_to_save", None)
+        if saved:  # what is trained in full needs no adapter
+            targets.names = [name for name in targets.names if not lies_in(saved, name)]
+        if not targets.names and config.target_modules is not None:
+            raise NoMatchingPeftModuleError(self._explain_no_match(config, targets, candidates))
+        for entry in targets.unmatched:
+            near = near_names(entry, candidates)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            warn(f"target_modules entry {entry!r} matches no module{hint}")
+        if getattr(config, "exclude_modules", None) and not targets.excluded:
+            warn(f"exclude_modules={config.exclude_modules!r} leaves out nothing that target_modules matches")
+        # a module that has several names is one target, under the first of them
+        first = {}
+        for name, module in modules.items():
+            first.setdefault(id(module), name)
+        return list(dict.fromkeys(first[id(modules[name])] for name in targets.names))
+
+    def _names_in_state_dict(self, candidates: list[str], state_dict: dict[str, torch.Tensor]) -> list[str]:
+        marker = f".{self.prefix}"
+        wanted = {key.partition(marker)[0].removeprefix("base_model.model.") for key in state_dict if marker in key}
+        names = [name for name in candidates if name in wanted]
+        if not names:
+            raise NoMatchingPeftModuleError(
+                f"none of the {len(state_dict)} keys of the state dict names a module of the model; the first keys "
+                f"are {', '.join(list(state_dict)[:3])}"
+            )
+        if len(names) < len(wanted):
+            missing = sorted(wanted - set(names))
+            warn(
+                f"the state dict has tensors for {len(missing)} modules that the model lacks: {', '.join(missing[:5])}"
+            )
+        return names
+
+    @staticmethod
+    def _explain_no_match(config: PeftConfig, targets: Targets, candidates: list[str]) -> str:
+        if targets.excluded:
+            return (
+                f"target_modules matches {len(targets.excluded)} modules, and exclude_modules="
+                f"{config.exclude_modules!r} leaves all of them out; make one of the two narrower"
+            )
+        wanted = config.target_modules
+        entries = [wanted] if isinstance(wanted, str) else sorted(wanted)
+        near = {name: None for entry in entries for name in near_names(entry, candidates)}
+        hint = f"names that come near: {', '.join(near)}" if near else f"the model has {', '.join(candidates[:8])} ..."
+        details = "".join(
+            f", {name}={getattr(config, name)!r}"
+            for name in ("layers_to_transform", "layers_pattern", "modules_to_save")
+            if getattr(config, name, None) is not None
+        )
+        return f"no module to adapt: target_modules={wanted!r}{details} matches nothing; {hint}"
+
+    def _place_layers(self, model: nn.Module, adapter_name: str, config: PeftConfig, names: list[str]) -> None:
+        """
+        Create the layers for all targets, then put them into the model.
+
+        Whatever raises does so before the first module is replaced; layers that had other adapters already and were
+        given this one are relieved of it.
+        """
+        wanted = set(names)
+        modules = {name: module for name, module in walk(model) if name in wanted}
+        arguments = self._layer_arguments_for(config)
+        created: list[tuple[nn.Module, BaseTunerLayer]] = []
+        updated: list[BaseTunerLayer] = []
+        try:
+            for name in names:
+                module = modules[name]
+                if isinstance(module, self.tuner_layer_cls):
+                    updated.append(module)
+                    module.update_layer(adapter_name, config=config, **arguments(name))
+                else:
+                    created.append((module, self._create_layer(module, name, adapter_name, config, arguments(name))))
+        except BaseException:
+            for layer in updated:
+                layer.delete_adapter(adapter_name)
+            raise
+        slots = Slots(model) if created else None
+        for module, layer in created:
+            layer.train(module.training)
+            layer._active_adapter = self.active_adapters
+            slots.replace(module, layer)
+
+    def _layer_arguments_for(self, config: PeftConfig) -> Any:
+        """Give a function from a target's name to the arguments of its layer, such as the rank."""
+        return lambda name: {}
+
+    def _create_layer(
+        self, target: nn.Module, name: str, adapter_name: str, config: PeftConfig, arguments: dict[str, Any]
+    ) -> BaseTunerLayer:
+        """Make the layer for one target. Methods declare `layer_classes` and seldom override this."""
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        for kind, layer_cls in self.layer_classes.items():
+            if isinstance(base, kind):
+                return layer_cls(target, adapter_name, config=config, **arguments)
+        supported = ", ".join(kind.__name__ for kind in self.layer_classes)
+        raise UnsupportedLayerError(
+            f"{type(self).__name__} cannot adapt {name!r}, which is a {type(target).__name__}; it adapts {supported}. "
+            "Narrow target_modules, or list the module in modules_to_save to train it in full"
+        )
+
+    def _finish(self, adapter_name: str, config: PeftConfig) -> None:
+        """Freeze the base model and let the active adapters be trained."""
+        for _, parameter in base_parameters(self.model):
+            parameter.requires_grad_(False)
+        frozen = [name for name in self.active_adapters if self._config_of(name).inference_mode]
+        self.set_adapter(self.active_adapter, inference_mode=bool(frozen))
+        if not config.inference_mode and getattr(config, "bias", "none") != "none":
+            self._train_biases(config.bias)
+
+    def _config_of(self, adapter_name: str) -> PeftConfig:
+        if adapter_name not in self.peft_config:
+            raise PeftValueError(f"there is no adapter {adapter_name!r}; the model has {', '.join(self.peft_config)}")
+        return self.peft_config[adapter_name]
+
+    def _train_biases(self, which: str) -> None:
+        """Let biases of the base model be trained: all of them, or those of adapted layers."""
+        if which == "all":
+            for name, parameter in base_parameters(self.model):
+                # the original of a module that is trained in full takes no part in the forward pass
+                if (name == "bias" or name.endswith(".bias")) and ".original_module." not in name:
+                    parameter.requires_grad_(True)
+        else:
+            for layer in self._layers():
+                if getattr(layer, "bias", None) is not None:
+                    layer.bias.requires_grad_(True)
+
+    # ------------------------------------------------------------------------------------------------------ switching
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """
+        Choose the adapters that are used; others are frozen.
+
+        Args:
+            adapter_name: one name or several.
+            inference_mode: freeze the chosen ones too.
+        """
+        set_adapter(self.model, adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """
+        Freeze adapters or let them be trained, without a change to which are active.
+
+        Args:
+            adapter_names: one name or several.
+            requires_grad: False to freeze.
+        """
+        set_requires_grad(self.model, adapter_names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the adapters on."""
+        for _, module in adapter_modules(self.model):
+            module.enable_adapters(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch the adapters off; the model then computes what the base model does."""
+        for name in self.active_adapters:
+            bias = getattr(self.peft_config.get(name), "bias", "none")
+            if bias != "none":
+                warn(
+                    f"adapter {name!r} was trained with bias={bias!r}: biases are changed in the base model itself, "
+                    "so switching the adapter off does not give the base model's outputs"
+                )
+        for _, module in adapter_modules(self.model):
+            module.enable_adapters(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """
+        Remove an adapter. If it was the only active one, another one becomes active, with a warning.
+
+        Raises:
+            PeftValueError: if there is no adapter of that name.
+        """
+        self._config_of(adapter_name)
+        del self.peft_config[adapter_name]
+        delete_adapter(self.model, adapter_name, self.prefix)
+        if adapter_name in self.active_adapters:
+            active = [name for name in self.active_adapters if name != adapter_name] or list(self.peft_config)[:1]
+            if active and self.active_adapters == [adapter_name]:
+                warn(f"the active adapter {adapter_name!r} was deleted; {active[0]!r} is active now")
+            self.set_adapter(active[0] if len(active) == 1 else active)
+
+    # -------------------------------------------------------------------------------------------------------- merging
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """
+        Merge adapters into the base weights; the layers stay, so it can be undone.
+
+        Args:
+            adapter_names: which adapters; the active ones if left out.
+            safe_merge: refuse the merge, before anything is changed, if an entry would not be finite.
+
+        Raises:
+            PeftValueError: if `safe_merge` finds entries that are not finite.
+        """
+        merge_layers(list(self._layers()), adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take merged adapters out of the base weights."""
+        merged = [layer for layer in self._layers() if layer.merged]
+        if not merged:
+            warn("no adapter is merged, so there is nothing to unmerge")
+        for layer in merged:
+            unmerge_layer(layer)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """
+        Merge adapters and give the base model back, without any layers of this package.
+
+        Args:
+            progressbar: show progress.
+            safe_merge: refuse the merge, before anything is changed, if an entry would not be finite.
+            adapter_names: which adapters; the active ones if left out.
+
+        Returns:
+            The base model, of its own class, with changed weights.
+
+        Raises:
+            PeftValueError: if `safe_merge` finds entries that are not finite.
+        """
+        merge_layers(list(self._layers()), adapter_names, safe_merge, progressbar)
+        return self._unload(merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unload(self) -> nn.Module:
+        """
+        Take everything of this package out of the model and give the base model back as it was.
+
+        Biases that were trained (`bias="all"`) are part of the base model and stay; modules that were trained in full
+        stay with them then, so that the result is not half of one model and half of another.
+        """
+        for layer in self._layers():
+            if layer.merged:
+                unmerge_layer(layer)
+        biases = [name for name in self.active_adapters if getattr(self.peft_config[name], "bias", "none") != "none"]
+        return self._unload(merge=bool(biases), safe_merge=False, adapter_names=None)
+
+    def _unload(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        slots = Slots(self.model)
+        # outermost first: an adapter module that another one wraps comes to light when the outer one is taken off
+        for _, module in list(adapter_modules(self.model)):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                slots.replace(module, module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
+            else:
+                slots.replace(module, module.base_layer)
+        self.model.__dict__.pop("peft_config", None)
+        return self.model
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say whether an adapter can be converted to LoRA."""
+        return all(layer.supports_lora_conversion(adapter_name) for layer in self._layers())
+
+
+class UnsupportedLayerError(PeftValueError, PeftTypeError):
+    """A target whose kind of layer the method cannot adapt."""
+
+
+def check_adapter_name(name: str, prefix: str) -> None:
+    """
+    Refuse names that cannot be keys of module containers or folders of checkpoints.
+
+    Args:
+        name: name of an adapter.
+        prefix: prefix of the method's parameter names.
+
+    Raises:
+        PeftKeyError: if it is empty, or holds a dot or a path separator.
+    """
+    if not isinstance(name, str) or not name:
+        raise PeftKeyError(f"an adapter needs a name that is a non-empty string, found {name!r}")
+    illegal = sorted({character for character in name if character in "./\\:\0" or ord(character) < 32})
+    if illegal:
+        raise PeftKeyError(
+            f"adapter name {name!r} holds {', '.join(map(repr, illegal))}; names are keys of modules and names of "
+            "folders, so leave out dots, colons, path separators and control characters"
+        )
+    if prefix and prefix in name:
+        warn(
+            f"adapter name {name!r} holds {prefix!r}, which the names of the adapter's tensors start with; another "
+            "name is safer for tools that read checkpoints by name"
+        )
+
+
+def all_linear_names(model: nn.Module, config: PeftConfig) -> set[str]:
+    """
+    Find what target_modules="all-linear" stands for: every linear layer but the model's output head.
+
+    Args:
+        model: the base model.
+        config: its task says whether there is a classification head to leave out.
+
+    Returns:
+        Full names of the layers.
+    """
+    names = {
+        name
+        for name, module in walk(model)
+        if isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, LINEAR_LAYERS)
+    }
+    get_head = getattr(model, "get_output_embeddings", None)
+    if get_head is None:
+        return names
+    head = get_head()
+    heads = {name for name, module in walk(model) if head is not None and module is head}
+    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+        heads |= {name for name in names if name.rpartition(".")[2] in SEQ_CLS_HEAD_NAMES}
+    return names - heads
+
+
+def set_adapter(
+    model: nn.Module,
+    adapter_name: str | list[str],
+    inference_mode: bool = False,
+    layer_cls: type[BaseTunerLayer] = BaseTunerLayer,
+) -> None:
+    """
+    Choose the adapters that a model uses; others are frozen.
+
+    Args:
+        model: a model with adapter layers.
+        adapter_name: one name or several.
+        inference_mode: freeze the chosen ones too.
+        layer_cls: which layers to switch; training wrappers are always switched.
+    """
+    modules = [module for _, module in adapter_modules(model)]
+    wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
+    layers = [module for module in modules if isinstance(module, layer_cls)]
+    for wrapper in wrappers:  # may refuse several names, so they come first
+        wrapper.check_set_adapter(adapter_name)
+    merged = [layer for layer in layers if layer.merged]
+    if merged:
+        warn("adapters are merged; they are unmerged before another one is set")
+        for layer in merged:
+            unmerge_layer(layer)
+    for module in (*layers, *wrappers):
+        module.set_adapter(adapter_name, inference_mode=inference_mode)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+    """
+    Freeze adapters or let them be trained.
+
+    Args:
+        model: a model with adapter layers.
+        adapter_names: one name or several.
+        requires_grad: False to freeze.
+    """
+    for _, module in adapter_modules(model):
+        module.set_requires_grad(adapter_names, requires_grad)
+
+
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str, layer_cls: type[BaseTunerLayer] = BaseTunerLayer
+) -> list[str] | None:
+    """
+    Remove an adapter from a model.
+
+    Args:
+        model: a model with adapter layers.
+        adapter_name: name.
+        prefix: prefix of the method's parameter names (kept for callers of the released package).
+        layer_cls: which layers to remove it from; training wrappers always lose it.
+
+    Returns:
+        Names of the adapters that are active afterwards, None if there is no adapter layer.
+    """
+    active = None
+    for _, module in adapter_modules(model):
+        if isinstance(module, layer_cls):
+            module.delete_adapter(adapter_name)
+            active = module.active_adapters
+    for _, module in adapter_modules(model):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module.delete_adapter(adapter_name, new_active_adapters=active)
+    return active
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """
+    Bring an adapter's tensors that are in half precision to float32, in which training is stable.
+
+    Args:
+        model: a model with adapter layers.
+        adapter_name: name.
+        autocast_adapter_dtype: False to leave everything as it is.
+    """
+    if not autocast_adapter_dtype:
+        return
+    for _, module in adapter_modules(model):
+        if isinstance(module, BaseTunerLayer):
+            for parameter in module.adapter_parameters(adapter_name):
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.float()

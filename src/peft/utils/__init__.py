@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Helpers that methods and models share; names are resolved on first use."""
+
+from .._lazy import lazy_exports
+
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        ".constants": [
+            "ALLOWED_COMPUTE_DTYPES",
+            "CONFIG_NAME",
+            "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+            "SAFETENSORS_WEIGHTS_NAME",
+            "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+            "WEIGHTS_NAME",
+        ],
+        ".error": ["NoMatchingPeftModuleError", "PeftError"],
+        ".integrations": ["gather_params_ctx"],
+        ".other": [
+            "AuxiliaryTrainingWrapper",
+            "ModulesToSaveWrapper",
+            "_get_submodules",
+            "_set_trainable",
+            "get_pattern_key",
+            "infer_device",
+            "set_additional_trainable_modules",
+            "transpose",
+        ],
+        ".peft_types": ["PeftType", "TaskType", "register_peft_method"],
+        ".save_and_load": [
+            "get_base_model_state_dict",
+            "get_peft_model_state_dict",
+            "load_peft_weights",
+            "set_base_model_state_dict",
+            "set_peft_model_state_dict",
+        ],
+        ".warning": ["PeftWarning"],
+    },
+)

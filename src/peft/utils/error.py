@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+Exceptions of the package.
+
+Each derives from `PeftError` and from the built-in class that callers of the released package catch.
+"""
+
+
+class PeftError(Exception):
+    """Base class of every exception that the package raises on purpose."""
+
+
+class PeftValueError(PeftError, ValueError):
+    """A value that cannot work; the message says what was found and what to do."""
+
+
+class PeftTypeError(PeftError, TypeError):
+    """An argument of the wrong type."""
+
+
+class PeftRuntimeError(PeftError, RuntimeError):
+    """Something that was asked for cannot be done with this model or file."""
+
+
+class PeftNotImplementedError(PeftError, NotImplementedError):
+    """A feature that this version does not have."""
+
+
+class PeftKeyError(PeftError, KeyError):
+    """A name that was looked up and is not there."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which makes sentences unreadable
+        return str(self.args[0]) if self.args else ""
+
+
+class PeftPathError(PeftValueError, AssertionError):
+    """A path that cannot be read from or written to as asked."""
+
+
+class NoMatchingPeftModuleError(PeftValueError):
+    """No module of the model matches what the config targets."""

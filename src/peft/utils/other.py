@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Modules that are trained in full beside an adapter: wrappers that hold a copy per adapter."""
+
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig
+from ..tuners._matching import get_pattern_key, match_target_against_key, matching_entry
+from ..tuners._new_tensors import on_meta
+from ..tuners._surgery import Slots, walk
+from .constants import (
+    CONFIG_NAME,
+    EMBEDDING_LAYER_NAMES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    QUESTION_ANSWERING_HEAD_NAMES,
+    SAFETENSORS_WEIGHTS_NAME,
+    SEQ_CLS_HEAD_NAMES,
+    WEIGHTS_NAME,
+)
+from .error import PeftTypeError, PeftValueError
+from .integrations import gather_params_ctx
+from .warning import warn
+
+
+__all__ = [
+    "CONFIG_NAME",
+    "EMBEDDING_LAYER_NAMES",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
+    "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper",
+    "get_pattern_key",
+    "infer_device",
+    "match_target_against_key",
+    "set_additional_trainable_modules",
+    "transpose",
+]
+
+
+class AuxiliaryTrainingWrapper(nn.Module):
+    """
+    A module of the base model together with what adapters train in its place.
+
+    Subclasses say what is made for an adapter (`update`) and which module computes (`_current_module`).
+
+    Args:
+        module_to_save: the module of the base model.
+        adapter_name: adapter to start with.
+        kwargs: for `update`.
+    """
+
+    _is_adapter_module = True
+    _base_names = ("original_module",)
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, module_to_save: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__()
+        self.original_module = module_to_save
+        self._active_adapter: list[str] = [adapter_name]
+        self._disable_adapters = False
+        self.init_modules(adapter_name, **kwargs)
+        self.check_module()
+        self.update(adapter_name, **kwargs)
+
+    def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
+        """Make the containers for what adapters train."""
+
+    def check_module(self) -> None:
+        """
+        Refuse modules that cannot be wrapped.
+
+        Raises:
+            PeftTypeError: for containers, which have no forward pass of their own.
+        """
+        check_wrappable(self.original_module)
+
+    def update(self, adapter_name: str, **kwargs: Any) -> None:
+        """Make what an adapter trains here."""
+        raise NotImplementedError
+
+    def _current_module(self) -> nn.Module:
+        """Give the module that computes at the moment."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer as the module that computes would, for what the wrapper itself lacks."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "original_module" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self._current_module(), name)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether adapters are switched off."""
+        return self._disable_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """Name of the active adapter, or names if there are several or none."""
+        return self._active_adapter[0] if len(self._active_adapter) == 1 else self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters; the wrapper need not have all of them."""
+        return self._active_adapter
+
+    @property
+    def available_adapters(self) -> set[str]:
+        """Names of the adapters that train something here."""
+        return {name for container in self.adapter_layer_names for name in self._modules[container].keys()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Compute with the module that is in use.
+
+        Args:
+            args: passed on.
+            kwargs: passed on, but for `adapter_names`: one name per sample, `"__base__"` for none.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(adapter_names, *args, **kwargs)
+        return self._current_module()(*args, **kwargs)
+
+    def _mixed_batch_forward(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise PeftValueError(f"{type(self).__name__} cannot compute a batch with an adapter per sample")
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off."""
+        self._disable_adapters = not enabled
+
+    def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
+        """
+        Find which of these adapters would compute here.
+
+        Raises:
+            PeftValueError: if there are several, since only one can take the module's place.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        present = [name for name in names if name in self.available_adapters]
+        if len(present) > 1:
+            raise PeftValueError(
+                f"adapters {', '.join(present)} all bring a {type(self.original_module).__name__} of their own, and "
+                "only one can be used; activate one of them"
+            )
+        return present[0] if present else None
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """
+        Choose the adapter that computes here; others are frozen.
+
+        Args:
+            adapter_names: one name or several, of which at most one may be present here.
+            inference_mode: freeze the chosen one too.
+        """
+        chosen = self.check_set_adapter(adapter_names)
+        self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.set_requires_grad(self.available_adapters - {chosen}, False)
+        if chosen is not None:
+            self.set_requires_grad([chosen], not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """
+        Freeze what adapters train here, or let it be trained.
+
+        Args:
+            adapter_names: one name or several; names that are not here are passed over.
+            requires_grad: False to freeze.
+        """
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(requires_grad)
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters that an adapter trains here."""
+        for container in self.adapter_layer_names:
+            if adapter_name in self._modules[container]:
+                yield from self._modules[container][adapter_name].parameters()
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        """
+        Remove what an adapter trains here.
+
+        Args:
+            adapter_name: name.
+            new_active_adapters: names that are active afterwards.
+        """
+        for container in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in getattr(self, container):
+                del getattr(self, container)[adapter_name]
+        if adapter_name in self._active_adapter:
+            self.set_adapter(new_active_adapters or [])
+
+    def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
+        """Yield for each tensor of an adapter its key in a checkpoint and its key in this module's state dict."""
+        raise NotImplementedError
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Give the mapping of keys in a checkpoint to keys in this module's state dict."""
+        return dict(self.adapter_keys(adapter_name))
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        Pick an adapter's tensors.
+
+        Args:
+            adapter_name: name.
+            state_dict: this module's state dict.
+        """
+        return {saved: state_dict[live] for saved, live in self.adapter_keys(adapter_name)}
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """
+        Give the module that shall take the wrapper's place.
+
+        Args:
+            merge: whether the adapter's part is kept.
+            safe_merge: refuse tensors that are not finite.
+            adapter_names: which adapter; the active one if left out.
+        """
+        raise NotImplementedError
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """
+    A module of the base model and, per adapter, a copy of it that is trained and saved in full.
+
+    Args:
+        module_to_save: the module of the base model; it stays frozen and unchanged.
+        adapter_name: adapter to start with.
+    """
+
+    adapter_layer_names = ("modules_to_save",)
+
+    def __init__(self, module_to_save: nn.Module, adapter_name: str) -> None:
+        super().__init__(module_to_save, adapter_name)
+
+    def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
+        """Make the container for the copies."""
+        self.modules_to_save = nn.ModuleDict()
+
+    def update(self, adapter_name: str, **kwargs: Any) -> None:
+        """
+        Make a copy for an adapter.
+
+        Args:
+            adapter_name: name.
+            kwargs: none.
+        """
+        with gather_params_ctx(self.original_module.parameters()):
+            self.modules_to_save[adapter_name] = copy_module(self.original_module)
+        self.set_requires_grad(adapter_name)
+
+    def _current_module(self) -> nn.Module:
+        if not self._disable_adapters:
+            for name in self._active_adapter:
+                if name in self.modules_to_save:
+                    return self.modules_to_save[name]
+        return self.original_module
+
+    def _mixed_batch_forward(
+        self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        result = self.original_module(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name in self.modules_to_save:
+                rows = torch.tensor([i for i, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
+                part = self.modules_to_save[name](x[rows], *args, **kwargs)
+                result = result.index_copy(0, rows, part.to(result.dtype))
+        return result
+
+    def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
+        """Yield for each tensor of a copy its key in a checkpoint and its key in this module's state dict."""
+        if adapter_name in self.modules_to_save:
+            for key in self.modules_to_save[adapter_name].state_dict():
+                yield key, f"modules_to_save.{adapter_name}.{key}"
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """
+        Give the copy (to merge) or the module of the base model.
+
+        Raises:
+            PeftValueError: with `safe_merge`, if the copy has entries that are not finite.
+        """
+        chosen = self.check_set_adapter(self._active_adapter if adapter_names is None else adapter_names)
+        if not merge or chosen is None:
+            return self.original_module
+        module = self.modules_to_save[chosen]
+        if safe_merge and not all(torch.isfinite(p).all() for p in module.parameters()):
+            raise PeftValueError(f"the copy that adapter {chosen!r} has trained has entries that are not finite")
+        return module
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """
+    Copy a module with its parameters.
+
+    Args:
+        module: what to copy. Adapters that are made without storage get a copy without storage.
+    """
+    replaced = {}
+    if on_meta():
+        replaced = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()}
+    return copy.deepcopy(module, replaced)
+
+
+def check_wrappable(module: nn.Module, name: str = "") -> None:
+    """
+    Refuse modules that cannot be trained in full by a wrapper.
+
+    Raises:
+        PeftTypeError: for containers, which have no forward pass of their own.
+    """
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+        raise PeftTypeError(
+            f"modules_to_save cannot hold {name or 'a module'}, which is a {type(module).__name__} and has no forward "
+            "pass of its own; name the modules inside it"
+        )
+
+
+def _modules_named(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
+    """Find the modules whose full name, or its ending from a dot on, is in `names`: full name -> module."""
+    wanted = set(names)
+    return {name: module for name, module in walk(model) if name and matching_entry(wanted, name) is not None}
+
+
+def _set_trainable(
+    model: nn.Module,
+    adapter_name: str,
+    module_names: Sequence[str],
+    inference_mode: bool = False,
+    strict_module_check: bool = False,
+    wrapper_cls: type[AuxiliaryTrainingWrapper] = ModulesToSaveWrapper,
+    activate_adapter: bool = True,
+    **wrapper_kwargs: Any,
+) -> list[str]:
+    """
+    Wrap modules so that an adapter trains them in full.
+
+    Args:
+        model: the model.
+        adapter_name: name of the adapter.
+        module_names: names of modules, or their endings from a dot on.
+        inference_mode: freeze what is made.
+        strict_module_check: raise if no module matches.
+        wrapper_cls: which wrapper.
+        activate_adapter: use what is made at once.
+        wrapper_kwargs: for the wrapper.
+
+    Returns:
+        Full names of the wrapped modules.
+
+    Raises:
+        PeftValueError: with `strict_module_check`, if no module matches.
+    """
+    modules = _modules_named(model, module_names)
+    # what lies inside a module that is saved as a whole is saved with it
+    names = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
+    if strict_module_check and not names:
+        raise PeftValueError(f"no module of the model is named {', '.join(module_names)}")
+    slots = Slots(model)
+    for name in names:
+        module = modules[name]
+        if isinstance(module, wrapper_cls):
+            module.update(adapter_name, **wrapper_kwargs)
+        else:
+            wrapper = wrapper_cls(module, adapter_name, **wrapper_kwargs)
+            wrapper.train(module.training)
+            slots.replace(module, wrapper)
+            module = wrapper
+        if activate_adapter:
+            module.set_adapter(adapter_name, inference_mode=inference_mode)
+        else:
+            module.set_requires_grad(adapter_name, False)
+    return names
+
+
+def check_additional_trainable_modules(model: nn.Module, peft_config: PeftConfig) -> None:
+    """
+    Refuse what `set_additional_trainable_modules` could not do, and warn about names that match nothing.
+
+    Args:
+        model: the model, not changed yet.
+        peft_config: a config.
+
+    Raises:
+        PeftTypeError: for a module that cannot be wrapped.
+    """
+    names = getattr(peft_config, "modules_to_save", None) or ()
+    if isinstance(names, str):
+        raise PeftTypeError(f"modules_to_save must be a list of names, found the string {names!r}")
+    for name, module in _modules_named(model, names).items():
+        check_wrappable(module, name)
+    # the names of classification heads are tried for every model of their task
+    optional = {*SEQ_CLS_HEAD_NAMES, *QUESTION_ANSWERING_HEAD_NAMES}
+    for entry in names:
+        if entry not in optional and not _modules_named(model, [entry]):
+            warn(f"modules_to_save entry {entry!r} matches no module")
+
+
+def set_additional_trainable_modules(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    model_config: Mapping[str, Any],
+    adapter_name: str,
+    activate_adapter: bool = True,
+) -> None:
+    """
+    Wrap what a config trains beside the adapter layers.
+
+    Args:
+        model: the model.
+        peft_config: config of the adapter.
+        model_config: the base model's config.
+        adapter_name: name of the adapter.
+        activate_adapter: use what is made at once.
+    """
+    if getattr(peft_config, "modules_to_save", None):
+        _set_trainable(
+            model,
+            adapter_name,
+            peft_config.modules_to_save,
+            inference_mode=peft_config.inference_mode,
+            activate_adapter=activate_adapter,
+        )
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """Give the parent of a module, the module, and its name in the parent."""
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def infer_device() -> str:
+    """Name the device that tensors are loaded to when nobody says: an accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
+    """Transpose a weight if it is stored as (in, out)."""
+    return weight.T if fan_in_fan_out else weight

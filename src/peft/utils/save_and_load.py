@@ -1,0 +1,449 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+Adapter tensors out of a model and into it: one pipeline for every method.
+
+Every adapter module says which of its tensors belong to an adapter, and under which key each stands in a checkpoint
+(`adapter_keys`). Saving reads that table from right to left, loading from left to right.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from ..tuners._surgery import adapter_modules, base_parameters, is_adapter_module, walk
+from .constants import (
+    EMBEDDING_LAYER_NAMES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+)
+from .error import PeftKeyError, PeftPathError, PeftRuntimeError, PeftValueError
+from .other import AuxiliaryTrainingWrapper, infer_device
+from .vocabulary import vocabulary_has_grown
+from .warning import warn
+
+
+__all__ = [
+    "EMBEDDING_LAYER_NAMES",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
+    "AuxiliaryTrainingWrapper",
+    "get_base_model_state_dict",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+    "torch_load",
+]
+
+
+# ------------------------------------------------------------------------------------------ keys
+def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """
+    List the tensors of an adapter.
+
+    Args:
+        model: a model with adapter modules.
+        adapter_name: name.
+
+    Returns:
+        Key in a checkpoint -> key in the model's state dict.
+    """
+    keys = {}
+    for name, module in adapter_modules(model):
+        prefix = f"{name}." if name else ""
+        for saved, live in module.adapter_keys(adapter_name):
+            keys[prefix + saved] = prefix + live
+    return keys
+
+
+def _bias_key_map(model: nn.Module, adapter_name: str, which: str) -> dict[str, str]:
+    """List the biases that an adapter trains beside its own tensors: key in a checkpoint -> key in the state dict."""
+    if which == "all":
+        keys = {name: name for name, _ in base_parameters(model) if name == "bias" or name.endswith(".bias")}
+        # release 0.21.2 writes biases of modules that are trained in full twice; its reader expects both
+        for live in adapter_key_map(model, adapter_name).values():
+            if live.endswith(".bias"):
+                keys[live.replace(f".{adapter_name}.", ".")] = live
+        return keys
+    keys = {}
+    if which != "none":
+        for name, module in adapter_modules(model):
+            base = module._modules.get("base_layer")
+            if base is not None and getattr(base, "bias", None) is not None:
+                keys[f"{name}.base_layer.bias"] = f"{name}.base_layer.bias"
+    return keys
+
+
+def _embedding_keys(model: nn.Module) -> dict[str, str]:
+    """List the base weights of input and output embeddings: key in a checkpoint -> key in the state dict."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = (
+        [base.get_input_embeddings(), base.get_output_embeddings()] if hasattr(base, "get_input_embeddings") else []
+    )
+    wanted = {id(_innermost(layer)) for layer in layers if layer is not None}
+    keys = {}
+    for name, module in walk(model, into_bases=True):
+        if id(module) in wanted:
+            live = f"{name}.weight"
+            # a module that is trained in full is in the checkpoint already, under the name that the base has
+            if ".original_module" not in name:
+                keys[live] = live
+    return keys
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    while is_adapter_module(module):
+        module = module._modules[module._base_names[0]]
+    return module
+
+
+# ------------------------------------------------------------------------------------------ saving
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, torch.Tensor]:
+    """
+    Collect the tensors of an adapter under the keys that checkpoints have.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+        state_dict: the model's state dict, if it had to be gathered from several processes.
+        adapter_name: name.
+        unwrap_compiled: take the model out of `torch.compile`'s wrapper first.
+        save_embedding_layers: also write the base weights of the embeddings; "auto" does so if the vocabulary was
+            resized since the base model was loaded.
+
+    Raises:
+        PeftKeyError: if there is no adapter of that name.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(model).items()}
+        {'base_model.model.0.lora_A.weight': (2, 4), 'base_model.model.0.lora_B.weight': (4, 2)}
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    config = _config_of(model, adapter_name)
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    keys = adapter_key_map(model, adapter_name)
+    keys.update(_bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
+    keys.update(_chosen_embedding_keys(model, config, save_embedding_layers))
+    missing = [live for live in keys.values() if live not in state_dict]
+    if missing:
+        raise PeftKeyError(
+            f"the state dict lacks {len(missing)} tensors of adapter {adapter_name!r}, the first is {missing[0]!r}"
+        )
+    return {saved: state_dict[live] for saved, live in keys.items()}
+
+
+def _config_of(model: nn.Module, adapter_name: str) -> Any:
+    configs = getattr(model, "peft_config", None) or {}
+    if adapter_name not in configs:
+        raise PeftKeyError(f"there is no adapter {adapter_name!r}; the model has {', '.join(configs) or 'none'}")
+    return configs[adapter_name]
+
+
+def _chosen_embedding_keys(model: nn.Module, config: Any, choice: str | bool) -> dict[str, str]:
+    if choice == "auto":
+        choice = vocabulary_has_grown(model, config)
+        if choice:
+            warn(
+                "the vocabulary was resized, so the base weights of the embeddings are saved with the adapter; "
+                "save_embedding_layers=False leaves them out"
+            )
+    if not choice:
+        return {}
+    keys = _embedding_keys(model)
+    if not keys and not hasattr(model, "get_input_embeddings"):
+        warn("save_embedding_layers was given, but the model does not say which layers its embeddings are")
+    return keys
+
+
+# ------------------------------------------------------------------------------------------ loading
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> _IncompatibleKeys:
+    """
+    Put the tensors of a checkpoint into an adapter. If anything is refused, no tensor is changed.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+        peft_model_state_dict: key in a checkpoint -> tensor.
+        adapter_name: name of the adapter to fill.
+        ignore_mismatched_sizes: leave out tensors of another shape, with a warning, instead of raising.
+        low_cpu_mem_usage: the adapter was made on the meta device; its tensors are replaced, not written to. Tensors
+            on the meta device are recognised without it, too.
+
+    Returns:
+        `missing_keys`: tensors of the model that were not set (also those of the base model and of other adapters);
+        `unexpected_keys`: keys of the checkpoint that belong to nothing in the model.
+
+    Raises:
+        PeftKeyError: if there is no adapter of that name.
+        PeftRuntimeError: if shapes differ, or no key belongs to the adapter.
+        PeftValueError: if a tensor has entries that are not finite.
+    """
+    config = _config_of(model, adapter_name)
+    keys = adapter_key_map(model, adapter_name)
+    own = set(keys.values())
+    keys.update(_bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
+    for saved, live in _embedding_keys(model).items():
+        keys.setdefault(saved, live)
+    tensors = _live_tensors(model, {keys[key] for key in peft_model_state_dict if key in keys})
+    found = {keys[key]: value for key, value in peft_model_state_dict.items() if key in keys}
+    unexpected = [key for key in peft_model_state_dict if key not in keys]
+    if peft_model_state_dict and not own & set(found):
+        raise PeftRuntimeError(_explain_no_key(adapter_name, list(peft_model_state_dict), list(keys)))
+    mismatched = {key: value for key, value in found.items() if value.shape != tensors[key].shape}
+    _refuse_not_finite(found)
+    if mismatched:
+        _report_mismatch(mismatched, tensors, ignore_mismatched_sizes)
+    _assign(model, tensors, {key: value for key, value in found.items() if key not in mismatched})
+    loaded = set(found) - set(mismatched)
+    missing = [key for key in model.state_dict() if key not in loaded]
+    return _IncompatibleKeys(missing_keys=missing, unexpected_keys=unexpected)
+
+
+def _live_tensors(model: nn.Module, keys: set[str]) -> dict[str, torch.Tensor]:
+    """Find parameters and buffers by their key in the state dict."""
+    tensors = {}
+    for key in keys:
+        path, _, name = key.rpartition(".")
+        module = model.get_submodule(path)
+        tensors[key] = module._parameters[name] if name in module._parameters else module._buffers[name]
+    return tensors
+
+
+def _explain_no_key(adapter_name: str, found: list[str], expected: list[str]) -> str:
+    return (
+        f"none of the checkpoint's {len(found)} keys belongs to adapter {adapter_name!r}. It holds {found[0]!r}"
+        f"{' and others' if len(found) > 1 else ''}, the model expects {expected[0] if expected else 'none'!r}"
+        f"{' and others' if len(expected) > 1 else ''}. The checkpoint was made for another architecture or another "
+        "config; names that only differ by a prefix can be translated with key_mapping"
+    )
+
+
+def _refuse_not_finite(found: Mapping[str, torch.Tensor]) -> None:
+    broken = [key for key, value in found.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if broken:
+        raise PeftValueError(
+            f"{len(broken)} tensors of the checkpoint have entries that are not finite, the first is {broken[0]!r}; "
+            "nothing was loaded. The training run has diverged or the file is damaged: use an earlier checkpoint"
+        )
+
+
+def _report_mismatch(
+    mismatched: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], ignore: bool
+) -> None:
+    details = [
+        f"{key}: checkpoint {tuple(value.shape)}, model {tuple(tensors[key].shape)}"
+        for key, value in mismatched.items()
+    ]
+    text = f"{len(details)} tensors of the checkpoint have another shape than in the model ({'; '.join(details[:4])})"
+    if ignore:
+        warn(f"{text}; they were left out, because ignore_mismatched_sizes=True")
+        return
+    grown = [key for key, value in mismatched.items() if value.shape[1:] == tensors[key].shape[1:]]
+    hint = "check the rank and the base model"
+    if grown and len(grown) == len(mismatched) and len({mismatched[key].shape[0] for key in grown}) == 1:
+        size = mismatched[grown[0]].shape[0]
+        hint = (
+            f"if the vocabulary was resized for training, call model.resize_token_embeddings({size}) on the base first"
+        )
+    raise PeftRuntimeError(f"{text}; nothing was loaded. What to do: {hint}")
+
+
+def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    """Write values into tensors; a tensor without storage is replaced wherever the model holds it."""
+    replaced: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        for key, value in values.items():
+            tensor = tensors[key]
+            if not tensor.is_meta:
+                tensor.copy_(value)
+            elif id(tensor) not in replaced:
+                replaced[id(tensor)] = _materialised(tensor, value)
+    if replaced:
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if id(tensor) in replaced:
+                        held[name] = replaced[id(tensor)]
+
+
+def _materialised(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    value = value.detach().to(tensor.dtype, copy=True)
+    return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+# ------------------------------------------------------------------------------------------ files
+def load_peft_weights(
+    model_id: str,
+    device: str | None = None,
+    key_mapping: dict[str, str] | None = None,
+    **hf_hub_download_kwargs: Any,
+) -> dict[str, torch.Tensor]:
+    """
+    Read the tensors of a checkpoint from a local folder or from the hub.
+
+    Args:
+        model_id: folder, or hub id.
+        device: where to put them; an accelerator if there is one.
+        key_mapping: regular expression -> replacement for keys (without `base_model.model.` in front); the first
+            expression that matches a key is used.
+        hf_hub_download_kwargs: `subfolder`, `revision`, `token`, ...
+
+    Raises:
+        PeftPathError: if there is no such file.
+        PeftValueError: if the file is damaged, or holds anything but tensors.
+    """
+    device = infer_device() if device is None else device
+    path = _find_weights_file(os.fspath(model_id), hf_hub_download_kwargs)
+    tensors = _read_safetensors(path, device) if path.endswith(".safetensors") else _read_pickle(path, device)
+    if key_mapping:
+        tensors = {_mapped_key(key, key_mapping): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+def _find_weights_file(model_id: str, hub_kwargs: dict[str, Any]) -> str:
+    subfolder = hub_kwargs.get("subfolder")
+    folder = os.path.join(model_id, subfolder) if subfolder else model_id
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        if os.path.isfile(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    if os.path.isdir(model_id):
+        found = sorted(os.listdir(folder))[:10] if os.path.isdir(folder) else "no such folder"
+        raise PeftPathError(
+            f"no {SAFETENSORS_WEIGHTS_NAME} in {folder!r} (found: {found}); save_pretrained writes one"
+        )
+    from huggingface_hub import hf_hub_download
+
+    hub_kwargs = {name: value for name, value in hub_kwargs.items() if name != "device"}
+    errors = []
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        try:
+            return hf_hub_download(model_id, name, **hub_kwargs)
+        except Exception as error:  # the hub's client has dozens of classes for 'cannot be had'
+            errors.append(error)
+    raise PeftPathError(
+        f"no {SAFETENSORS_WEIGHTS_NAME} at {model_id!r}: it is no local folder, and the hub answered: {errors[0]}"
+    ) from errors[0]
+
+
+def _read_safetensors(path: str, device: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path, device=device)
+    except (SafetensorError, OSError) as error:
+        raise PeftValueError(
+            f"{path!r} is not a whole safetensors file ({error}); copy or download it again"
+        ) from error
+
+
+def _read_pickle(path: str, device: str) -> dict[str, torch.Tensor]:
+    try:
+        tensors = torch_load(path, map_location=device)
+    except UnpicklingError as error:
+        raise PeftValueError(
+            f"{path!r} holds more than tensors, and loading it could run code: {error}. Ask for the adapter in "
+            "safetensors format"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise PeftValueError(f"{path!r} is not a whole PyTorch file ({error}); copy or download it again") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise PeftValueError(f"{path!r} does not hold a dictionary of tensors")
+    return tensors
+
+
+def torch_load(*args: Any, weights_only: bool = True, **kwargs: Any) -> Any:
+    """Call `torch.load`, by default so that a file cannot run code."""
+    return torch.load(*args, weights_only=weights_only, **kwargs)
+
+
+def _mapped_key(key: str, key_mapping: Mapping[str, str]) -> str:
+    prefix = "base_model.model."
+    name = key.removeprefix(prefix)
+    for pattern, replacement in key_mapping.items():
+        changed, count = re.subn(pattern, replacement, name)
+        if count:
+            return key[: len(key) - len(name)] + changed
+    return key
+
+
+# ------------------------------------------------------------------------------------------ base model
+def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    Give the state dict that the base model would have without adapters around its modules.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tensors = base.state_dict()
+    return {clean: tensors[live] for clean, live in _base_keys(base, tensors).items()}
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], strict: bool = True
+) -> _IncompatibleKeys:
+    """
+    Load a state dict of the base model into a model with adapters.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+        state_dict: keys as the base model has them.
+        strict: raise if keys are missing or unexpected.
+
+    Raises:
+        PeftRuntimeError: with `strict`, if keys differ.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    keys = _base_keys(base, base.state_dict())
+    missing = [key for key in keys if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in keys]
+    if strict and (missing or unexpected):
+        raise PeftRuntimeError(
+            f"keys of the base model's state dict differ: missing {missing[:5]} ({len(missing)}), unexpected "
+            f"{unexpected[:5]} ({len(unexpected)}); strict=False loads what fits"
+        )
+    base.load_state_dict({keys[key]: value for key, value in state_dict.items() if key in keys}, strict=False)
+    return _IncompatibleKeys(missing_keys=missing, unexpected_keys=unexpected)
+
+
+def _base_keys(base: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Map the keys that the bare base model has to those that it has now."""
+    wrapped = {name: module._base_names[0] for name, module in adapter_modules(base)}
+    keys = {live: _without_wrappers(live, wrapped) for live in tensors}
+    return {clean: live for live, clean in keys.items() if clean is not None}
+
+
+def _without_wrappers(live: str, wrapped: Mapping[str, str]) -> str | None:
+    """Take adapter modules out of a key; None for a key of their own tensors."""
+    path, clean = "", []
+    for part in live.split("."):
+        if path not in wrapped:
+            clean.append(part)
+        elif part != wrapped[path]:
+            return None
+        path = f"{path}.{part}" if path else part
+    return ".".join(clean)

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""The warning category of the package, and the way to give one."""
+
+import os
+import sys
+import warnings
+
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+class PeftWarning(UserWarning):
+    """Base class of the package's warnings, so that all of them can be filtered at once."""
+
+
+def warn(message: str) -> None:
+    """
+    Give a `PeftWarning` that points at the caller's code, however deep in the package it arises.
+
+    Args:
+        message: what is wrong, what was found and what to do.
+    """
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, "<string>")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, PeftWarning, stacklevel=level)
