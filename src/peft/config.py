@@ -221,7 +221,14 @@ class PeftConfig(PeftConfigMixin):
         base_model_name_or_path: where the base model comes from.
         revision: revision of the base model on the hub.
         inference_mode: whether the adapter is frozen.
+
+    Attributes:
+        modules_to_tie: recorded while an adapter is injected, never saved: full name of each module that has to follow
+            another one, because they share a parameter -> full name of the module that it follows.
     """
+
+    # how the config applies to one model: found out while injecting, never written to a file
+    modules_to_tie = None
 
     base_model_name_or_path: str | None = field(default=None, metadata={"help": "Where the base model is from."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the hub."})

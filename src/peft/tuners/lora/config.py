@@ -280,6 +280,7 @@ class LoraConfig(PeftConfig):
         use_bdlora: settings of block-diagonal LoRA.
         arrow_config: settings of Arrow routing.
         kasa_config: settings of KaSA.
+        ensure_weight_tying: keep tied modules tied: what one of them learns, all of them use.
 
     Raises:
         ValueError: for values that cannot work together.
@@ -352,6 +353,7 @@ class LoraConfig(PeftConfig):
     use_bdlora: BdLoraConfig | None = _option(None, "Settings of block-diagonal LoRA.")
     arrow_config: ArrowConfig | None = _option(None, "Settings of Arrow routing.")
     kasa_config: KasaConfig | None = _option(None, "Settings of KaSA.")
+    ensure_weight_tying: bool = _option(False, "Keep tied modules tied.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -380,6 +382,8 @@ class LoraConfig(PeftConfig):
                 warn("loftq_config has no effect unless init_lora_weights='loftq'; it is left out")
 
     def _check_contradictions(self) -> None:
+        if not isinstance(self.ensure_weight_tying, bool):
+            raise TypeError(f"ensure_weight_tying must be True or False, found {self.ensure_weight_tying!r}")
         if self.target_parameters is not None and isinstance(self.target_parameters, str):
             raise TypeError(f"target_parameters must be a list of names, found {self.target_parameters!r}")
         if self.use_dora and self.megatron_config:
