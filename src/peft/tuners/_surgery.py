@@ -64,6 +64,21 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in walk(model, into_bases=True) if is_adapter_module(module))
 
 
+def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the base model under the names that they have without adapters around them."""
+    bare_names = {}
+    for name, module in walk(model, into_bases=True):
+        parent, _, key = name.rpartition(".")
+        parent_name, inside_adapter = bare_names.get(parent, ("", False))
+        if inside_adapter:  # the base of an adapter module takes the adapter module's name
+            bare = parent_name
+        else:
+            bare = f"{parent_name}.{key}" if parent_name else key
+        bare_names[name] = (bare, is_adapter_module(module))
+        if not is_adapter_module(module):
+            yield bare, module
+
+
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters of the base model, that is all but those that adapters brought along."""
     for name, module in walk(model, into_bases=True):
