@@ -39,6 +39,7 @@ from ..utils.other import (
     set_additional_trainable_modules,
 )
 from ..utils.peft_types import TaskType
+from ..utils.tying import describe_loss, find_reached_ties, find_tied_groups
 from ..utils.warning import warn
 from ._layer import ActivationLayer, AdditiveLayer, BaseTunerLayer, WeightLayer
 from ._matching import Targets, check_target_module_exists, find_targets, lies_in, near_names
@@ -213,6 +214,7 @@ class BaseTuner(nn.Module, ABC):
         self._check_new_adapter_config(adapter_name, config)
         self._resolve_targets(model, config)
         names = self._matched_names(model, config, state_dict)
+        self._check_tied_modules(model, config)
         check_additional_trainable_modules(model, config)
         with making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype):
             self._place_layers(model, adapter_name, config, names)
@@ -313,6 +315,21 @@ class BaseTuner(nn.Module, ABC):
             if getattr(config, name, None) is not None
         )
         return f"no module to adapt: target_modules={wanted!r}{details} matches nothing; {hint}"
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        """
+        Find out what the config does to tied weights, before anything is changed.
+
+        Here it only warns about ties that are going to be lost. Methods that can keep them extend it: they record the
+        modules that have to follow in `peft_config.modules_to_tie`, and refuse what cannot be kept.
+
+        Args:
+            model: the base model.
+            peft_config: config with resolved targets; what is found out is recorded on it.
+        """
+        lost = [tie for tie in find_reached_ties(model, peft_config, find_tied_groups(model)) if tie.comes_apart]
+        if lost:
+            warn(describe_loss(peft_config, lost))
 
     def _place_layers(self, model: nn.Module, adapter_name: str, config: PeftConfig, names: list[str]) -> None:
         """

@@ -7,11 +7,15 @@ Two places of a model are tied if they hold one parameter object. Nothing else m
 a config.
 """
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..config import PeftConfig
+from ..tuners._matching import check_target_module_exists, matching_entry
 from ..tuners._surgery import bare_modules, is_adapter_module
+from .error import PeftValueError
 
 
 @dataclass(frozen=True)
@@ -91,3 +95,164 @@ def _input_embedding(model: nn.Module) -> nn.Module | None:
     while embedding is not None and is_adapter_module(embedding):
         embedding = embedding._modules[embedding._base_names[0]]
     return embedding
+
+
+# ------------------------------------------------------------------------------------------ record
+@dataclass(frozen=True)
+class ReachedTie:
+    """
+    A tied group of which a config reaches at least one member.
+
+    Attributes:
+        group: the group.
+        saved: members that lie in a module of `modules_to_save` -> full name of that module.
+        targeted: members whose module is a target.
+    """
+
+    group: TiedGroup
+    saved: dict[str, str] = field(hash=False)
+    targeted: tuple[str, ...] = ()
+
+    @property
+    def comes_apart(self) -> bool:
+        """Whether the members would no longer be one if nothing were done about it."""
+        in_one_copy = len(self.saved) == len(self.group.members) and len(set(self.saved.values())) == 1
+        return bool(self.targeted) or not in_one_copy
+
+
+def find_reached_ties(model: nn.Module, config: PeftConfig, groups: Iterable[TiedGroup]) -> list[ReachedTie]:
+    """
+    Find the tied groups that a config reaches, by any route.
+
+    Args:
+        model: the model, not changed yet by this config.
+        config: a config whose targets are resolved.
+        groups: the model's tied groups.
+    """
+    saved_modules = outermost(_names_matching(model, getattr(config, "modules_to_save", None) or ()))
+    reached = []
+    for group in groups:
+        saved = {m: name for m in group.members if (name := _containing(saved_modules, module_of(m))) is not None}
+        targeted = tuple(
+            member
+            for member in group.members
+            if member not in saved
+            and member.endswith("weight")
+            and config.target_modules is not None
+            and check_target_module_exists(config, module_of(member))
+        )
+        if saved or targeted:
+            reached.append(ReachedTie(group, saved, targeted))
+    return reached
+
+
+def _names_matching(model: nn.Module, entries: Collection[str]) -> list[str]:
+    wanted = set(entries)
+    return [name for name, _ in bare_modules(model) if name and matching_entry(wanted, name) is not None]
+
+
+def outermost(names: Iterable[str]) -> list[str]:
+    """Leave out names of modules that lie inside other named modules."""
+    names = list(names)
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def _containing(modules: Iterable[str], name: str) -> str | None:
+    """Find the module that is, or contains, the module of that name."""
+    return next((module for module in modules if name == module or name.startswith(f"{module}.")), None)
+
+
+def followers_of_saved(reached: Iterable[ReachedTie]) -> dict[str, str]:
+    """
+    Work out which modules have to follow which, so that saved members of tied groups stay tied.
+
+    The module that holds a group's owner is trained, whether it was named or another member was; every other module
+    that holds a member follows it.
+
+    Args:
+        reached: tied groups that `modules_to_save` reaches.
+
+    Returns:
+        Full name of a module -> full name of the module that it follows, which is never a follower itself.
+
+    Raises:
+        PeftValueError: if a module cannot follow. Nothing has been changed then.
+    """
+    ties: dict[str, str] = {}
+    for tie in reached:
+        owner, *followers = _wrappable_modules(tie)
+        for module in followers:
+            if ties.setdefault(module, owner) != owner or module in ties.values() or owner in ties:
+                raise PeftValueError(
+                    f"{module!r} shares parameters with {ties[module]!r} and with {owner!r} and cannot follow both; "
+                    "list modules in modules_to_save that lie inside these"
+                )
+    return ties
+
+
+def _wrappable_modules(tie: ReachedTie) -> list[str]:
+    """
+    Find the modules to replace so that every member of a group is trained, the one with the owner first.
+
+    A parameter may stand on a module that contains other members and so cannot be replaced. If it is a bias (BERT's
+    head has one for the sake of its name), it takes part in no computation and gets the trained value when the adapter
+    is merged. A matrix is refused.
+    """
+    group = tie.group
+    modules = {member: tie.saved.get(member, module_of(member)) for member in group.members}
+    containers = [member for member, module in modules.items() if _contains_one_of(module, modules.values())]
+    if containers and group.parameter.dim() >= 2:
+        raise PeftValueError(_explain_not_wrappable(containers[0], group))
+    return list(dict.fromkeys(module for member, module in modules.items() if member not in containers))
+
+
+def _contains_one_of(module: str, others: Iterable[str]) -> bool:
+    prefix = f"{module}." if module else ""
+    return any(other != module and other.startswith(prefix) for other in others)
+
+
+def _explain_not_wrappable(member: str, group: TiedGroup) -> str:
+    return (
+        f"ensure_weight_tying=True cannot be kept for {', '.join(map(repr, group.members))}: {member!r} stands on a "
+        "module that contains other members, and cannot be replaced without replacing them; nothing was changed. Make "
+        "it the parameter of a module of its own, or set ensure_weight_tying=False to train the named modules alone"
+    )
+
+
+def describe_loss(config: PeftConfig, ties: Iterable[ReachedTie]) -> str:
+    """
+    Say what becomes of tied groups that a config reaches without keeping them tied.
+
+    Args:
+        config: the config.
+        ties: groups that come apart.
+    """
+    parts = []
+    for tie in ties:
+        named = ", ".join(repr(name) for name in dict.fromkeys([*tie.saved.values(), *map(module_of, tie.targeted)]))
+        members = ", ".join(repr(member) for member in tie.group.members)
+        parts.append(f"{named} (tied: {members})")
+    ways = ["name none of these modules, so that all of them stay frozen"]
+    if hasattr(config, "ensure_weight_tying"):
+        ways.insert(0, "set ensure_weight_tying=True to train them as one")
+    return (
+        f"the config reaches modules that share a weight with others: {'; '.join(parts)}. Each is adapted by itself, "
+        f"so they are no longer tied after training. To keep them tied, {', or '.join(ways)}"
+    )
+
+
+def describe_no_effect(model: nn.Module, groups: Iterable[TiedGroup]) -> str:
+    """
+    Say why `ensure_weight_tying=True` has nothing to do.
+
+    Args:
+        model: the base model.
+        groups: its tied groups, none of which the config reaches.
+    """
+    groups = list(groups)
+    if groups:
+        members = "; ".join(", ".join(repr(member) for member in group.members) for group in groups)
+        return f"ensure_weight_tying=True has no effect: the config reaches none of the tied weights ({members})"
+    flag = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+    says = "" if flag is None else f" (its config says tie_word_embeddings={flag})"
+    return f"ensure_weight_tying=True has no effect: no two modules of the model share a parameter{says}"

@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from ...config import PeftConfig
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftNotImplementedError
+from ...utils.tying import describe_no_effect, find_reached_ties, find_tied_groups, followers_of_saved
+from ...utils.warning import warn
 from .._matching import pattern_lookup
 from ..tuners_utils import BaseTuner, BaseTunerLayer
 from .config import LoraConfig
@@ -63,6 +65,29 @@ class LoraModel(BaseTuner):
         asked = [name for name in _NOT_IMPLEMENTED if getattr(config, name)]
         if asked:
             raise PeftNotImplementedError(f"LoRA of this version does not have: {', '.join(asked)}; leave them out")
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: LoraConfig) -> None:
+        """
+        With `ensure_weight_tying`, record which modules have to follow which; without it, warn about lost ties.
+
+        Raises:
+            PeftValueError: if a tie cannot be kept; nothing has been changed then.
+        """
+        peft_config.modules_to_tie = {}
+        if not peft_config.ensure_weight_tying:
+            super()._check_tied_modules(model, peft_config)
+            return
+        groups = find_tied_groups(model)
+        reached = find_reached_ties(model, peft_config, groups)
+        if not reached:
+            warn(describe_no_effect(model, groups))
+        targeted = [member for tie in reached for member in tie.targeted]
+        if targeted:
+            raise PeftNotImplementedError(
+                f"ensure_weight_tying=True does not work for tied modules that are targets ({', '.join(targeted)}) in "
+                "this version; list them in modules_to_save, or take them out of target_modules"
+            )
+        peft_config.modules_to_tie = followers_of_saved(reached)
 
     def _layer_arguments_for(self, config: LoraConfig) -> Callable[[str], dict[str, Any]]:
         rank, alpha = pattern_lookup(config.rank_pattern), pattern_lookup(config.alpha_pattern)
