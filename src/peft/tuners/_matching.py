@@ -56,6 +56,15 @@ def lies_in(names: Collection[str], key: str) -> bool:
     return any(matching_entry(lookup, key[:end]) is not None for end in ends)
 
 
+def outermost(names: Iterable[str]) -> list[str]:
+    """Leave out names of modules that lie inside other named ones."""
+    names = list(dict.fromkeys(names))
+    given = set(names)
+    return [
+        name for name in names if not any(name[:i] in given for i, character in enumerate(name) if character == ".")
+    ]
+
+
 @lru_cache(maxsize=256)
 def _compiled(pattern: str) -> re.Pattern:
     return re.compile(pattern)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
-from ..tuners._matching import get_pattern_key, match_target_against_key, matching_entry
+from ..tuners._matching import get_pattern_key, match_target_against_key, matching_entry, outermost
 from ..tuners._new_tensors import on_meta
 from ..tuners._surgery import Slots, walk
 from .constants import (
@@ -240,28 +240,65 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     Args:
         module_to_save: the module of the base model; it stays frozen and unchanged.
         adapter_name: adapter to start with.
+        tied_module: see `update`.
+        only: see `update`.
     """
 
     adapter_layer_names = ("modules_to_save",)
 
-    def __init__(self, module_to_save: nn.Module, adapter_name: str) -> None:
-        super().__init__(module_to_save, adapter_name)
+    def __init__(
+        self,
+        module_to_save: nn.Module,
+        adapter_name: str,
+        tied_module: "ModulesToSaveWrapper | None" = None,
+        only: Collection[str] | None = None,
+    ) -> None:
+        super().__init__(module_to_save, adapter_name, tied_module=tied_module, only=only)
 
     def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
         """Make the container for the copies."""
         self.modules_to_save = nn.ModuleDict()
 
-    def update(self, adapter_name: str, **kwargs: Any) -> None:
+    def update(
+        self,
+        adapter_name: str,
+        tied_module: "ModulesToSaveWrapper | None" = None,
+        only: Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """
         Make a copy for an adapter.
 
+        Parameters that the module shares with `tied_module` are not copied: the copy gets the very parameters that
+        the adapter trains there, so that nothing is held twice, not even while this runs.
+
         Args:
             adapter_name: name.
+            tied_module: wrapper of the module to follow; it has this adapter already.
+            only: names of the module's parameters to train; the copy shares the others with the base model. All
+                parameters if left out.
             kwargs: none.
         """
+        instead = {}
+        if tied_module is not None:
+            instead = tied_module.parameters_in_place_of(adapter_name)
+        if only is not None:
+            own = dict(self.original_module.named_parameters(remove_duplicate=False))
+            instead.update((id(p), p) for name, p in own.items() if name not in only)
         with gather_params_ctx(self.original_module.parameters()):
-            self.modules_to_save[adapter_name] = copy_module(self.original_module)
+            self.modules_to_save[adapter_name] = copy_module(self.original_module, instead)
         self.set_requires_grad(adapter_name)
+
+    def parameters_in_place_of(self, adapter_name: str) -> dict[int, nn.Parameter]:
+        """Map the id of each parameter of the base module to what an adapter has in its place."""
+        copied = dict(self.modules_to_save[adapter_name].named_parameters(remove_duplicate=False))
+        return {id(p): copied[name] for name, p in self.original_module.named_parameters(remove_duplicate=False)}
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters that an adapter trains here; those that its copy shares with the base are none."""
+        if adapter_name in self.modules_to_save:
+            base = {id(parameter) for parameter in self.original_module.parameters()}
+            yield from (p for p in self.modules_to_save[adapter_name].parameters() if id(p) not in base)
 
     def _current_module(self) -> nn.Module:
         if not self._disable_adapters:
@@ -284,8 +321,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Yield for each tensor of a copy its key in a checkpoint and its key in this module's state dict."""
         if adapter_name in self.modules_to_save:
-            for key in self.modules_to_save[adapter_name].state_dict():
-                yield key, f"modules_to_save.{adapter_name}.{key}"
+            copied = self.modules_to_save[adapter_name].state_dict(keep_vars=True)
+            base = {id(parameter) for parameter in self.original_module.parameters()}
+            for key, tensor in copied.items():
+                if id(tensor) not in base:
+                    yield key, f"modules_to_save.{adapter_name}.{key}"
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -305,16 +345,18 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return module
 
 
-def copy_module(module: nn.Module) -> nn.Module:
+def copy_module(module: nn.Module, instead: Mapping[int, nn.Parameter]) -> nn.Module:
     """
     Copy a module with its parameters.
 
     Args:
         module: what to copy. Adapters that are made without storage get a copy without storage.
+        instead: id of a parameter -> the parameter that the copy has in its place. These are never copied.
     """
-    replaced = {}
+    replaced = dict(instead)
     if on_meta():
-        replaced = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()}
+        for parameter in module.parameters():
+            replaced.setdefault(id(parameter), nn.Parameter(torch.empty_like(parameter, device="meta")))
     return copy.deepcopy(module, replaced)
 
 
@@ -346,6 +388,8 @@ def _set_trainable(
     strict_module_check: bool = False,
     wrapper_cls: type[AuxiliaryTrainingWrapper] = ModulesToSaveWrapper,
     activate_adapter: bool = True,
+    tied_module: ModulesToSaveWrapper | None = None,
+    full_names: bool = False,
     **wrapper_kwargs: Any,
 ) -> list[str]:
     """
@@ -359,6 +403,8 @@ def _set_trainable(
         strict_module_check: raise if no module matches.
         wrapper_cls: which wrapper.
         activate_adapter: use what is made at once.
+        tied_module: wrapper of a module that these modules follow; see `ModulesToSaveWrapper.update`.
+        full_names: take `module_names` as full names only.
         wrapper_kwargs: for the wrapper.
 
     Returns:
@@ -368,8 +414,11 @@ def _set_trainable(
         PeftValueError: with `strict_module_check`, if no module matches.
     """
     modules = _modules_named(model, module_names)
-    # what lies inside a module that is saved as a whole is saved with it
-    names = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
+    if full_names:
+        modules = {name: modules[name] for name in module_names}
+    if tied_module is not None:
+        wrapper_kwargs["tied_module"] = tied_module
+    names = outermost(modules)
     if strict_module_check and not names:
         raise PeftValueError(f"no module of the model is named {', '.join(module_names)}")
     slots = Slots(model)
@@ -429,14 +478,40 @@ def set_additional_trainable_modules(
         adapter_name: name of the adapter.
         activate_adapter: use what is made at once.
     """
-    if getattr(peft_config, "modules_to_save", None):
-        _set_trainable(
-            model,
-            adapter_name,
-            peft_config.modules_to_save,
-            inference_mode=peft_config.inference_mode,
-            activate_adapter=activate_adapter,
-        )
+    names = getattr(peft_config, "modules_to_save", None)
+    if not names:
+        return
+    ties = peft_config.modules_to_tie or {}
+    options = {
+        "inference_mode": peft_config.inference_mode,
+        "activate_adapter": activate_adapter,
+        "full_names": True,
+    }
+    named = outermost(_modules_named(model, names))
+    _set_trainable(model, adapter_name, [name for name in named if name not in ties], **options)
+    # Second stage. Everything that has to follow was recorded before the first module was replaced, so the order in
+    # which modules were named does not matter: owners come first.
+    for owner in dict.fromkeys(ties.values()):
+        followers = [follower for follower, followed in ties.items() if followed == owner]
+        if owner not in named:
+            shared = _shared_parameter_names(model, owner, followers)
+            _set_trainable(model, adapter_name, [owner], only=shared, **options)
+        tied_module = model.get_submodule(owner)
+        for follower in followers:
+            only = None if follower in named else _shared_parameter_names(model, follower, [owner])
+            _set_trainable(model, adapter_name, [follower], tied_module=tied_module, only=only, **options)
+
+
+def _shared_parameter_names(model: nn.Module, name: str, others: Iterable[str]) -> set[str]:
+    """Name the parameters that a module of the base model shares with one of others."""
+    elsewhere = {id(p) for other in others for p in _base_module(model, other).parameters()}
+    own = _base_module(model, name).named_parameters(remove_duplicate=False)
+    return {key for key, parameter in own if id(parameter) in elsewhere}
+
+
+def _base_module(model: nn.Module, name: str) -> nn.Module:
+    module = model.get_submodule(name)
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:

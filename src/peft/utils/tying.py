@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..config import PeftConfig
-from ..tuners._matching import check_target_module_exists, matching_entry
+from ..tuners._matching import check_target_module_exists, matching_entry, outermost
 from ..tuners._surgery import bare_modules, is_adapter_module
 from .error import PeftValueError
 
@@ -149,12 +149,6 @@ def find_reached_ties(model: nn.Module, config: PeftConfig, groups: Iterable[Tie
 def _names_matching(model: nn.Module, entries: Collection[str]) -> list[str]:
     wanted = set(entries)
     return [name for name, _ in bare_modules(model) if name and matching_entry(wanted, name) is not None]
-
-
-def outermost(names: Iterable[str]) -> list[str]:
-    """Leave out names of modules that lie inside other named modules."""
-    names = list(names)
-    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def _containing(modules: Iterable[str], name: str) -> str | None:
