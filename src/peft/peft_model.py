@@ -42,6 +42,7 @@ from .utils.save_and_load import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from .utils.tying import aliases_to_header, split_aliases
 from .utils.warning import warn
 
 
@@ -436,7 +437,9 @@ class PeftModel(PushToHubMixin, nn.Module):
                 resized.
             is_main_process: False to write nothing, on all processes of a run but one.
             path_initial_model_for_weight_conversion: not part of this version.
-            kwargs: `state_dict`, if it had to be gathered from several processes; others are ignored.
+            kwargs: `state_dict`, if it had to be gathered from several processes; `deduplicate_tied=True` to write a
+                tensor that tied modules share once, under the key of the module that owns it (release 0.21.2 needs
+                all keys); others are ignored.
 
         Raises:
             PeftPathError: if the path is a file.
@@ -459,7 +462,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             )
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
             os.makedirs(folder, exist_ok=True)
-            _write_tensors(folder, tensors, safe_serialization)
+            _write_tensors(folder, tensors, safe_serialization, kwargs.get("deduplicate_tied", False))
             self._config_to_save(name).save_pretrained(folder)
 
     def _config_to_save(self, adapter_name: str) -> PeftConfig:
@@ -626,21 +629,21 @@ def _load_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name == "ignore_mismatched_sizes"}
 
 
-def _write_tensors(folder: str, tensors: dict[str, torch.Tensor], safe_serialization: bool) -> None:
+def _write_tensors(
+    folder: str, tensors: dict[str, torch.Tensor], safe_serialization: bool, deduplicate_tied: bool
+) -> None:
     if not safe_serialization:
         write_atomically(os.path.join(folder, WEIGHTS_NAME), lambda path: torch.save(tensors, path))
         return
-    # the format has no notion of two names for one tensor, so a tensor that stands under two names is written twice
-    seen: set[int] = set()
-    whole = {}
-    for key, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        whole[key] = tensor.clone() if pointer in seen or pointer == 0 else tensor
-        seen.add(pointer)
-    write_atomically(
-        os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), lambda path: save_file(whole, path, metadata={"format": "pt"})
-    )
+    kept, aliases = split_aliases(tensors)
+    header = {"format": "pt"}
+    if deduplicate_tied:
+        header.update(aliases_to_header(aliases))
+    else:
+        # the format has no notion of two names for one tensor
+        kept.update((alias, kept[owner].detach().clone()) for alias, owner in aliases.items())
+    whole = {key: tensor.detach().contiguous() for key, tensor in kept.items()}
+    write_atomically(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), lambda path: save_file(whole, path, header))
 
 
 class PeftModelForCausalLM(PeftModel):

@@ -39,7 +39,7 @@ from ..utils.other import (
     set_additional_trainable_modules,
 )
 from ..utils.peft_types import TaskType
-from ..utils.tying import describe_loss, find_reached_ties, find_tied_groups
+from ..utils.tying import describe_loss, find_reached_ties, find_tied_groups, settle_ties
 from ..utils.warning import warn
 from ._layer import ActivationLayer, AdditiveLayer, BaseTunerLayer, WeightLayer
 from ._matching import Targets, check_target_module_exists, find_targets, lies_in, near_names
@@ -499,6 +499,10 @@ class BaseTuner(nn.Module, ABC):
         Raises:
             PeftValueError: if `safe_merge` finds entries that are not finite.
         """
+        if safe_merge:  # what wrappers would refuse later is refused while nothing is merged yet
+            for _, module in adapter_modules(self.model):
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.unload_and_optionally_merge_module(True, True, adapter_names)
         merge_layers(list(self._layers()), adapter_names, safe_merge, progressbar)
         return self._unload(merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
 
@@ -516,6 +520,7 @@ class BaseTuner(nn.Module, ABC):
         return self._unload(merge=bool(biases), safe_merge=False, adapter_names=None)
 
     def _unload(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        groups = find_tied_groups(self.model)
         slots = Slots(self.model)
         # outermost first: an adapter module that another one wraps comes to light when the outer one is taken off
         for _, module in list(adapter_modules(self.model)):
@@ -523,6 +528,11 @@ class BaseTuner(nn.Module, ABC):
                 slots.replace(module, module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
             else:
                 slots.replace(module, module.base_layer)
+        if merge:
+            names = self.active_adapters if adapter_names is None else adapter_names
+            configs = [self.peft_config[name] for name in names if name in self.peft_config]
+            keep = any(getattr(config, "ensure_weight_tying", False) for config in configs)
+            settle_ties(self.model, groups, keep)
         self.model.__dict__.pop("peft_config", None)
         return self.model
 

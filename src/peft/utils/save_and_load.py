@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -28,6 +28,7 @@ from .constants import (
 )
 from .error import PeftKeyError, PeftPathError, PeftRuntimeError, PeftValueError
 from .other import AuxiliaryTrainingWrapper, infer_device
+from .tying import restore_aliases
 from .vocabulary import vocabulary_has_grown
 from .warning import warn
 
@@ -57,10 +58,14 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
         adapter_name: name.
 
     Returns:
-        Key in a checkpoint -> key in the model's state dict.
+        Key in a checkpoint -> key in the model's state dict. Of modules that share a tensor, the owner comes first.
     """
+    config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+    followers = set(getattr(config, "modules_to_tie", None) or ())
+    base_name = "base_model.model." if hasattr(model, "get_base_model") else ""
+    modules = sorted(adapter_modules(model), key=lambda item: item[0].removeprefix(base_name) in followers)
     keys = {}
-    for name, module in adapter_modules(model):
+    for name, module in modules:
         prefix = f"{name}." if name else ""
         for saved, live in module.adapter_keys(adapter_name):
             keys[prefix + saved] = prefix + live
@@ -210,8 +215,8 @@ def set_peft_model_state_dict(
     keys.update(_bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
     for saved, live in _embedding_keys(model).items():
         keys.setdefault(saved, live)
-    tensors = _live_tensors(model, {keys[key] for key in peft_model_state_dict if key in keys})
-    found = {keys[key]: value for key, value in peft_model_state_dict.items() if key in keys}
+    tensors = _live_tensors(model, set(keys.values()))
+    found = {live: peft_model_state_dict[saved] for saved, live in keys.items() if saved in peft_model_state_dict}
     unexpected = [key for key in peft_model_state_dict if key not in keys]
     if peft_model_state_dict and not own & set(found):
         raise PeftRuntimeError(_explain_no_key(adapter_name, list(peft_model_state_dict), list(keys)))
@@ -219,8 +224,11 @@ def set_peft_model_state_dict(
     _refuse_not_finite(found)
     if mismatched:
         _report_mismatch(mismatched, tensors, ignore_mismatched_sizes)
-    _assign(model, tensors, {key: value for key, value in found.items() if key not in mismatched})
-    loaded = set(found) - set(mismatched)
+    values = _one_value_per_tensor({k: v for k, v in found.items() if k not in mismatched}, tensors)
+    # a tensor that several modules share is loaded under all its names, whichever of them stand in the checkpoint
+    filled = {id(tensors[key]) for key in values}
+    loaded = {key for key, tensor in tensors.items() if id(tensor) in filled}
+    _assign(model, tensors, values)
     missing = [key for key in model.state_dict() if key not in loaded]
     return _IncompatibleKeys(missing_keys=missing, unexpected_keys=unexpected)
 
@@ -233,6 +241,27 @@ def _live_tensors(model: nn.Module, keys: set[str]) -> dict[str, torch.Tensor]:
         module = model.get_submodule(path)
         tensors[key] = module._parameters[name] if name in module._parameters else module._buffers[name]
     return tensors
+
+
+def _one_value_per_tensor(
+    found: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Where a checkpoint has several values for one tensor of the model, take the first, which is the owner's."""
+    values: dict[str, torch.Tensor] = {}
+    first: dict[int, str] = {}
+    disagreeing = []
+    for key, value in found.items():
+        owner = first.setdefault(id(tensors[key]), key)
+        if owner == key:
+            values[key] = value
+        elif value is not found[owner] and not torch.equal(value.to(found[owner].device), found[owner]):
+            disagreeing.append(f"{key} (now that of {owner})")
+    if disagreeing:
+        warn(
+            f"the checkpoint has other values for {', '.join(disagreeing)}, although these modules are tied in the "
+            "model; the owner's values are used. It was probably saved by a version that let ties come apart"
+        )
+    return values
 
 
 def _explain_no_key(adapter_name: str, found: list[str], expected: list[str]) -> str:
@@ -353,7 +382,9 @@ def _find_weights_file(model_id: str, hub_kwargs: dict[str, Any]) -> str:
 
 def _read_safetensors(path: str, device: str) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path, device=device)
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+        return restore_aliases(load_file(path, device=device), header)
     except (SafetensorError, OSError) as error:
         raise PeftValueError(
             f"{path!r} is not a whole safetensors file ({error}); copy or download it again"

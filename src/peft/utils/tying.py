@@ -7,15 +7,19 @@ Two places of a model are tied if they hold one parameter object. Nothing else m
 a config.
 """
 
-from collections.abc import Collection, Iterable
+import json
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import PeftConfig
 from ..tuners._matching import check_target_module_exists, matching_entry, outermost
 from ..tuners._surgery import bare_modules, is_adapter_module
 from .error import PeftValueError
+from .warning import warn
 
 
 @dataclass(frozen=True)
@@ -250,3 +254,121 @@ def describe_no_effect(model: nn.Module, groups: Iterable[TiedGroup]) -> str:
     flag = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
     says = "" if flag is None else f" (its config says tie_word_embeddings={flag})"
     return f"ensure_weight_tying=True has no effect: no two modules of the model share a parameter{says}"
+
+
+# ------------------------------------------------------------------------------------------ merge, save, load
+def settle_ties(model: nn.Module, groups: Iterable[TiedGroup], keep: bool) -> None:
+    """
+    Bring the ties of a base model in order after adapters were merged into it.
+
+    Where an adapter has put a trained parameter in the place of some members, the rest of the group gets it too, if
+    ties are to be kept. Otherwise the group has come apart on purpose: the model's config is told so, since a reader
+    of the saved model would tie the members again and lose what was trained.
+
+    Args:
+        model: the base model, without adapters.
+        groups: its tied groups, as they were before.
+        keep: whether ties are to be kept.
+    """
+    apart = []
+    for group in groups:
+        present = [_parameter(model, member) for member in group.members]
+        trained = {id(p): p for p in present if p is not group.parameter}
+        if len({id(p) for p in present}) == 1:
+            continue
+        if keep and len(trained) == 1:
+            (parameter,) = trained.values()
+            for member in group.members:
+                _set_parameter(model, member, parameter)
+        else:
+            apart.append(group)
+    if apart:
+        _declare_untied(model, apart)
+
+
+def _parameter(model: nn.Module, member: str) -> nn.Parameter:
+    path, _, key = member.rpartition(".")
+    return model.get_submodule(path)._parameters[key]
+
+
+def _set_parameter(model: nn.Module, member: str, parameter: nn.Parameter) -> None:
+    path, _, key = member.rpartition(".")
+    model.get_submodule(path)._parameters[key] = parameter
+
+
+def _declare_untied(model: nn.Module, apart: Iterable[TiedGroup]) -> None:
+    """Make a model whose members were adapted apart survive saving and loading with transformers."""
+    configs = [config for module in model.modules() for config in _configs_that_tie(module)]
+    for config in configs:
+        config.tie_word_embeddings = False
+    if configs:
+        # The flag stands for all ties at once, and tensors that are still shared are saved under one name only. So
+        # what is still tied gets tensors of its own, or it would be missing in the file.
+        for group in find_tied_groups(model):
+            for member in group.followers:
+                _set_parameter(model, member, nn.Parameter(group.parameter.detach().clone(), requires_grad=False))
+    members = "; ".join(", ".join(repr(member) for member in group.members) for group in apart)
+    flag = "; tie_word_embeddings is False in its config now, so that saving and loading keeps them apart"
+    warn(
+        f"modules that shared a weight were adapted apart and are no longer tied in the merged model ({members})"
+        f"{flag if configs else ''}"
+    )
+
+
+def _configs_that_tie(module: nn.Module) -> list[Any]:
+    """Give the configs of a module, nested ones too, that say that embeddings are tied."""
+    config = getattr(module, "config", None)
+    text = getattr(config, "text_config", None)
+    return [c for c in (config, text) if getattr(c, "tie_word_embeddings", False)]
+
+
+def split_aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """
+    Keep each tensor of a checkpoint once.
+
+    Args:
+        tensors: key -> tensor, the keys of owners before those of followers.
+
+    Returns:
+        The tensors to write, and a table alias -> key under which its tensor is written.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple, str] = {}
+    for key, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        owner = first.setdefault(place, key) if tensor.data_ptr() else key
+        if owner == key:
+            kept[key] = tensor
+        else:
+            aliases[key] = owner
+    return kept, aliases
+
+
+ALIASES_HEADER = "tied_aliases"
+
+
+def aliases_to_header(aliases: Mapping[str, str]) -> dict[str, str]:
+    """Write a table of aliases as an entry of a safetensors header; nothing for an empty table."""
+    return {ALIASES_HEADER: json.dumps(aliases, sort_keys=True)} if aliases else {}
+
+
+def restore_aliases(tensors: dict[str, torch.Tensor], header: Mapping[str, str] | None) -> dict[str, torch.Tensor]:
+    """
+    Give tensors that were written once all their keys again.
+
+    Args:
+        tensors: content of a safetensors file.
+        header: its metadata.
+
+    Raises:
+        PeftValueError: if the table names a key that the file lacks.
+    """
+    try:
+        aliases = json.loads((header or {}).get(ALIASES_HEADER, "{}"))
+        return {**tensors, **{alias: tensors[owner] for alias, owner in aliases.items()}}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise PeftValueError(
+            f"the table of tied tensors in the file's header does not fit its content ({error!r}); the file was "
+            "changed after it was saved"
+        ) from error
