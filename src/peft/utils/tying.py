@@ -9,7 +9,7 @@ a config.
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..tuners._matching import check_target_module_exists, matching_entry, outermost
-from ..tuners._surgery import bare_modules, is_adapter_module
+from ..tuners._surgery import adapter_modules, bare_modules, is_adapter_module
 from .error import PeftValueError
 from .warning import warn
 
@@ -372,3 +372,136 @@ def restore_aliases(tensors: dict[str, torch.Tensor], header: Mapping[str, str] 
             f"the table of tied tensors in the file's header does not fit its content ({error!r}); the file was "
             "changed after it was saved"
         ) from error
+
+
+# ------------------------------------------------------------------------------------------ report
+@dataclass(frozen=True)
+class TyingRow:
+    """
+    One line of a report: what stands at the members of a tied group, for the base model or for one adapter.
+
+    Attributes:
+        members: full names of the parameter; the owner comes first.
+        owner: the member that the others follow.
+        adapter: name of the adapter, None for the base model.
+        route: how the adapter reaches the group: "modules_to_save", "target_modules"; "base model" for the base model.
+        shared: whether all members hold one parameter.
+        bytes: memory of what stands at the members, each tensor counted once.
+    """
+
+    members: tuple[str, ...]
+    owner: str
+    adapter: str | None
+    route: str
+    shared: bool
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TyingReport:
+    """
+    The state of a model's ties; printed, it is a table.
+
+    Attributes:
+        rows: the base model's groups, each followed by what adapters have in their place.
+    """
+
+    rows: tuple[TyingRow, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every tie holds, in the base model and for each adapter."""
+        return all(row.shared for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the report as a dictionary of plain values."""
+        return {"holds": self.holds, "rows": [{**asdict(row), "members": list(row.members)} for row in self.rows]}
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no two modules of the model share a parameter"
+        head = ("tied members (owner first)", "adapter", "route", "shared", "bytes")
+        lines = [
+            (", ".join(r.members), r.adapter or "-", r.route, "yes" if r.shared else "NO", f"{r.bytes:,d}")
+            for r in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+        rule = tuple("-" * width for width in widths)
+        return "\n".join(
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+            for line in (head, rule, *lines)
+        )
+
+
+def weight_tying_report(model: nn.Module) -> TyingReport:
+    """
+    Say which weights of a model are tied, what adapters have in their place, and whether that is tied too.
+
+    Args:
+        model: any model: bare, with injected adapters, a `PeftModel`, or a merged one. Ties that a transformers model
+            declares and does not have are reported as not shared.
+
+    Example:
+
+        >>> import torch
+        >>> from peft.utils.tying import weight_tying_report
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        >>> net[1].weight = net[0].weight
+        >>> print(weight_tying_report(net))
+        tied members (owner first)  adapter  route       shared  bytes
+        --------------------------  -------  ----------  ------  -----
+        0.weight, 1.weight          -        base model  yes     64
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    groups = find_tied_groups(base)
+    rows = []
+    for group in groups:
+        rows.append(_row(group.members, None, "base model", [group.parameter]))
+        for adapter in getattr(model, "peft_config", None) or ():
+            present = _in_place_of(base, group, adapter)
+            if any(parameter is not group.parameter for parameter in present):
+                rows.append(_row(group.members, adapter, "modules_to_save", present))
+    rows += _declared_but_absent(base, groups)
+    return TyingReport(tuple(rows))
+
+
+def _row(members: tuple[str, ...], adapter: str | None, route: str, present: list[torch.Tensor]) -> TyingRow:
+    tensors = {id(tensor): tensor for tensor in present}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return TyingRow(members, members[0], adapter, route, len(tensors) == 1, size)
+
+
+def _in_place_of(base: nn.Module, group: TiedGroup, adapter: str) -> list[nn.Parameter]:
+    """Find what an adapter has in the place of a tied parameter, at each member that takes part in computations."""
+    wrappers = {name: module for name, module in adapter_modules(base) if "modules_to_save" in module._modules}
+    present = []
+    for member in group.members:
+        module = module_of(member)
+        if _contains_one_of(module, wrappers):  # stands there for the sake of its name; see _wrappable_modules
+            continue
+        wrapper = wrappers.get(_containing(wrappers, module))
+        if wrapper is None or adapter not in wrapper.modules_to_save:
+            present.append(group.parameter)
+        else:
+            present.append(wrapper.parameters_in_place_of(adapter)[id(group.parameter)])
+    return present
+
+
+def _declared_but_absent(base: nn.Module, groups: Iterable[TiedGroup]) -> list[TyingRow]:
+    """List ties that a transformers model declares while its config asks for them, but that it does not have."""
+    declared = getattr(base, "all_tied_weights_keys", None)
+    asked = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
+    if not isinstance(declared, Mapping) or not asked:
+        return []
+    parameters = {
+        f"{name}.{key}": parameter
+        for name, module in bare_modules(base)
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    rows = []
+    for follower, owner in declared.items():
+        pair = [parameters.get(owner), parameters.get(follower)]
+        if None not in pair and pair[0] is not pair[1]:
+            rows.append(_row((owner, follower), None, "declared by the model", pair))
+    return rows

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""The report says of every tie whether it holds: in the base model, for each adapter, after merging."""
+
+import json
+
+import pytest
+import torch
+from test_tying_record import SIDES
+from test_tying_tie import adapted, config_for, each_model, train
+from tied_models import TIED_MODELS, llama
+from torch import nn
+
+from peft import get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.tying import TyingRow, weight_tying_report
+
+
+def rows_of(model: nn.Module, adapter: str | None = None) -> list[TyingRow]:
+    """Give the rows of one adapter, or of the base model."""
+    return [row for row in weight_tying_report(model).rows if row.adapter == adapter]
+
+
+@pytest.mark.parametrize("side", SIDES)
+@each_model
+def test_tied_adapter(tied, side):
+    model = adapted(tied, side)
+    report = weight_tying_report(model)
+    assert report.holds
+    (row,) = [row for row in rows_of(model, "default") if row.members == tied.members]
+    matrix = dict(tied.build().named_parameters(remove_duplicate=False))[tied.members[0]]
+    assert (row.owner, row.route, row.shared, row.bytes) == (
+        tied.members[0],
+        "modules_to_save",
+        True,
+        4 * matrix.numel(),
+    )
+
+
+@each_model
+def test_tied_and_untied_adapter_side_by_side(tied):
+    model = adapted(tied)
+    apart = config_for(tied)
+    apart.ensure_weight_tying = False
+    model.add_adapter("apart", apart)
+    assert not weight_tying_report(model).holds
+    assert all(row.shared for row in rows_of(model) + rows_of(model, "default"))
+    (row,) = [row for row in rows_of(model, "apart") if row.members == tied.members]
+    assert not row.shared
+    assert row.bytes == 2 * rows_of(model)[0].bytes
+
+
+@pytest.mark.parametrize("name", TIED_MODELS)
+def test_merged_model(name):
+    tied = TIED_MODELS[name]
+    model = adapted(tied)
+    train(model, tied)
+    merged = model.merge_and_unload()
+    assert weight_tying_report(merged).holds
+    assert [row.members for row in rows_of(merged)] == [row.members for row in rows_of(tied.build())]
+
+
+def test_a_tie_that_is_broken_by_hand_is_seen():
+    model = adapted(TIED_MODELS["llama"])
+    head = model.get_base_model().lm_head
+    assert isinstance(head, ModulesToSaveWrapper)
+    head.modules_to_save["default"].weight = nn.Parameter(head.modules_to_save["default"].weight.detach().clone())
+    assert not weight_tying_report(model).holds
+
+
+def test_declared_ties_that_are_missing_are_seen():
+    model = llama()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    report = weight_tying_report(model)
+    assert not report.holds
+    assert report.rows[0].route == "declared by the model"
+    model.config.tie_word_embeddings = False
+    assert weight_tying_report(model).rows == ()
+
+
+def test_printed_and_as_plain_values():
+    report = weight_tying_report(adapted(TIED_MODELS["llama"]))
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["tied", "members", "(owner", "first)", "adapter", "route", "shared", "bytes"]
+    assert [line.split()[-2] for line in lines[2:]] == ["yes", "yes"]
+    content = json.loads(json.dumps(report.to_dict()))
+    assert content["holds"] is True
+    assert [row["adapter"] for row in content["rows"]] == [None, "default"]
+    assert str(weight_tying_report(nn.Linear(2, 2))) == "no two modules of the model share a parameter"
+
+
+def test_report_does_not_change_the_model():
+    model = adapted(TIED_MODELS["bert"])
+    before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)}
+    weight_tying_report(model)
+    assert {n: (id(p), p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)} == before
+
+
+def test_model_with_injected_adapters_and_no_wrapper_around_it():
+    model = TIED_MODELS["gpt2"].build()
+    get_peft_model(model, config_for(TIED_MODELS["gpt2"]))
+    assert [row.adapter for row in weight_tying_report(model).rows] == [None, "default"]
+    assert torch.is_tensor(model.lm_head.weight)
