@@ -152,7 +152,7 @@ def _ids() -> dict[str, torch.Tensor]:
 
 
 def _source_and_target() -> dict[str, torch.Tensor]:
-    return {**_ids(), "decoder_input_ids": torch.tensor([[1, 9, 7], [1, 4, 2]])}
+    return {**_ids(), "decoder_input_ids": torch.tensor([[2, 9, 7], [2, 4, 6]])}
 
 
 def _ids_and_picture() -> dict[str, torch.Tensor]:

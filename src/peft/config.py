@@ -225,10 +225,12 @@ class PeftConfig(PeftConfigMixin):
     Attributes:
         modules_to_tie: recorded while an adapter is injected, never saved: full name of each module that has to follow
             another one, because they share a parameter -> full name of the module that it follows.
+        target_modules_to_tie: the same for modules that follow a target.
     """
 
     # how the config applies to one model: found out while injecting, never written to a file
     modules_to_tie = None
+    target_modules_to_tie = None
 
     base_model_name_or_path: str | None = field(default=None, metadata={"help": "Where the base model is from."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the hub."})

@@ -20,6 +20,7 @@ from .model_card import write_model_card
 from .tuners._new_tensors import making_tensors
 from .tuners._surgery import adapter_modules
 from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from .utils.adapter_keys import adapter_key_map
 from .utils.constants import (
     DUMMY_MODEL_CONFIG,
     QUESTION_ANSWERING_HEAD_NAMES,
@@ -36,12 +37,7 @@ from .utils.error import (
 from .utils.files import write_atomically
 from .utils.other import AuxiliaryTrainingWrapper
 from .utils.peft_types import PeftType, TaskType
-from .utils.save_and_load import (
-    adapter_key_map,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from .utils.save_and_load import collect_tensors, load_peft_weights, set_peft_model_state_dict
 from .utils.tying import aliases_to_header, split_aliases
 from .utils.warning import warn
 
@@ -457,9 +453,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         os.makedirs(save_directory, exist_ok=True)
         write_model_card(self, save_directory)
         for name in names:
-            tensors = get_peft_model_state_dict(
-                self, kwargs.get("state_dict"), name, save_embedding_layers=save_embedding_layers
-            )
+            tensors = collect_tensors(self, kwargs.get("state_dict"), name, save_embedding_layers)
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
             os.makedirs(folder, exist_ok=True)
             _write_tensors(folder, tensors, safe_serialization, kwargs.get("deduplicate_tied", False))
@@ -610,7 +604,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         """Put a checkpoint's tensors into an adapter, and warn about those of its tensors that got nothing."""
         result = set_peft_model_state_dict(self, weights, adapter_name, ignore_mismatched_sizes)
         own = adapter_key_map(self, adapter_name)
-        missing = sorted(saved for saved, live in own.items() if live in set(result.missing_keys))
+        not_set = set(result.missing_keys)
+        missing = sorted(saved for saved, place in own.items() if place.key in not_set)
         if missing:
             warn(
                 f"the checkpoint lacks {len(missing)} of {len(own)} tensors of adapter {adapter_name!r}; they keep "
@@ -641,7 +636,7 @@ def _write_tensors(
         header.update(aliases_to_header(aliases))
     else:
         # the format has no notion of two names for one tensor
-        kept.update((alias, kept[owner].detach().clone()) for alias, owner in aliases.items())
+        kept.update((alias, place.read(kept[place.key]).detach().clone()) for alias, place in aliases.items())
     whole = {key: tensor.detach().contiguous() for key, tensor in kept.items()}
     write_atomically(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), lambda path: save_file(whole, path, header))
 

@@ -13,6 +13,11 @@ def stores_weight_transposed(layer: nn.Module) -> bool:
     return isinstance(layer, Conv1D)
 
 
+def has_outputs_last(layer: nn.Module) -> bool:
+    """Say whether the last dimension of a layer's weight counts output features: `Conv1D` and embeddings."""
+    return isinstance(layer, (Conv1D, nn.Embedding))
+
+
 def features(layer: nn.Module) -> tuple[int, int]:
     """
     Give the numbers of input and output features of a layer.

@@ -17,8 +17,8 @@ from torch import nn
 from ..utils.error import PeftNotImplementedError, PeftValueError
 from ..utils.warning import warn
 from ._buffer_dict import BufferDict
-from ._kinds import apply_weight, features, stores_weight_transposed
-from ._merging import check_adapters_to_merge, merge_layer, unmerge_layer
+from ._kinds import apply_weight, features, has_outputs_last
+from ._merging import MergeState, check_adapters_to_merge, merge_layer, unmerge_layer
 from ._new_tensors import new_parameter
 
 
@@ -30,7 +30,6 @@ class BaseTunerLayer(ABC):
         adapter_layer_names: attributes that hold trainable tensors by adapter name.
         other_param_names: attributes that hold other settings by adapter name.
         base_layer: the wrapped layer.
-        merged_adapters: names of the adapters that are merged into the base weight, in the order of merging.
     """
 
     _is_adapter_module = True
@@ -38,7 +37,6 @@ class BaseTunerLayer(ABC):
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
-    merged_adapters: list[str] = []
     quantization_backend: str | None = None
 
     _disable_adapters: bool = False
@@ -48,7 +46,11 @@ class BaseTunerLayer(ABC):
         """Take the base layer in; to be called once, after `nn.Module.__init__`."""
         self.base_layer = base_layer
         self.in_features, self.out_features = features(self.get_base_layer())
-        self.merged_adapters = []
+        self._merge_state = MergeState()
+        # whether other modules hold the base weight too; merging this layer alone must not change theirs
+        self.base_is_tied = False
+        # Owners of adapters that are tied: these adapters have no tensors here, they take those of the owner.
+        self._owners: dict[str, BaseTunerLayer] = {}
         # Adapters that shall be trained while adapters are enabled. Kept, so that switching adapters costs time for
         # the adapters that change and not for all that are loaded.
         self._trainable_adapters: set[str] = set()
@@ -76,14 +78,8 @@ class BaseTunerLayer(ABC):
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """Bias of the base layer."""
-        return self.get_base_layer().bias
-
-    def base_tensors(self) -> dict[str, torch.Tensor]:
-        """Give the tensors of the base layer that merging may change: "weight" and, where there is one, "bias"."""
-        layer = self.get_base_layer()
-        tensors = {"weight": layer.weight, "bias": getattr(layer, "bias", None)}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        """Bias of the base layer, None for layers without one."""
+        return getattr(self.get_base_layer(), "bias", None)
 
     # ----------------------------------------------------------------------------------------- adapters and tensors
     def _containers(self) -> Iterator[tuple[str, Any]]:
@@ -95,12 +91,26 @@ class BaseTunerLayer(ABC):
 
     @property
     def available_adapters(self) -> set[str]:
-        """Names of the adapters that this layer has."""
-        return {adapter for _, container in self._containers() for adapter in container.keys()}
+        """Names of the adapters that this layer has, be it from an owner."""
+        return {*self._owners, *(adapter for _, container in self._containers() for adapter in container.keys())}
 
     def has_adapter(self, adapter_name: str) -> bool:
-        """Say whether this layer has tensors of an adapter."""
-        return any(adapter_name in container for _, container in self._containers())
+        """Say whether this layer has an adapter."""
+        return adapter_name in self._owners or any(adapter_name in container for _, container in self._containers())
+
+    def follow(self, adapter_name: str, owner: "BaseTunerLayer") -> None:
+        """
+        Take an adapter from another layer, whose base layer holds the same weight.
+
+        Args:
+            adapter_name: name.
+            owner: the layer that has the adapter's tensors.
+        """
+        self._owners[adapter_name] = owner
+
+    def source(self, adapter_name: str) -> "BaseTunerLayer":
+        """Give the layer that has an adapter's tensors: this one, or the owner that it follows."""
+        return self._owners.get(adapter_name, self)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield the parameters of one adapter."""
@@ -129,11 +139,25 @@ class BaseTunerLayer(ABC):
             for key in value.state_dict():
                 yield f"{name}.{key}", f"{name}.{adapter_name}.{key}"
 
+    def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
+        """
+        Yield what a checkpoint holds for this layer although the tensors are those of the layer that it follows.
+
+        Yields:
+            Key in a checkpoint, key of the tensor in the owner's state dict, and whether it is to be transposed.
+        """
+        yield from ()
+
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """Make an uninitialised parameter for an adapter, where and in the type that the base weight calls for."""
         return new_parameter(self.get_base_weight(), *shape)
 
     # ------------------------------------------------------------------------------------------ activation, freezing
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into the base weight, in the order of merging."""
+        return self._merge_state.adapters
+
     @property
     def merged(self) -> bool:
         """Whether an adapter is merged into the base weight."""
@@ -205,6 +229,7 @@ class BaseTunerLayer(ABC):
         """
         if adapter_name in self.merged_adapters:
             unmerge_layer(self)
+        self._owners.pop(adapter_name, None)
         for name in (*self.adapter_layer_names, *self.other_param_names):
             container = getattr(self, name, None)
             # settings may be plain values, one for all adapters
@@ -278,12 +303,20 @@ class BaseTunerLayer(ABC):
         return
 
     @abstractmethod
-    def merge_into(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Apply an adapter to the base layer's tensors, in place. Supplied by the rule."""
+    def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
+        """Apply an adapter to a weight of the base layer's layout, in place. Supplied by the rule."""
 
     @abstractmethod
-    def unmerge_from(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Undo `merge_into`. Supplied by the rule."""
+    def unmerge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
+        """Undo `merge_weight_`. Supplied by the rule."""
+
+    def merge_bias_(self, adapter: str, bias: torch.Tensor) -> None:
+        """Apply an adapter to the base layer's bias, in place; most methods leave it alone."""
+        return
+
+    def unmerge_bias_(self, adapter: str, bias: torch.Tensor) -> None:
+        """Undo `merge_bias_`."""
+        return
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether an adapter can be converted to LoRA."""
@@ -311,12 +344,12 @@ class AdditiveLayer(BaseTunerLayer):
             weight: tensor of the shape and layout of the base weight.
             sign: 1 to merge, -1 to unmerge.
         """
-        delta = self.get_delta_weight(adapter)
+        delta = self.source(adapter).get_delta_weight(adapter)
         weight.add_(delta.to(weight.device, weight.dtype), alpha=sign)
 
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Compute what the adapter adds to the output. Methods may do it without building the delta."""
-        delta = self.get_delta_weight(adapter)
+        delta = self.source(adapter).get_delta_weight(adapter)
         return apply_weight(self.get_base_layer(), x.to(delta.dtype) if x.is_floating_point() else x, delta)
 
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -325,15 +358,15 @@ class AdditiveLayer(BaseTunerLayer):
         dtype = result.dtype
         for adapter in adapters:
             result = result + self.delta_forward(adapter, x)
-        return result.to(dtype)
+        return result if result.dtype == dtype else result.to(dtype)
 
-    def merge_into(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Add the delta to the weight."""
-        self.add_delta_(adapter_name, tensors["weight"], 1.0)
+    def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
+        """Add the delta."""
+        self.add_delta_(adapter, weight, 1.0)
 
-    def unmerge_from(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Subtract the delta from the weight."""
-        self.add_delta_(adapter_name, tensors["weight"], -1.0)
+    def unmerge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
+        """Subtract the delta."""
+        self.add_delta_(adapter, weight, -1.0)
 
 
 class WeightLayer(BaseTunerLayer):
@@ -354,16 +387,16 @@ class WeightLayer(BaseTunerLayer):
         layer = self.get_base_layer()
         weight = layer.weight
         for adapter in adapters:
-            weight = self.transform_weight(adapter, weight)
+            weight = self.source(adapter).transform_weight(adapter, weight)
         return apply_weight(layer, x, weight.to(layer.weight.dtype), getattr(layer, "bias", None))
 
-    def merge_into(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+    def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Replace the weight by the transformed one."""
-        tensors["weight"].copy_(self.transform_weight(adapter_name, tensors["weight"]))
+        weight.copy_(self.source(adapter).transform_weight(adapter, weight))
 
-    def unmerge_from(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+    def unmerge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Replace the weight by what it was transformed from."""
-        tensors["weight"].copy_(self.inverse_weight(adapter_name, tensors["weight"]))
+        weight.copy_(self.source(adapter).inverse_weight(adapter, weight))
 
 
 class ActivationLayer(BaseTunerLayer):
@@ -390,22 +423,30 @@ class ActivationLayer(BaseTunerLayer):
                 result = result * self.feature_scale(adapter)
         return result.to(dtype)
 
-    def merge_into(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Scale rows or columns of the weight, and the bias if it is the output that is scaled."""
-        self._scale_(tensors, adapter_name, self.feature_scale(adapter_name))
+    def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
+        """Scale columns or rows of the weight."""
+        self._scale_weight_(adapter, weight, self.feature_scale(adapter))
 
-    def unmerge_from(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Undo the scaling; impossible where a factor is zero."""
-        factors = self.feature_scale(adapter_name)
+    def unmerge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
+        """Undo the scaling."""
+        self._scale_weight_(adapter, weight, self._inverse_scale(adapter))
+
+    def merge_bias_(self, adapter: str, bias: torch.Tensor) -> None:
+        """Scale the bias, if it is the output that is scaled."""
+        if not self.scales_input(adapter):
+            bias.mul_(self.feature_scale(adapter).to(bias))
+
+    def unmerge_bias_(self, adapter: str, bias: torch.Tensor) -> None:
+        """Undo the scaling."""
+        if not self.scales_input(adapter):
+            bias.mul_(self._inverse_scale(adapter).to(bias))
+
+    def _inverse_scale(self, adapter: str) -> torch.Tensor:
+        factors = self.feature_scale(adapter)
         if (factors == 0).any():
-            raise PeftValueError(f"adapter {adapter_name!r} scales a feature by 0, which cannot be undone")
-        self._scale_(tensors, adapter_name, 1 / factors)
+            raise PeftValueError(f"adapter {adapter!r} scales a feature by 0, which cannot be undone")
+        return 1 / factors
 
-    def _scale_(self, tensors: dict[str, torch.Tensor], adapter: str, factors: torch.Tensor) -> None:
-        weight = tensors["weight"]
-        factors = factors.to(weight.device, weight.dtype)
-        # (out, in), or (in, out) where the layer stores its weight transposed
-        along_last = self.scales_input(adapter) != stores_weight_transposed(self.get_base_layer())
-        weight.mul_(factors if along_last else factors.unsqueeze(-1))
-        if not self.scales_input(adapter) and "bias" in tensors:
-            tensors["bias"].mul_(factors)
+    def _scale_weight_(self, adapter: str, weight: torch.Tensor, factors: torch.Tensor) -> None:
+        along_last = self.scales_input(adapter) != has_outputs_last(self.get_base_layer())
+        weight.mul_(factors.to(weight) if along_last else factors.to(weight).unsqueeze(-1))

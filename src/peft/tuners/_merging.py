@@ -1,19 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""Merging adapters into base weights and taking them out again."""
+"""
+Merging adapters into base weights and taking them out again.
 
-from collections.abc import Iterable, Sequence
+What counts is the base parameter, not the layer: a parameter that several layers share is visited once.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ..utils.error import PeftValueError
 from ..utils.warning import warn
+from ._surgery import adapter_modules, bare_modules
 
 
 if TYPE_CHECKING:
     from .tuners_utils import BaseTunerLayer
+
+
+@dataclass
+class MergeState:
+    """
+    What is merged into one base weight; layers that share the weight share this object while something is merged.
+
+    Attributes:
+        adapters: names, in the order of merging.
+        layers: the layers that hold the weight.
+        original: the parameter that several modules hold and whose place a copy took, because only some of them were
+            adapted; None if the weight was changed in place.
+    """
+
+    adapters: list[str] = field(default_factory=list)
+    layers: list["BaseTunerLayer"] = field(default_factory=list)
+    original: nn.Parameter | None = None
 
 
 def check_adapters_to_merge(module: "BaseTunerLayer", adapter_names: Sequence[str] | None = None) -> list[str]:
@@ -49,10 +74,11 @@ def _wanted(layer: "BaseTunerLayer", adapter_names: Sequence[str] | None) -> lis
     return [name for name in names if name in layer.available_adapters]
 
 
-@torch.no_grad()
 def merge_layer(layer: "BaseTunerLayer", adapter_names: Sequence[str] | None, safe_merge: bool = False) -> None:
     """
     Merge adapters into the base weight of one layer; those that are merged already are left as they are.
+
+    Other modules that hold the weight keep it: the layer gets a copy of its own then.
 
     Args:
         layer: the adapter layer.
@@ -62,23 +88,80 @@ def merge_layer(layer: "BaseTunerLayer", adapter_names: Sequence[str] | None, sa
     Raises:
         PeftValueError: if `safe_merge` finds entries that are not finite; the layer stays as it was.
     """
-    names = [name for name in _wanted(layer, adapter_names) if name not in layer.merged_adapters]
+    names = _wanted(layer, adapter_names)
     for name in names:
         layer.check_mergeable(name)
     if safe_merge:
         check_merge_is_finite([layer], names)
-    tensors = layer.base_tensors()
+    _merge_sharing([layer], names, apart=layer.base_is_tied)
+
+
+@torch.no_grad()
+def _merge_sharing(layers: Sequence["BaseTunerLayer"], names: Sequence[str], apart: bool) -> None:
+    """
+    Merge adapters into a weight that layers share and that they shall go on sharing.
+
+    Args:
+        layers: layers with one base weight, for which the adapters come from the same source.
+        names: adapters to merge.
+        apart: whether other modules hold the weight too and must not see a change.
+    """
+    first = layers[0]
+    names = [name for name in names if name not in first.merged_adapters]
+    if not names:
+        return
+    if not first.merged:
+        state = MergeState(layers=list(layers))
+        if apart:
+            state.original = first.get_base_layer()._parameters["weight"]
+            copied = nn.Parameter(state.original.detach().clone(), requires_grad=state.original.requires_grad)
+            _hold(layers, copied)
+        for layer in layers:
+            layer._merge_state = state
     for name in names:
-        layer.merge_into(name, tensors)
-        layer.merged_adapters.append(name)
+        first.merge_weight_(name, first.get_base_weight())
+        for layer in layers:
+            if layer.bias is not None:
+                layer.merge_bias_(name, layer.bias)
+        first.merged_adapters.append(name)
+
+
+def _hold(layers: Iterable["BaseTunerLayer"], parameter: nn.Parameter) -> None:
+    """Make a parameter the weight of layers."""
+    for layer in layers:
+        layer.get_base_layer()._parameters["weight"] = parameter
+
+
+@contextmanager
+def original_weights(layers: Iterable["BaseTunerLayer"]) -> Iterator[None]:
+    """Put parameters whose place a merged copy took back inside a context, so that ties can be seen as they were."""
+    split = {id(state): state for layer in layers if (state := layer._merge_state).original is not None}
+    merged = {key: state.layers[0].get_base_weight() for key, state in split.items()}
+    for state in split.values():
+        _hold(state.layers, state.original)
+    try:
+        yield
+    finally:
+        for key, state in split.items():
+            _hold(state.layers, merged[key])
 
 
 @torch.no_grad()
 def unmerge_layer(layer: "BaseTunerLayer") -> None:
-    """Take merged adapters out of the base weight of one layer, the last merged one first."""
-    tensors = layer.base_tensors()
-    while layer.merged_adapters:
-        layer.unmerge_from(layer.merged_adapters.pop(), tensors)
+    """Take merged adapters out of a layer's base weight, for all layers that share it; the last merged one first."""
+    state = layer._merge_state
+    if state.original is not None:
+        _hold(state.layers, state.original)
+    while state.adapters:
+        name = state.adapters[-1]  # it stays in the list until it is out of the weight, which may fail
+        if state.original is None:
+            layer.unmerge_weight_(name, layer.get_base_weight())
+        for other in state.layers:
+            if other.bias is not None:
+                other.unmerge_bias_(name, other.bias)
+        state.adapters.pop()
+    for other in state.layers:
+        other._merge_state = MergeState()
 
 
 @torch.no_grad()
@@ -93,10 +176,13 @@ def check_merge_is_finite(layers: Iterable["BaseTunerLayer"], adapter_names: Seq
         names = [name for name in _wanted(layer, adapter_names) if name not in layer.merged_adapters]
         if not names:
             continue
-        trial = {key: tensor.clone() for key, tensor in layer.base_tensors().items()}
+        weight = layer.get_base_weight().clone()
+        bias = None if layer.bias is None else layer.bias.clone()
         for name in names:
-            layer.merge_into(name, trial)
-        broken = [key for key, tensor in trial.items() if not torch.isfinite(tensor).all()]
+            layer.merge_weight_(name, weight)
+            if bias is not None:
+                layer.merge_bias_(name, bias)
+        broken = [key for key, t in (("weight", weight), ("bias", bias)) if t is not None and not t.isfinite().all()]
         if broken:
             raise PeftValueError(
                 f"merging {', '.join(names)} would give entries that are not finite in the {' and '.join(broken)} of "
@@ -106,7 +192,7 @@ def check_merge_is_finite(layers: Iterable["BaseTunerLayer"], adapter_names: Seq
 
 
 def merge_layers(
-    layers: Sequence["BaseTunerLayer"],
+    model: nn.Module,
     adapter_names: Sequence[str] | None = None,
     safe_merge: bool = False,
     progressbar: bool = False,
@@ -115,16 +201,45 @@ def merge_layers(
     Merge adapters into the base weights of a model.
 
     Args:
-        layers: adapter layers.
+        model: a model with adapter layers.
         adapter_names: which adapters; the active ones if left out.
         safe_merge: refuse the whole merge, before anything is changed, if an entry would not be finite.
         progressbar: show progress.
     """
+    layers = [module for _, module in adapter_modules(model) if hasattr(module, "_merge_state")]
     _warn_if_merged(layers, adapter_names)
     for layer in layers:
         for name in _wanted(layer, adapter_names):
             layer.check_mergeable(name)
     if safe_merge:
         check_merge_is_finite(layers, adapter_names)
-    for layer in tqdm(layers, desc="merging", disable=not progressbar):
-        merge_layer(layer, adapter_names)
+    holders = _holders(model)
+    by_weight: dict[int, list[BaseTunerLayer]] = {}
+    for layer in layers:
+        by_weight.setdefault(id(layer.get_base_weight()), []).append(layer)
+    for weight, sharing in tqdm(by_weight.items(), desc="merging", disable=not progressbar):
+        _merge_weight(sharing, adapter_names, holders.get(weight, 1))
+
+
+def _merge_weight(layers: list["BaseTunerLayer"], adapter_names: Sequence[str] | None, holders: int) -> None:
+    """Merge into one weight: in place if all its holders are adapted alike, into copies if they are not."""
+    parts: dict[tuple, list[BaseTunerLayer]] = {}
+    for layer in layers:
+        names = [*layer.merged_adapters, *(n for n in _wanted(layer, adapter_names) if n not in layer.merged_adapters)]
+        parts.setdefault(tuple((id(layer.source(name)), name) for name in names), []).append(layer)
+    apart = len(parts) > 1 or len({id(layer.get_base_layer()) for layer in layers}) < holders
+    if apart:  # what was merged in place for all of them may now belong to some only
+        for layer in layers:
+            unmerge_layer(layer)
+    for contributions, sharing in parts.items():
+        if contributions:
+            _merge_sharing(sharing, [name for _, name in contributions], apart)
+
+
+def _holders(model: nn.Module) -> dict[int, int]:
+    """Count for each parameter of the base model the places that hold it."""
+    counts: dict[int, int] = {}
+    for _, module in bare_modules(model):
+        for parameter in module._parameters.values():
+            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return counts

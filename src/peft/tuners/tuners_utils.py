@@ -43,7 +43,7 @@ from ..utils.tying import describe_loss, find_reached_ties, find_tied_groups, se
 from ..utils.warning import warn
 from ._layer import ActivationLayer, AdditiveLayer, BaseTunerLayer, WeightLayer
 from ._matching import Targets, check_target_module_exists, find_targets, lies_in, near_names
-from ._merging import check_adapters_to_merge, merge_layers, unmerge_layer
+from ._merging import check_adapters_to_merge, merge_layers, original_weights, unmerge_layer
 from ._new_tensors import making_tensors
 from ._surgery import Slots, adapter_modules, base_parameters, names_of_modules, walk
 
@@ -215,6 +215,8 @@ class BaseTuner(nn.Module, ABC):
         self._resolve_targets(model, config)
         names = self._matched_names(model, config, state_dict)
         self._check_tied_modules(model, config)
+        names = with_ties(names, config.target_modules_to_tie or {})
+        self._check_targets(model, config, names)
         check_additional_trainable_modules(model, config)
         with making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype):
             self._place_layers(model, adapter_name, config, names)
@@ -331,6 +333,10 @@ class BaseTuner(nn.Module, ABC):
         if lost:
             warn(describe_loss(peft_config, lost))
 
+    def _check_targets(self, model: nn.Module, config: PeftConfig, names: list[str]) -> None:
+        """Warn about or refuse targets, before anything is changed. Methods may extend it."""
+        return
+
     def _place_layers(self, model: nn.Module, adapter_name: str, config: PeftConfig, names: list[str]) -> None:
         """
         Create the layers for all targets, then put them into the model.
@@ -340,17 +346,23 @@ class BaseTuner(nn.Module, ABC):
         """
         wanted = set(names)
         modules = {name: module for name, module in walk(model) if name in wanted}
-        arguments = self._layer_arguments_for(config)
+        arguments_for = self._layer_arguments_for(config)
+        ties = config.target_modules_to_tie or {}
+        layers: dict[str, BaseTunerLayer] = {}
         created: list[tuple[nn.Module, BaseTunerLayer]] = []
         updated: list[BaseTunerLayer] = []
         try:
             for name in names:
-                module = modules[name]
+                module, arguments = modules[name], arguments_for(ties.get(name, name))
+                if name in ties:  # owners come first, so it is there
+                    arguments["owner"] = layers[ties[name]]
                 if isinstance(module, self.tuner_layer_cls):
                     updated.append(module)
-                    module.update_layer(adapter_name, config=config, **arguments(name))
+                    module.update_layer(adapter_name, config=config, **arguments)
+                    layers[name] = module
                 else:
-                    created.append((module, self._create_layer(module, name, adapter_name, config, arguments(name))))
+                    layers[name] = self._create_layer(module, name, adapter_name, config, arguments)
+                    created.append((module, layers[name]))
         except BaseException:
             for layer in updated:
                 layer.delete_adapter(adapter_name)
@@ -360,6 +372,13 @@ class BaseTuner(nn.Module, ABC):
             layer.train(module.training)
             layer._active_adapter = self.active_adapters
             slots.replace(module, layer)
+        self._mark_tied_bases(model)
+
+    def _mark_tied_bases(self, model: nn.Module) -> None:
+        """Tell layers whose base weight other modules hold too, so that merging one of them alone leaves those be."""
+        tied = {id(group.parameter) for group in find_tied_groups(model)}
+        for layer in self._layers() if tied else ():
+            layer.base_is_tied = id(layer.get_base_weight()) in tied
 
     def _layer_arguments_for(self, config: PeftConfig) -> Any:
         """Give a function from a target's name to the arguments of its layer, such as the rank."""
@@ -452,8 +471,11 @@ class BaseTuner(nn.Module, ABC):
             PeftValueError: if there is no adapter of that name.
         """
         self._config_of(adapter_name)
-        del self.peft_config[adapter_name]
+        for layer in self._layers():
+            if adapter_name in layer.merged_adapters:  # may be impossible, and then nothing has been deleted yet
+                unmerge_layer(layer)
         delete_adapter(self.model, adapter_name, self.prefix)
+        del self.peft_config[adapter_name]
         if adapter_name in self.active_adapters:
             active = [name for name in self.active_adapters if name != adapter_name] or list(self.peft_config)[:1]
             if active and self.active_adapters == [adapter_name]:
@@ -472,7 +494,7 @@ class BaseTuner(nn.Module, ABC):
         Raises:
             PeftValueError: if `safe_merge` finds entries that are not finite.
         """
-        merge_layers(list(self._layers()), adapter_names, safe_merge)
+        merge_layers(self.model, adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Take merged adapters out of the base weights."""
@@ -503,7 +525,7 @@ class BaseTuner(nn.Module, ABC):
             for _, module in adapter_modules(self.model):
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     module.unload_and_optionally_merge_module(True, True, adapter_names)
-        merge_layers(list(self._layers()), adapter_names, safe_merge, progressbar)
+        merge_layers(self.model, adapter_names, safe_merge, progressbar)
         return self._unload(merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unload(self) -> nn.Module:
@@ -520,7 +542,8 @@ class BaseTuner(nn.Module, ABC):
         return self._unload(merge=bool(biases), safe_merge=False, adapter_names=None)
 
     def _unload(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
-        groups = find_tied_groups(self.model)
+        with original_weights(self._layers()):
+            groups = find_tied_groups(self.model)
         slots = Slots(self.model)
         # outermost first: an adapter module that another one wraps comes to light when the outer one is taken off
         for _, module in list(adapter_modules(self.model)):
@@ -531,14 +554,35 @@ class BaseTuner(nn.Module, ABC):
         if merge:
             names = self.active_adapters if adapter_names is None else adapter_names
             configs = [self.peft_config[name] for name in names if name in self.peft_config]
-            keep = any(getattr(config, "ensure_weight_tying", False) for config in configs)
-            settle_ties(self.model, groups, keep)
+            kept = {name for config in configs for ties in _recorded_ties(config) for name in (*ties, *ties.values())}
+            settle_ties(self.model, groups, kept)
         self.model.__dict__.pop("peft_config", None)
         return self.model
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether an adapter can be converted to LoRA."""
         return all(layer.supports_lora_conversion(adapter_name) for layer in self._layers())
+
+
+def _recorded_ties(config: PeftConfig) -> list[dict[str, str]]:
+    return [ties for ties in (config.modules_to_tie, config.target_modules_to_tie) if ties]
+
+
+def with_ties(names: list[str], ties: dict[str, str]) -> list[str]:
+    """
+    Add the modules that have to be adapted because of a tie.
+
+    Args:
+        names: full names of targets.
+        ties: follower -> module that it follows.
+
+    Returns:
+        All names; whatever is followed comes before its followers.
+    """
+    if not ties:
+        return names
+    everything = dict.fromkeys([*names, *ties.values()])
+    return [name for name in everything if name not in ties] + list(ties)
 
 
 class UnsupportedLayerError(PeftValueError, PeftTypeError):

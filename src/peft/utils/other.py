@@ -205,6 +205,10 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """Yield for each tensor of an adapter its key in a checkpoint and its key in this module's state dict."""
         raise NotImplementedError
 
+    def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
+        """Yield nothing: what follows another wrapper holds that one's parameters themselves."""
+        yield from ()
+
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Give the mapping of keys in a checkpoint to keys in this module's state dict."""
         return dict(self.adapter_keys(adapter_name))

@@ -4,7 +4,7 @@
 Adapter tensors out of a model and into it: one pipeline for every method.
 
 Every adapter module says which of its tensors belong to an adapter, and under which key each stands in a checkpoint
-(`adapter_keys`). Saving reads that table from right to left, loading from left to right.
+(see `adapter_keys.py`). Saving reads that table from right to left, loading from left to right.
 """
 
 import os
@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..tuners._surgery import adapter_modules, base_parameters, is_adapter_module, walk
+from ..tuners._surgery import adapter_modules
+from .adapter_keys import Place, adapter_key_map, bias_key_map, embedding_key_map
 from .constants import (
     EMBEDDING_LAYER_NAMES,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -28,7 +29,7 @@ from .constants import (
 )
 from .error import PeftKeyError, PeftPathError, PeftRuntimeError, PeftValueError
 from .other import AuxiliaryTrainingWrapper, infer_device
-from .tying import restore_aliases
+from .tying import restore_aliases, split_aliases
 from .vocabulary import vocabulary_has_grown
 from .warning import warn
 
@@ -46,71 +47,6 @@ __all__ = [
     "set_peft_model_state_dict",
     "torch_load",
 ]
-
-
-# ------------------------------------------------------------------------------------------ keys
-def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """
-    List the tensors of an adapter.
-
-    Args:
-        model: a model with adapter modules.
-        adapter_name: name.
-
-    Returns:
-        Key in a checkpoint -> key in the model's state dict. Of modules that share a tensor, the owner comes first.
-    """
-    config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
-    followers = set(getattr(config, "modules_to_tie", None) or ())
-    base_name = "base_model.model." if hasattr(model, "get_base_model") else ""
-    modules = sorted(adapter_modules(model), key=lambda item: item[0].removeprefix(base_name) in followers)
-    keys = {}
-    for name, module in modules:
-        prefix = f"{name}." if name else ""
-        for saved, live in module.adapter_keys(adapter_name):
-            keys[prefix + saved] = prefix + live
-    return keys
-
-
-def _bias_key_map(model: nn.Module, adapter_name: str, which: str) -> dict[str, str]:
-    """List the biases that an adapter trains beside its own tensors: key in a checkpoint -> key in the state dict."""
-    if which == "all":
-        keys = {name: name for name, _ in base_parameters(model) if name == "bias" or name.endswith(".bias")}
-        # release 0.21.2 writes biases of modules that are trained in full twice; its reader expects both
-        for live in adapter_key_map(model, adapter_name).values():
-            if live.endswith(".bias"):
-                keys[live.replace(f".{adapter_name}.", ".")] = live
-        return keys
-    keys = {}
-    if which != "none":
-        for name, module in adapter_modules(model):
-            base = module._modules.get("base_layer")
-            if base is not None and getattr(base, "bias", None) is not None:
-                keys[f"{name}.base_layer.bias"] = f"{name}.base_layer.bias"
-    return keys
-
-
-def _embedding_keys(model: nn.Module) -> dict[str, str]:
-    """List the base weights of input and output embeddings: key in a checkpoint -> key in the state dict."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = (
-        [base.get_input_embeddings(), base.get_output_embeddings()] if hasattr(base, "get_input_embeddings") else []
-    )
-    wanted = {id(_innermost(layer)) for layer in layers if layer is not None}
-    keys = {}
-    for name, module in walk(model, into_bases=True):
-        if id(module) in wanted:
-            live = f"{name}.weight"
-            # a module that is trained in full is in the checkpoint already, under the name that the base has
-            if ".original_module" not in name:
-                keys[live] = live
-    return keys
-
-
-def _innermost(module: nn.Module) -> nn.Module:
-    while is_adapter_module(module):
-        module = module._modules[module._base_names[0]]
-    return module
 
 
 # ------------------------------------------------------------------------------------------ saving
@@ -145,17 +81,30 @@ def get_peft_model_state_dict(
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
+    tensors = collect_tensors(model, state_dict, adapter_name, save_embedding_layers)
+    # a tensor that tied modules share is given under each key with memory of its own, so that any writer can take it
+    kept, aliases = split_aliases(tensors)
+    return {key: kept[key] if key in kept else aliases[key].read(kept[aliases[key].key]).clone() for key in tensors}
+
+
+def collect_tensors(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None,
+    adapter_name: str,
+    save_embedding_layers: str | bool,
+) -> dict[str, torch.Tensor]:
+    """Do what `get_peft_model_state_dict` does; tensors that tied modules share are views of one memory."""
     config = _config_of(model, adapter_name)
     state_dict = model.state_dict() if state_dict is None else state_dict
     keys = adapter_key_map(model, adapter_name)
-    keys.update(_bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
+    keys.update(bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
     keys.update(_chosen_embedding_keys(model, config, save_embedding_layers))
-    missing = [live for live in keys.values() if live not in state_dict]
+    missing = [place.key for place in keys.values() if place.key not in state_dict]
     if missing:
         raise PeftKeyError(
             f"the state dict lacks {len(missing)} tensors of adapter {adapter_name!r}, the first is {missing[0]!r}"
         )
-    return {saved: state_dict[live] for saved, live in keys.items()}
+    return {saved: place.read(state_dict[place.key]) for saved, place in keys.items()}
 
 
 def _config_of(model: nn.Module, adapter_name: str) -> Any:
@@ -165,7 +114,7 @@ def _config_of(model: nn.Module, adapter_name: str) -> Any:
     return configs[adapter_name]
 
 
-def _chosen_embedding_keys(model: nn.Module, config: Any, choice: str | bool) -> dict[str, str]:
+def _chosen_embedding_keys(model: nn.Module, config: Any, choice: str | bool) -> dict[str, Place]:
     if choice == "auto":
         choice = vocabulary_has_grown(model, config)
         if choice:
@@ -175,7 +124,7 @@ def _chosen_embedding_keys(model: nn.Module, config: Any, choice: str | bool) ->
             )
     if not choice:
         return {}
-    keys = _embedding_keys(model)
+    keys = embedding_key_map(model)
     if not keys and not hasattr(model, "get_input_embeddings"):
         warn("save_embedding_layers was given, but the model does not say which layers its embeddings are")
     return keys
@@ -211,20 +160,22 @@ def set_peft_model_state_dict(
     """
     config = _config_of(model, adapter_name)
     keys = adapter_key_map(model, adapter_name)
-    own = set(keys.values())
-    keys.update(_bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
-    for saved, live in _embedding_keys(model).items():
-        keys.setdefault(saved, live)
-    tensors = _live_tensors(model, set(keys.values()))
-    found = {live: peft_model_state_dict[saved] for saved, live in keys.items() if saved in peft_model_state_dict}
+    own = set(keys)
+    keys.update(bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
+    for saved, place in embedding_key_map(model).items():
+        keys.setdefault(saved, place)
+    tensors = _live_tensors(model, {place.key for place in keys.values()})
+    found = {saved: peft_model_state_dict[saved] for saved in keys if saved in peft_model_state_dict}
     unexpected = [key for key in peft_model_state_dict if key not in keys]
     if peft_model_state_dict and not own & set(found):
         raise PeftRuntimeError(_explain_no_key(adapter_name, list(peft_model_state_dict), list(keys)))
-    mismatched = {key: value for key, value in found.items() if value.shape != tensors[key].shape}
     _refuse_not_finite(found)
+    expected = {saved: keys[saved].read(tensors[keys[saved].key]).shape for saved in found}
+    mismatched = {saved: value.shape for saved, value in found.items() if value.shape != expected[saved]}
     if mismatched:
-        _report_mismatch(mismatched, tensors, ignore_mismatched_sizes)
-    values = _one_value_per_tensor({k: v for k, v in found.items() if k not in mismatched}, tensors)
+        _report_mismatch(mismatched, expected, ignore_mismatched_sizes)
+    found = {saved: value for saved, value in found.items() if saved not in mismatched}
+    values = _one_value_per_tensor(found, keys, tensors)
     # a tensor that several modules share is loaded under all its names, whichever of them stand in the checkpoint
     filled = {id(tensors[key]) for key in values}
     loaded = {key for key, tensor in tensors.items() if id(tensor) in filled}
@@ -244,18 +195,24 @@ def _live_tensors(model: nn.Module, keys: set[str]) -> dict[str, torch.Tensor]:
 
 
 def _one_value_per_tensor(
-    found: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+    found: Mapping[str, torch.Tensor], keys: Mapping[str, Place], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Where a checkpoint has several values for one tensor of the model, take the first, which is the owner's."""
+    """
+    Turn the content of a checkpoint into values by key in the model's state dict.
+
+    Where a checkpoint has several values for one tensor of the model, the first is taken, which is the owner's.
+    """
     values: dict[str, torch.Tensor] = {}
-    first: dict[int, str] = {}
+    first: dict[int, tuple[str, torch.Tensor]] = {}
     disagreeing = []
-    for key, value in found.items():
-        owner = first.setdefault(id(tensors[key]), key)
-        if owner == key:
-            values[key] = value
-        elif value is not found[owner] and not torch.equal(value.to(found[owner].device), found[owner]):
-            disagreeing.append(f"{key} (now that of {owner})")
+    for saved, value in found.items():
+        place = keys[saved]
+        value = place.read(value)
+        owner, owned = first.setdefault(id(tensors[place.key]), (saved, value))
+        if owner == saved:
+            values[place.key] = value
+        elif not torch.equal(value.to(owned.device), owned):
+            disagreeing.append(f"{saved} (now that of {owner})")
     if disagreeing:
         warn(
             f"the checkpoint has other values for {', '.join(disagreeing)}, although these modules are tied in the "
@@ -282,23 +239,17 @@ def _refuse_not_finite(found: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _report_mismatch(
-    mismatched: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], ignore: bool
-) -> None:
-    details = [
-        f"{key}: checkpoint {tuple(value.shape)}, model {tuple(tensors[key].shape)}"
-        for key, value in mismatched.items()
-    ]
+def _report_mismatch(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], ignore: bool) -> None:
+    details = [f"{key}: checkpoint {tuple(shape)}, model {tuple(expected[key])}" for key, shape in found.items()]
     text = f"{len(details)} tensors of the checkpoint have another shape than in the model ({'; '.join(details[:4])})"
     if ignore:
         warn(f"{text}; they were left out, because ignore_mismatched_sizes=True")
         return
-    grown = [key for key, value in mismatched.items() if value.shape[1:] == tensors[key].shape[1:]]
     hint = "check the rank and the base model"
-    if grown and len(grown) == len(mismatched) and len({mismatched[key].shape[0] for key in grown}) == 1:
-        size = mismatched[grown[0]].shape[0]
+    rows = {shape[0] for shape in found.values() if shape}
+    if len(rows) == 1 and all(shape[1:] == expected[key][1:] for key, shape in found.items()):
         hint = (
-            f"if the vocabulary was resized for training, call model.resize_token_embeddings({size}) on the base first"
+            f"if the vocabulary was resized for training, call resize_token_embeddings({rows.pop()}) on the base first"
         )
     raise PeftRuntimeError(f"{text}; nothing was loaded. What to do: {hint}")
 

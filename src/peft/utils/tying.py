@@ -18,6 +18,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..tuners._matching import check_target_module_exists, matching_entry, outermost
 from ..tuners._surgery import adapter_modules, bare_modules, is_adapter_module
+from .adapter_keys import Place
 from .error import PeftValueError
 from .warning import warn
 
@@ -160,15 +161,15 @@ def _containing(modules: Iterable[str], name: str) -> str | None:
     return next((module for module in modules if name == module or name.startswith(f"{module}.")), None)
 
 
-def followers_of_saved(reached: Iterable[ReachedTie]) -> dict[str, str]:
+def find_followers(reached: Iterable[ReachedTie]) -> dict[str, str]:
     """
-    Work out which modules have to follow which, so that saved members of tied groups stay tied.
+    Work out which modules have to follow which, so that tied groups stay tied.
 
-    The module that holds a group's owner is trained, whether it was named or another member was; every other module
+    The module that holds a group's owner is adapted, whether it was named or another member was; every other module
     that holds a member follows it.
 
     Args:
-        reached: tied groups that `modules_to_save` reaches.
+        reached: tied groups that a config reaches, all by the same route.
 
     Returns:
         Full name of a module -> full name of the module that it follows, which is never a follower itself.
@@ -202,6 +203,23 @@ def _wrappable_modules(tie: ReachedTie) -> list[str]:
     if containers and group.parameter.dim() >= 2:
         raise PeftValueError(_explain_not_wrappable(containers[0], group))
     return list(dict.fromkeys(module for member, module in modules.items() if member not in containers))
+
+
+def refuse_two_routes(reached: Iterable[ReachedTie]) -> None:
+    """
+    Refuse groups of which one member is saved in full and another one is a target.
+
+    Raises:
+        PeftValueError: if there is one. Nothing has been changed then.
+    """
+    for tie in reached:
+        if tie.saved and tie.targeted:
+            raise PeftValueError(
+                f"ensure_weight_tying=True cannot be kept for {', '.join(map(repr, tie.group.members))}: "
+                f"modules_to_save reaches {', '.join(map(repr, tie.saved))}, and target_modules reaches "
+                f"{', '.join(map(repr, tie.targeted))}, but one weight can only be adapted in one way; take one of "
+                "the two out"
+            )
 
 
 def _contains_one_of(module: str, others: Iterable[str]) -> bool:
@@ -257,18 +275,18 @@ def describe_no_effect(model: nn.Module, groups: Iterable[TiedGroup]) -> str:
 
 
 # ------------------------------------------------------------------------------------------ merge, save, load
-def settle_ties(model: nn.Module, groups: Iterable[TiedGroup], keep: bool) -> None:
+def settle_ties(model: nn.Module, groups: Iterable[TiedGroup], kept: Collection[str]) -> None:
     """
     Bring the ties of a base model in order after adapters were merged into it.
 
     Where an adapter has put a trained parameter in the place of some members, the rest of the group gets it too, if
-    ties are to be kept. Otherwise the group has come apart on purpose: the model's config is told so, since a reader
+    its tie is to be kept. Otherwise the group has come apart on purpose: the model's config is told so, since a reader
     of the saved model would tie the members again and lose what was trained.
 
     Args:
         model: the base model, without adapters.
         groups: its tied groups, as they were before.
-        keep: whether ties are to be kept.
+        kept: full names of modules whose ties the merged adapters were to keep.
     """
     apart = []
     for group in groups:
@@ -276,7 +294,7 @@ def settle_ties(model: nn.Module, groups: Iterable[TiedGroup], keep: bool) -> No
         trained = {id(p): p for p in present if p is not group.parameter}
         if len({id(p) for p in present}) == 1:
             continue
-        if keep and len(trained) == 1:
+        if len(trained) == 1 and any(_containing(kept, module_of(member)) for member in group.members):
             (parameter,) = trained.values()
             for member in group.members:
                 _set_parameter(model, member, parameter)
@@ -322,33 +340,39 @@ def _configs_that_tie(module: nn.Module) -> list[Any]:
     return [c for c in (config, text) if getattr(c, "tie_word_embeddings", False)]
 
 
-def split_aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def split_aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Place]]:
     """
     Keep each tensor of a checkpoint once.
 
     Args:
-        tensors: key -> tensor, the keys of owners before those of followers.
+        tensors: key -> tensor, the keys of owners before those of followers. Tensors are the same if they are the same
+            memory, read forwards or transposed.
 
     Returns:
-        The tensors to write, and a table alias -> key under which its tensor is written.
+        The tensors to write, and a table alias -> place of its tensor among them.
     """
     kept: dict[str, torch.Tensor] = {}
-    aliases: dict[str, str] = {}
+    aliases: dict[str, Place] = {}
     first: dict[tuple, str] = {}
     for key, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        owner = first.setdefault(place, key) if tensor.data_ptr() else key
-        if owner == key:
+        owner = first.get(_memory(tensor))
+        transposed_owner = first.get(_memory(tensor.T)) if tensor.dim() == 2 else None
+        if tensor.data_ptr() == 0 or (owner is None and transposed_owner is None):
             kept[key] = tensor
+            first[_memory(tensor)] = key
         else:
-            aliases[key] = owner
+            aliases[key] = Place(transposed_owner, True) if owner is None else Place(owner)
     return kept, aliases
+
+
+def _memory(tensor: torch.Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 ALIASES_HEADER = "tied_aliases"
 
 
-def aliases_to_header(aliases: Mapping[str, str]) -> dict[str, str]:
+def aliases_to_header(aliases: Mapping[str, Place]) -> dict[str, str]:
     """Write a table of aliases as an entry of a safetensors header; nothing for an empty table."""
     return {ALIASES_HEADER: json.dumps(aliases, sort_keys=True)} if aliases else {}
 
@@ -366,7 +390,8 @@ def restore_aliases(tensors: dict[str, torch.Tensor], header: Mapping[str, str] 
     """
     try:
         aliases = json.loads((header or {}).get(ALIASES_HEADER, "{}"))
-        return {**tensors, **{alias: tensors[owner] for alias, owner in aliases.items()}}
+        places = {alias: Place(str(key), bool(transposed)) for alias, (key, transposed) in aliases.items()}
+        return {**tensors, **{alias: place.read(tensors[place.key]) for alias, place in places.items()}}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise PeftValueError(
             f"the table of tied tensors in the file's header does not fit its content ({error!r}); the file was "

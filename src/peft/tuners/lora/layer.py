@@ -3,6 +3,7 @@
 """LoRA's layers: one class per kind of base layer, each a few lines on top of the additive rule."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...utils.error import PeftRuntimeError, PeftValueError
-from ...utils.warning import warn
 from .._kinds import embed, stores_weight_transposed
 from .._layer import AdditiveLayer, BaseTunerLayer
 from .._merging import check_adapters_to_merge
@@ -40,6 +40,61 @@ class Factor(nn.Linear):
         self.register_parameter("bias", bias)
 
 
+class TiedFactor(nn.Module):
+    """
+    A factor of an adapter that follows another layer: a view of the owner's factor, without a parameter.
+
+    Args:
+        owner: the layer that has the factors.
+        adapter: name of the adapter.
+        side: which of the owner's two delta factors.
+        transposed: whether this layer keeps the factor the other way round.
+    """
+
+    bias = None
+
+    def __init__(self, owner: "LoraLayer", adapter: str, side: int, transposed: bool):
+        super().__init__()
+        # in a tuple, so that the owner does not become a submodule
+        self._owner = (owner,)
+        self.adapter, self.side, self.transposed = adapter, side, transposed
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The factor as the owner has it at this moment, on the owner's storage."""
+        weight = self._owner[0].delta_factors(self.adapter)[self.side]
+        return weight.T if self.transposed else weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the factor as a linear layer would."""
+        return F.linear(x, self.weight)
+
+
+class FactorDict(nn.ParameterDict):
+    """Factors by adapter name as tensors, be they parameters or views of an owner's."""
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        value = super().__getitem__(key)
+        return value.weight if isinstance(value, TiedFactor) else value
+
+
+class TiedSettings(dict):
+    """
+    Settings by adapter name; those of an adapter that follows another layer are read from there.
+
+    Args:
+        owners: adapter name -> layer that is followed.
+        name: attribute that holds these settings.
+    """
+
+    def __init__(self, owners: dict[str, "LoraLayer"], name: str):
+        super().__init__()
+        self.owners, self.name = owners, name
+
+    def __missing__(self, adapter: str) -> Any:
+        return getattr(self.owners[adapter], self.name)[adapter]
+
+
 class LoraLayer(AdditiveLayer):
     """
     What LoRA's layers share: W + scaling * B A, with A (r, in) and B (out, r).
@@ -54,24 +109,35 @@ class LoraLayer(AdditiveLayer):
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
     is_embedding = False
+    # The attributes that hold the two matrices whose product is the delta, left one first, and whether they hold them
+    # transposed. Subclasses say it for their layout of the weight.
+    factor_layout: tuple[tuple[str, bool], tuple[str, bool]]
 
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         self._wrap(base_layer)
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.use_dora: dict[str, bool] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
+        self.r: dict[str, int] = TiedSettings(self._owners, "r")
+        self.lora_alpha: dict[str, float] = TiedSettings(self._owners, "lora_alpha")
+        self.scaling: dict[str, float] = TiedSettings(self._owners, "scaling")
+        self.use_dora: dict[str, bool] = TiedSettings(self._owners, "use_dora")
+        self.use_rslora: dict[str, bool] = TiedSettings(self._owners, "use_rslora")
+        self.lora_bias: dict[str, bool] = TiedSettings(self._owners, "lora_bias")
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
+        self.lora_embedding_A = FactorDict()
+        self.lora_embedding_B = FactorDict()
         self.ephemeral_gpu_offload = ephemeral_gpu_offload
         self.cast_input_dtype_enabled = True
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        lora_alpha: float,
+        config: LoraConfig,
+        owner: "LoraLayer | None" = None,
+        **kwargs: Any,
+    ) -> None:
         """
         Make the tensors of an adapter.
 
@@ -80,10 +146,15 @@ class LoraLayer(AdditiveLayer):
             r: rank, positive.
             lora_alpha: numerator of the scaling.
             config: the adapter's config.
+            owner: layer to follow, whose base layer holds the same weight; nothing is made here then.
 
         Raises:
             PeftValueError: if `r` is not positive.
         """
+        if owner is not None:
+            self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+            self.follow(adapter_name, owner)
+            return
         if not isinstance(r, int) or r <= 0:
             raise PeftValueError(f"the rank r must be a positive integer, found {r!r}")
         start = find_initialization(config.init_lora_weights)
@@ -102,9 +173,36 @@ class LoraLayer(AdditiveLayer):
         """Make the uninitialised factors of an adapter."""
         raise NotImplementedError
 
-    def factor_weights(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    def follow(self, adapter_name: str, owner: "LoraLayer") -> None:
+        """
+        Take an adapter from another layer: factors and settings here are views of the owner's.
+
+        Args:
+            adapter_name: name.
+            owner: the layer that has the factors.
+        """
+        super().follow(adapter_name, owner)
+        for side, (name, transposed) in enumerate(self.factor_layout):
+            getattr(self, name)[adapter_name] = TiedFactor(owner, adapter_name, side, transposed)
+
+    def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
+        """Yield the keys of factors that this layer takes from an owner; see `BaseTunerLayer.adapter_aliases`."""
+        if adapter_name not in self._owners:
+            return
+        owner = self._owners[adapter_name]
+        for (name, transposed), (owned, owned_transposed) in zip(self.factor_layout, owner.factor_layout, strict=True):
+            saved = name if self.is_embedding else f"{name}.weight"
+            live = f"{owned}.{adapter_name}" + ("" if owner.is_embedding else ".weight")
+            yield saved, live, transposed != owned_transposed
+
+    def _factor(self, name: str, adapter: str) -> torch.Tensor:
+        value = getattr(self, name)[adapter]
+        return value.weight if isinstance(value, nn.Module) else value
+
+    def factor_weights(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the factor that meets the input, (r, in), and the one that gives the output, (out, r)."""
-        raise NotImplementedError
+        into, out = sorted(name for name, _ in self.factor_layout)
+        return self._factor(into, adapter), self._factor(out, adapter)
 
     def delta_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -113,7 +211,9 @@ class LoraLayer(AdditiveLayer):
         Returns:
             (rows, r) and (r, columns), views of the factors.
         """
-        raise NotImplementedError
+        factors = (self._factor(name, adapter) for name, _ in self.factor_layout)
+        left, right = (w.T if t else w for w, (_, t) in zip(factors, self.factor_layout, strict=True))
+        return left, right
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """
@@ -168,7 +268,7 @@ class LoraLayer(AdditiveLayer):
             scale: factor.
         """
         for adapter in self.active_adapters:
-            if adapter in self.scaling:
+            if adapter in self.scaling:  # the settings of adapters that follow are the owner's to change
                 self.scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
@@ -199,6 +299,7 @@ class Linear(LoraLayer, nn.Module):
         r: its rank.
         lora_alpha: numerator of its scaling.
         is_target_conv_1d_layer: kept for callers of the released package; the layer's class says it.
+        owner: layer to follow; see `LoraLayer.update_layer`.
         kwargs: for `LoraLayer`.
     """
 
@@ -210,13 +311,14 @@ class Linear(LoraLayer, nn.Module):
         r: int = 0,
         lora_alpha: int = 1,
         is_target_conv_1d_layer: bool = False,
+        owner: LoraLayer | None = None,
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.fan_in_fan_out = stores_weight_transposed(self.get_base_layer())
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha, config=config)
+        self.update_layer(adapter_name, r, lora_alpha, config=config, owner=owner)
 
     def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
         bias = self.new_parameter(self.out_features) if config.lora_bias else None
@@ -225,14 +327,10 @@ class Linear(LoraLayer, nn.Module):
         self.lora_A[adapter] = Factor(self.new_parameter(r, self.in_features))
         self.lora_B[adapter] = Factor(self.new_parameter(self.out_features, r), bias)
 
-    def factor_weights(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """Give A and B."""
-        return self.lora_A[adapter].weight, self.lora_B[adapter].weight
-
-    def delta_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give B and A for a weight (out, in), their transposes for one (in, out)."""
-        a, b = self.factor_weights(adapter)
-        return (a.T, b.T) if self.fan_in_fan_out else (b, a)
+    @property
+    def factor_layout(self) -> tuple[tuple[str, bool], tuple[str, bool]]:
+        """The delta is B A for a weight (out, in), and the transpose of it for one (in, out)."""
+        return (("lora_A", True), ("lora_B", True)) if self.fan_in_fan_out else (("lora_B", False), ("lora_A", False))
 
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Compute scaling * B A x."""
@@ -259,20 +357,15 @@ class Linear(LoraLayer, nn.Module):
                 f"{type(self.get_base_layer()).__name__} layer has no bias to merge it into; keep the adapter unmerged"
             )
 
-    def merge_into(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Add the delta to the weight, and factor B's bias to the bias."""
-        super().merge_into(adapter_name, tensors)
-        self._add_bias_(adapter_name, tensors, 1.0)
-
-    def unmerge_from(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Subtract what was added."""
-        super().unmerge_from(adapter_name, tensors)
-        self._add_bias_(adapter_name, tensors, -1.0)
-
-    def _add_bias_(self, adapter: str, tensors: dict[str, torch.Tensor], sign: float) -> None:
+    def merge_bias_(self, adapter: str, bias: torch.Tensor) -> None:
+        """Add factor B's bias."""
         if self.lora_bias[adapter]:
-            bias = tensors["bias"]
-            bias.add_(self.lora_B[adapter].bias.to(bias.device, bias.dtype), alpha=sign * self.scaling[adapter])
+            bias.add_(self.lora_B[adapter].bias.to(bias), alpha=self.scaling[adapter])
+
+    def unmerge_bias_(self, adapter: str, bias: torch.Tensor) -> None:
+        """Subtract what was added."""
+        if self.lora_bias[adapter]:
+            bias.sub_(self.lora_B[adapter].bias.to(bias), alpha=self.scaling[adapter])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """LoRA is LoRA."""
@@ -290,10 +383,12 @@ class Embedding(LoraLayer, nn.Module):
         r: its rank.
         lora_alpha: numerator of its scaling.
         init_lora_weights: kept for callers of the released package; the config says it.
+        owner: layer to follow; see `LoraLayer.update_layer`.
         kwargs: for `LoraLayer`.
     """
 
     is_embedding = True
+    factor_layout = (("lora_embedding_A", True), ("lora_embedding_B", True))
 
     def __init__(
         self,
@@ -303,13 +398,14 @@ class Embedding(LoraLayer, nn.Module):
         r: int = 0,
         lora_alpha: int = 1,
         init_lora_weights: bool | str = True,
+        owner: LoraLayer | None = None,
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha, config=config)
+        self.update_layer(adapter_name, r, lora_alpha, config=config, owner=owner)
 
     def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
         if config.lora_bias:
@@ -317,30 +413,10 @@ class Embedding(LoraLayer, nn.Module):
         self.lora_embedding_A[adapter] = self.new_parameter(r, self.in_features)
         self.lora_embedding_B[adapter] = self.new_parameter(self.out_features, r)
 
-    def factor_weights(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """Give A and B."""
-        return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
-
-    def delta_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the transposes: the weight is (num_embeddings, embedding_dim)."""
-        a, b = self.factor_weights(adapter)
-        return a.T, b.T
-
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Look up rows of A and bring them to full width; dropout has no meaning for token ids."""
         left, right = self.delta_factors(adapter)
         return (embed(self.get_base_layer(), x, left) * self.scaling[adapter]) @ right
-
-
-def warn_about_layout(config: LoraConfig, layer: nn.Module) -> None:
-    """Warn where `fan_in_fan_out` contradicts the layer; the layer is believed."""
-    transposed = stores_weight_transposed(layer)
-    if config.fan_in_fan_out != transposed and not isinstance(layer, nn.Embedding):
-        warn(
-            f"fan_in_fan_out={config.fan_in_fan_out} does not fit a {type(layer).__name__} layer, which stores its "
-            f"weight as {'(in, out)' if transposed else '(out, in)'}; {transposed} is used"
-        )
-        config.fan_in_fan_out = transposed
 
 
 def dispatch_default(

@@ -10,13 +10,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ...config import PeftConfig
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from ...utils.error import PeftNotImplementedError
-from ...utils.tying import describe_no_effect, find_reached_ties, find_tied_groups, followers_of_saved
+from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...utils.tying import describe_no_effect, find_followers, find_reached_ties, find_tied_groups, refuse_two_routes
 from ...utils.warning import warn
+from .._kinds import stores_weight_transposed
 from .._matching import pattern_lookup
 from ..tuners_utils import BaseTuner, BaseTunerLayer
 from .config import LoraConfig
-from .layer import Embedding, Linear, LoraLayer, warn_about_layout
+from .layer import Embedding, Linear, LoraLayer
 
 
 # fields that ask for something that this version does not have
@@ -73,7 +74,7 @@ class LoraModel(BaseTuner):
         Raises:
             PeftValueError: if a tie cannot be kept; nothing has been changed then.
         """
-        peft_config.modules_to_tie = {}
+        peft_config.modules_to_tie, peft_config.target_modules_to_tie = {}, {}
         if not peft_config.ensure_weight_tying:
             super()._check_tied_modules(model, peft_config)
             return
@@ -81,21 +82,29 @@ class LoraModel(BaseTuner):
         reached = find_reached_ties(model, peft_config, groups)
         if not reached:
             warn(describe_no_effect(model, groups))
-        targeted = [member for tie in reached for member in tie.targeted]
-        if targeted:
-            raise PeftNotImplementedError(
-                f"ensure_weight_tying=True does not work for tied modules that are targets ({', '.join(targeted)}) in "
-                "this version; list them in modules_to_save, or take them out of target_modules"
+        refuse_two_routes(reached)
+        targeted = [tie for tie in reached if tie.targeted]
+        if targeted and peft_config.lora_bias:
+            members = ", ".join(repr(member) for tie in targeted for member in tie.group.members)
+            raise PeftValueError(
+                f"lora_bias=True does not work for targets that are tied ({members}), since what is added to a bias "
+                "is not tied; leave it out"
             )
-        peft_config.modules_to_tie = followers_of_saved(reached)
+        peft_config.modules_to_tie = find_followers(tie for tie in reached if tie.saved)
+        peft_config.target_modules_to_tie = find_followers(targeted)
 
     def _layer_arguments_for(self, config: LoraConfig) -> Callable[[str], dict[str, Any]]:
         rank, alpha = pattern_lookup(config.rank_pattern), pattern_lookup(config.alpha_pattern)
         return lambda name: {"r": rank(name, config.r), "lora_alpha": alpha(name, config.lora_alpha)}
 
-    def _create_layer(
-        self, target: nn.Module, name: str, adapter_name: str, config: LoraConfig, arguments: dict[str, Any]
-    ) -> BaseTunerLayer:
-        layer = super()._create_layer(target, name, adapter_name, config, arguments)
-        warn_about_layout(config, layer.get_base_layer())
-        return layer
+    def _check_targets(self, model: nn.Module, config: LoraConfig, names: list[str]) -> None:
+        """Believe the layers, not the config, in how weights are stored."""
+        modules = [model.get_submodule(name) for name in names]
+        layers = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in modules]
+        transposed = {stores_weight_transposed(layer) for layer in layers if not isinstance(layer, nn.Embedding)}
+        if transposed == {not config.fan_in_fan_out}:
+            config.fan_in_fan_out = not config.fan_in_fan_out
+            warn(
+                f"fan_in_fan_out={not config.fan_in_fan_out} does not fit the targets, which store their weights as "
+                f"{'(in, out)' if config.fan_in_fan_out else '(out, in)'}; {config.fan_in_fan_out} is used"
+            )

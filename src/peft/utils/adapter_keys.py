@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Which tensors of a model belong to an adapter, and under which keys they stand in a checkpoint."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..tuners._surgery import adapter_modules, base_parameters, is_adapter_module, walk
+
+
+class Place(NamedTuple):
+    """
+    Where the tensor of a checkpoint stands in a model.
+
+    Attributes:
+        key: key in the model's state dict.
+        transposed: whether the model keeps it the other way round.
+    """
+
+    key: str
+    transposed: bool = False
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Turn the model's tensor into the checkpoint's, or the other way round; the result is a view."""
+        return tensor.T if self.transposed else tensor
+
+
+def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:
+    """
+    List the tensors of an adapter.
+
+    Args:
+        model: a model with adapter modules.
+        adapter_name: name.
+
+    Returns:
+        Key in a checkpoint -> place in the model. Of modules that share a tensor, the owner comes first.
+    """
+    config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+    followers = set(getattr(config, "modules_to_tie", None) or ())
+    base_name = "base_model.model." if hasattr(model, "get_base_model") else ""
+    modules = sorted(adapter_modules(model), key=lambda item: item[0].removeprefix(base_name) in followers)
+    prefixes = {id(module): f"{name}." if name else "" for name, module in modules}
+    keys = {}
+    for _, module in modules:
+        prefix = prefixes[id(module)]
+        keys.update((prefix + saved, Place(prefix + live)) for saved, live in module.adapter_keys(adapter_name))
+    for _, module in modules:
+        for saved, live, transposed in module.adapter_aliases(adapter_name):
+            owner = prefixes[id(module.source(adapter_name))]
+            keys[prefixes[id(module)] + saved] = Place(owner + live, transposed)
+    return keys
+
+
+def bias_key_map(model: nn.Module, adapter_name: str, which: str) -> dict[str, Place]:
+    """
+    List the base model's biases that an adapter trains beside its own tensors.
+
+    Args:
+        model: a model with adapter modules.
+        adapter_name: name.
+        which: the config's `bias`.
+    """
+    if which == "all":
+        keys = {name: Place(name) for name, _ in base_parameters(model) if name == "bias" or name.endswith(".bias")}
+        # release 0.21.2 writes biases of modules that are trained in full twice; its reader expects both
+        for place in adapter_key_map(model, adapter_name).values():
+            if place.key.endswith(".bias"):
+                keys[place.key.replace(f".{adapter_name}.", ".")] = place
+        return keys
+    keys = {}
+    if which != "none":
+        for name, module in adapter_modules(model):
+            base = module._modules.get("base_layer")
+            if base is not None and getattr(base, "bias", None) is not None:
+                keys[f"{name}.base_layer.bias"] = Place(f"{name}.base_layer.bias")
+    return keys
+
+
+def embedding_key_map(model: nn.Module) -> dict[str, Place]:
+    """List the base weights of a model's input and output embeddings."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = (
+        [base.get_input_embeddings(), base.get_output_embeddings()] if hasattr(base, "get_input_embeddings") else []
+    )
+    wanted = {id(_innermost(layer)) for layer in layers if layer is not None}
+    keys = {}
+    for name, module in walk(model, into_bases=True):
+        if id(module) in wanted and module._parameters.get("weight") is not None:
+            live = f"{name}.weight"
+            # a module that is trained in full is in the checkpoint already, under the name that the base has
+            if ".original_module" not in name:
+                keys[live] = Place(live)
+    return keys
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    while is_adapter_module(module):
+        module = module._modules[module._base_names[0]]
+    return module
