@@ -221,7 +221,8 @@ def test_grown_vocabulary_needs_no_copy_of_the_base_embedding(tmp_path):
     base.name_or_path = str(tmp_path / "base")
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     model = get_peft_model(base, config)
-    with pytest.warns(PeftWarning, match="the vocabulary was resized"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
         model.save_pretrained(tmp_path / "adapter")
     keys = [key for key in load_file(tmp_path / "adapter" / WEIGHTS) if "lora" not in key]
     assert sorted(keys) == ["base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"]

@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Any
 
 from .utils.constants import CONFIG_NAME
-from .utils.error import PeftKeyError, PeftPathError, PeftTypeError, PeftValueError
+from .utils.error import PeftConfigError, PeftError, PeftKeyError, PeftPathError, PeftTypeError, PeftValueError
 from .utils.peft_types import PeftType, TaskType
 from .utils.warning import warn
 
@@ -169,7 +169,15 @@ class PeftConfigMixin:
             )
         if values["peft_type"] is None:
             raise PeftKeyError(f"{path!r} has peft_type null; write the method's name there, for example 'LORA'")
-        return cls.from_peft_type(**values)
+        if not isinstance(values["peft_type"], str):
+            found = values["peft_type"]
+            raise PeftKeyError(f"{path!r} has peft_type {found!r}, expected the name of a method such as 'LORA'")
+        try:
+            return cls.from_peft_type(**values)
+        except PeftError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise PeftConfigError(f"{path!r} does not hold a valid config: {error}") from error
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -280,6 +288,8 @@ def check_layer_selection(config: PeftConfig) -> None:
     """
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name, None)
+        if value is not None and not isinstance(value, str):
+            check_names(name, value)
         if isinstance(value, (list, tuple)):
             setattr(config, name, set(value))
         elif isinstance(value, str):
@@ -293,6 +303,30 @@ def check_layer_selection(config: PeftConfig) -> None:
                 )
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("layers_pattern was given without layers_to_transform; give the indices of the layers too")
+
+
+def check_names(name: str, value: Any) -> None:
+    """Check that a field holds a collection of names."""
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(entry, str) for entry in value):
+        raise TypeError(f"{name} must be a list of names, found {value!r}")
+
+
+def check_types(config: PeftConfig, expected: dict[str, tuple[type, ...]]) -> None:
+    """
+    Check that fields hold what they are declared as.
+
+    Args:
+        config: a config.
+        expected: field -> types that it may have; None is always allowed.
+
+    Raises:
+        TypeError: for the first field that does not fit.
+    """
+    for name, types in expected.items():
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, types):
+            names = " or ".join(kind.__name__ for kind in types)
+            raise TypeError(f"{name} must be {names}, found {value!r}")
 
 
 def check_pattern(name: str, pattern: str) -> None:

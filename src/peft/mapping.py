@@ -41,6 +41,9 @@ def add_method(
 ) -> None:
     """Enter a method of this library; `peft.utils.register_peft_method` is for everybody else."""
     key = name.upper()
+    for value in (config_cls, model_cls):
+        if isinstance(value, str) and value.count(":") != 1:
+            raise PeftValueError(f"{value!r} does not name a class; write 'package.module:Class'")
     if key in _METHODS:
         raise PeftValueError(f"a method named {key!r} is registered already; choose another name")
     _METHODS[key] = Method(config_cls, model_cls, f"{key.lower()}_" if prefix is None else prefix, is_mixed_compatible)
@@ -57,7 +60,7 @@ def find_methods() -> None:
 
 
 def _resolve(value: str | type | None) -> Any:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or ":" not in value:  # a class, or the prefix of parameter names
         return value
     module, name = value.split(":")
     return getattr(importlib.import_module(module), name)

@@ -56,7 +56,7 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         if peft_config.peft_type not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:
             raise PeftValueError(
                 f"adapters of method {peft_config.peft_type} cannot be active beside others; methods that can: "
-                f"{', '.join(key.value for key in PEFT_TYPE_TO_MIXED_MODEL_MAPPING)}"
+                f"{', '.join(getattr(key, 'value', key) for key in PEFT_TYPE_TO_MIXED_MODEL_MAPPING)}"
             )
 
     def __getattr__(self, name: str) -> Any:
@@ -97,11 +97,8 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Switch all adapters off inside a context."""
-        self.base_model.disable_adapter_layers()
-        try:
+        with self.base_model.adapters_disabled():
             yield
-        finally:
-            self.base_model.enable_adapter_layers()
 
     def add_adapter(
         self,

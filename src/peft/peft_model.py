@@ -3,13 +3,13 @@
 """`PeftModel`: a base model with adapters, and one thin subclass per task."""
 
 import copy
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils.hub import PushToHubMixin
@@ -18,7 +18,7 @@ from .config import PeftConfig
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from .model_card import write_model_card
 from .tuners._new_tensors import making_tensors
-from .tuners._surgery import adapter_modules
+from .tuners._surgery import adapter_modules, all_or_nothing
 from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from .utils.adapter_keys import adapter_key_map
 from .utils.constants import (
@@ -31,14 +31,19 @@ from .utils.constants import (
 from .utils.error import (
     PeftNotImplementedError,
     PeftPathError,
+    PeftRuntimeError,
     PeftTypeError,
     PeftValueError,
 )
-from .utils.files import write_atomically
 from .utils.other import AuxiliaryTrainingWrapper
 from .utils.peft_types import PeftType, TaskType
-from .utils.save_and_load import collect_tensors, load_peft_weights, set_peft_model_state_dict
-from .utils.tying import aliases_to_header, split_aliases
+from .utils.save_and_load import (
+    collect_tensors,
+    load_peft_weights,
+    refuse_without_storage,
+    set_peft_model_state_dict,
+    write_peft_weights,
+)
 from .utils.warning import warn
 
 
@@ -211,12 +216,18 @@ class PeftModel(PushToHubMixin, nn.Module):
             args: for the base model's `generate`.
             kwargs: likewise, but for `adapter_names`; see `forward`.
         """
-        with self._adapter_per_sample(kwargs.pop("adapter_names", None)):
+        with self._adapter_per_sample(kwargs.pop("adapter_names", None), copies=True):
             return self.get_base_model().generate(*args, **kwargs)
 
     @contextmanager
-    def _adapter_per_sample(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
-        """Tell every adapter module which adapter each sample of the batch gets."""
+    def _adapter_per_sample(self, adapter_names: Sequence[str] | None, copies: bool = False) -> Iterator[None]:
+        """
+        Tell every adapter module which adapter each sample of the batch gets.
+
+        Args:
+            adapter_names: one name per sample.
+            copies: whether samples may come several times in a row, as with beams.
+        """
         if adapter_names is None:
             yield
             return
@@ -224,7 +235,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         self._check_adapter_per_sample(adapter_names, modules)
 
         def pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            if args and len(args[0]) != len(adapter_names):
+            rows = len(args[0]) if args else len(adapter_names)
+            if copies and rows % len(adapter_names) == 0:
+                times = rows // len(adapter_names)
+                return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(times)]}
+            if rows != len(adapter_names):
                 raise PeftValueError(
                     f"adapter_names has {len(adapter_names)} entries for a batch of {len(args[0])}; give one each"
                 )
@@ -266,11 +281,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             ...     torch.equal(model(x), expected)
             True
         """
-        self.base_model.disable_adapter_layers()
-        try:
+        with self.base_model.adapters_disabled():
             yield
-        finally:
-            self.base_model.enable_adapter_layers()
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """
@@ -341,8 +353,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         if peft_config.peft_type != self.peft_type:
             raise PeftValueError(
-                f"the model's adapters are of method {PeftType(self.peft_type).value}, {adapter_name!r} would be "
-                f"{peft_config.peft_type}; PeftMixedModel can hold several methods"
+                f"the model's adapters are of method {_text(self.peft_type)}, {adapter_name!r} would be "
+                f"{_text(peft_config.peft_type)}; PeftMixedModel can hold several methods"
             )
         if adapter_name in self.peft_config:
             raise PeftValueError(f"there is an adapter named {adapter_name!r} already; delete it or use another name")
@@ -450,13 +462,17 @@ class PeftModel(PushToHubMixin, nn.Module):
             self._check_name(name)
         if not is_main_process:
             return
+        contents = {
+            name: collect_tensors(self, kwargs.get("state_dict"), name, save_embedding_layers) for name in names
+        }
+        for tensors in contents.values():
+            refuse_without_storage(tensors)
         os.makedirs(save_directory, exist_ok=True)
         write_model_card(self, save_directory)
-        for name in names:
-            tensors = collect_tensors(self, kwargs.get("state_dict"), name, save_embedding_layers)
+        for name, tensors in contents.items():
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
             os.makedirs(folder, exist_ok=True)
-            _write_tensors(folder, tensors, safe_serialization, kwargs.get("deduplicate_tied", False))
+            write_peft_weights(folder, tensors, safe_serialization, kwargs.get("deduplicate_tied", False))
             self._config_to_save(name).save_pretrained(folder)
 
     def _config_to_save(self, adapter_name: str) -> PeftConfig:
@@ -522,27 +538,23 @@ class PeftModel(PushToHubMixin, nn.Module):
             PeftValueError: if its files are damaged, or its tensors not finite.
         """
         if config is None:
-            config = PeftConfig.from_pretrained(os.fspath(model_id), **kwargs)
+            config = PeftConfig.from_pretrained(os.fspath(model_id), **_hub_options(kwargs))
         elif not isinstance(config, PeftConfig):
             raise PeftValueError(f"config must be a PeftConfig, found a {type(config).__name__}")
-        config.inference_mode = not is_trainable
-        if hasattr(config, "runtime_config"):
-            config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
+        config = _for_this_run(config, is_trainable, ephemeral_gpu_offload)
         # files are read before the model is touched
-        weights = load_peft_weights(os.fspath(model_id), device="cpu", key_mapping=key_mapping, **kwargs)
+        options = _hub_options(kwargs)
+        weights = load_peft_weights(os.fspath(model_id), device="cpu", key_mapping=key_mapping, **options)
         model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls) if cls is PeftModel else cls
-        peft_model = model_cls(
-            model,
-            config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-        )
-        try:
+        with all_or_nothing(model):
+            peft_model = model_cls(
+                model,
+                config,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+            )
             peft_model._fill_adapter(adapter_name, weights, **_load_options(kwargs))
-        except BaseException:
-            peft_model.base_model.unload()
-            raise
         return peft_model if is_trainable else peft_model.eval()
 
     def load_adapter(
@@ -579,21 +591,14 @@ class PeftModel(PushToHubMixin, nn.Module):
             PeftRuntimeError: if its tensors do not fit the model; the model stays as it was.
         """
         weights = load_peft_weights(
-            os.fspath(model_id), device=torch_device or "cpu", key_mapping=key_mapping, **kwargs
+            os.fspath(model_id), device=torch_device or "cpu", key_mapping=key_mapping, **_hub_options(kwargs)
         )
-        new = adapter_name not in self.peft_config
-        if new:
-            config = PeftConfig.from_pretrained(os.fspath(model_id), **kwargs)
-            config.inference_mode = not is_trainable
-            if hasattr(config, "runtime_config"):
-                config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
-            self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
-        try:
+        with all_or_nothing(self):
+            if adapter_name not in self.peft_config:
+                config = PeftConfig.from_pretrained(os.fspath(model_id), **_hub_options(kwargs))
+                config = _for_this_run(config, is_trainable, ephemeral_gpu_offload)
+                self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
             result = self._fill_adapter(adapter_name, weights, **_load_options(kwargs))
-        except BaseException:
-            if new:
-                self.base_model.delete_adapter(adapter_name)
-            raise
         if not is_trainable:
             self.eval()
         return result
@@ -602,10 +607,15 @@ class PeftModel(PushToHubMixin, nn.Module):
         self, adapter_name: str, weights: dict[str, torch.Tensor], ignore_mismatched_sizes: bool = False
     ) -> _IncompatibleKeys:
         """Put a checkpoint's tensors into an adapter, and warn about those of its tensors that got nothing."""
+        if not weights:
+            raise PeftRuntimeError(f"{SAFETENSORS_WEIGHTS_NAME} holds no tensor at all; save the adapter again")
         result = set_peft_model_state_dict(self, weights, adapter_name, ignore_mismatched_sizes)
         own = adapter_key_map(self, adapter_name)
         not_set = set(result.missing_keys)
-        missing = sorted(saved for saved, place in own.items() if place.key in not_set)
+        missing = sorted(saved for saved, place in own.items() if place.key in not_set and saved not in weights)
+        for _, module in adapter_modules(self):
+            if any(parameter.is_meta for parameter in module.adapter_parameters(adapter_name)):
+                module.fill_missing(adapter_name, self.peft_config[adapter_name])
         if missing:
             warn(
                 f"the checkpoint lacks {len(missing)} of {len(own)} tensors of adapter {adapter_name!r}; they keep "
@@ -614,31 +624,31 @@ class PeftModel(PushToHubMixin, nn.Module):
         return result
 
 
+def _text(peft_type: Any) -> str:
+    return getattr(peft_type, "value", str(peft_type))
+
+
 def _checkpoints_activations(model: nn.Module) -> bool:
     # transformers 5 has renamed the property
     name = "is_activation_checkpointing"
     return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
 
 
+def _for_this_run(config: PeftConfig, is_trainable: bool, ephemeral_gpu_offload: bool) -> PeftConfig:
+    """Copy a config, with the settings of this run."""
+    config = copy.copy(config)
+    config.inference_mode = not is_trainable
+    if hasattr(config, "runtime_config"):
+        config.runtime_config = dataclasses.replace(config.runtime_config, ephemeral_gpu_offload=ephemeral_gpu_offload)
+    return config
+
+
+def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in _load_options(kwargs)}
+
+
 def _load_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name == "ignore_mismatched_sizes"}
-
-
-def _write_tensors(
-    folder: str, tensors: dict[str, torch.Tensor], safe_serialization: bool, deduplicate_tied: bool
-) -> None:
-    if not safe_serialization:
-        write_atomically(os.path.join(folder, WEIGHTS_NAME), lambda path: torch.save(tensors, path))
-        return
-    kept, aliases = split_aliases(tensors)
-    header = {"format": "pt"}
-    if deduplicate_tied:
-        header.update(aliases_to_header(aliases))
-    else:
-        # the format has no notion of two names for one tensor
-        kept.update((alias, place.read(kept[place.key]).detach().clone()) for alias, place in aliases.items())
-    whole = {key: tensor.detach().contiguous() for key, tensor in kept.items()}
-    write_atomically(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), lambda path: save_file(whole, path, header))
 
 
 class PeftModelForCausalLM(PeftModel):

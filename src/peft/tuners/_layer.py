@@ -39,21 +39,29 @@ class BaseTunerLayer(ABC):
     other_param_names: tuple[str, ...] = ()
     quantization_backend: str | None = None
 
+    _owners: dict[str, "BaseTunerLayer"]
+    _trainable_adapters: set[str]
+    _merge_state: MergeState
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
 
     def _wrap(self, base_layer: nn.Module) -> None:
         """Take the base layer in; to be called once, after `nn.Module.__init__`."""
-        self.base_layer = base_layer
-        self.in_features, self.out_features = features(self.get_base_layer())
-        self._merge_state = MergeState()
-        # whether other modules hold the base weight too; merging this layer alone must not change theirs
-        self.base_is_tied = False
-        # Owners of adapters that are tied: these adapters have no tensors here, they take those of the owner.
-        self._owners: dict[str, BaseTunerLayer] = {}
-        # Adapters that shall be trained while adapters are enabled. Kept, so that switching adapters costs time for
-        # the adapters that change and not for all that are loaded.
-        self._trainable_adapters: set[str] = set()
+        self._modules["base_layer"] = base_layer
+        in_features, out_features = features(self.get_base_layer())
+        # nn.Module looks at every attribute that is set, which is slow for models with thousands of layers
+        self.__dict__.update(
+            in_features=in_features,
+            out_features=out_features,
+            _merge_state=MergeState(),
+            # whether other modules hold the base weight too; merging this layer alone must not change theirs
+            base_is_tied=False,
+            # layers that are followed: their adapters have no tensors here
+            _owners={},
+            # Adapters that shall be trained while adapters are enabled. Kept, so that switching adapters costs time
+            # for the adapters that change and not for all that are loaded.
+            _trainable_adapters=set(),
+        )
 
     # ---------------------------------------------------------------------------------------------- the base layer
     def get_base_layer(self) -> nn.Module:
@@ -151,6 +159,37 @@ class BaseTunerLayer(ABC):
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """Make an uninitialised parameter for an adapter, where and in the type that the base weight calls for."""
         return new_parameter(self.get_base_weight(), *shape)
+
+    def fill_missing(self, adapter_name: str, config: Any) -> None:
+        """
+        Start tensors of an adapter that a checkpoint has left without storage.
+
+        Args:
+            adapter_name: name.
+            config: the adapter's config.
+        """
+        loaded = []
+        for _, container in self._containers():
+            if adapter_name not in container:
+                continue
+            value = container[adapter_name]
+            is_module = isinstance(value, nn.Module)
+            holder, names = (value, list(value._parameters)) if is_module else (container, [adapter_name])
+            for name in names:
+                tensor = holder._parameters.get(name)
+                if tensor is not None and not tensor.is_meta:
+                    loaded.append((tensor, tensor.detach().clone()))
+                elif tensor is not None:
+                    empty = torch.empty_like(tensor, device=self.get_base_weight().device)
+                    holder._parameters[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        self.reset_adapter(adapter_name, config)
+        with torch.no_grad():
+            for tensor, values in loaded:
+                tensor.copy_(values)
+
+    def reset_adapter(self, adapter_name: str, config: Any) -> None:
+        """Start an adapter's tensors anew. To be supplied by methods."""
+        raise PeftNotImplementedError(f"{type(self).__name__} cannot start the tensors of an adapter anew")
 
     # ------------------------------------------------------------------------------------------ activation, freezing
     @property
@@ -251,10 +290,10 @@ class BaseTunerLayer(ABC):
             kwargs: passed on too, but for `adapter_names`: one name per sample of the batch, `"__base__"` for none.
         """
         adapter_names = kwargs.pop("adapter_names", None)
+        if self._disable_adapters or self._merge_state.adapters:
+            return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        if self._disable_adapters or self.merged_adapters:
-            return self.base_layer(x, *args, **kwargs)
         active = [name for name in self.active_adapters if self.has_adapter(name)]
         if not active:
             return self.base_layer(x, *args, **kwargs)

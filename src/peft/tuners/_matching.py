@@ -131,7 +131,7 @@ class Targets:
     unmatched: list[str] = field(default_factory=list)
 
 
-def find_targets(config: Any, names: Iterable[str]) -> Targets:
+def find_targets(config: Any, names: Collection[str]) -> Targets:
     """
     Find the modules that a config targets.
 
@@ -155,7 +155,7 @@ def find_targets(config: Any, names: Iterable[str]) -> Targets:
         targets.unmatched = sorted(set(wanted or ()) - seen)
         if targets.unmatched:
             # an entry may be the ending of a name that a longer entry has claimed already
-            endings = {ending for name in targets.names for ending in dotted_endings(name)}
+            endings = {ending for name in names for ending in dotted_endings(name)}
             targets.unmatched = [entry for entry in targets.unmatched if entry not in endings]
     return targets
 
@@ -176,7 +176,7 @@ def near_names(wanted: str, names: Iterable[str], most: int = 3) -> list[str]:
     return difflib.get_close_matches(literal, same_depth, n=most, cutoff=0.5)
 
 
-def pattern_lookup(patterns: Mapping[str, Any] | None) -> Callable[[str, Any], Any]:
+def pattern_lookup(patterns: Mapping[str, Any] | None) -> Callable[[str | Collection[str], Any], Any]:
     """
     Make a function that finds a module's value in a mapping such as `rank_pattern`.
 
@@ -188,15 +188,17 @@ def pattern_lookup(patterns: Mapping[str, Any] | None) -> Callable[[str, Any], A
         patterns: name or regular expression -> value.
 
     Returns:
-        A function of the module's full name and the value to use where no pattern matches.
+        A function of the module's full name (or all of them, if it has several) and the value to use where no pattern
+        matches.
     """
     order = {pattern: position for position, pattern in enumerate(patterns or {})}
     plain = {pattern for pattern in order if re.fullmatch(r"[\w.\-]+", pattern)}
     expressions = [(pattern, _pattern_expression(pattern)) for pattern in order if pattern not in plain]
 
-    def lookup(key: str, default: Any) -> Any:
-        found = [ending for ending in dotted_endings(key) if ending in plain]
-        found += [pattern for pattern, expression in expressions if expression.match(key)]
+    def lookup(key: str | Collection[str], default: Any) -> Any:
+        keys = [key] if isinstance(key, str) else key
+        found = [ending for key in keys for ending in dotted_endings(key) if ending in plain]
+        found += [pattern for key in keys for pattern, expression in expressions if expression.match(key)]
         return patterns[min(found, key=order.__getitem__)] if found else default
 
     return lookup

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..utils.error import PeftValueError
+from ..utils.error import PeftTypeError, PeftValueError
 from ..utils.warning import warn
-from ._surgery import adapter_modules, bare_modules
+from ._surgery import adapter_modules, base_modules
 
 
 if TYPE_CHECKING:
@@ -52,11 +52,16 @@ def check_adapters_to_merge(module: "BaseTunerLayer", adapter_names: Sequence[st
     Returns:
         Those names that are not merged yet, in order. Names that are merged already cause a warning.
     """
-    if isinstance(adapter_names, str):
-        raise PeftValueError(f"adapter_names must be a list of names, found the string {adapter_names!r}")
+    refuse_string(adapter_names)
     wanted = list(module.active_adapters if adapter_names is None else adapter_names)
     _warn_if_merged([module], wanted)
     return [name for name in wanted if name not in module.merged_adapters]
+
+
+def refuse_string(adapter_names: Sequence[str] | None) -> None:
+    """Raise if one name was given where a list of names belongs."""
+    if isinstance(adapter_names, str):
+        raise PeftTypeError(f"adapter_names must be a list of names, found the string {adapter_names!r}")
 
 
 def _warn_if_merged(layers: Iterable["BaseTunerLayer"], adapter_names: Sequence[str] | None) -> None:
@@ -206,6 +211,7 @@ def merge_layers(
         safe_merge: refuse the whole merge, before anything is changed, if an entry would not be finite.
         progressbar: show progress.
     """
+    refuse_string(adapter_names)
     layers = [module for _, module in adapter_modules(model) if hasattr(module, "_merge_state")]
     _warn_if_merged(layers, adapter_names)
     for layer in layers:
@@ -239,7 +245,7 @@ def _merge_weight(layers: list["BaseTunerLayer"], adapter_names: Sequence[str] |
 def _holders(model: nn.Module) -> dict[int, int]:
     """Count for each parameter of the base model the places that hold it."""
     counts: dict[int, int] = {}
-    for _, module in bare_modules(model):
+    for module in base_modules(model):
         for parameter in module._parameters.values():
             counts[id(parameter)] = counts.get(id(parameter), 0) + 1
     return counts

@@ -2,9 +2,34 @@
 # peft: the fork in which tied weights stay tied
 """Walking a model around its adapters, and replacing modules wherever they are held."""
 
-from collections.abc import Iterator
+import copy
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
+
+
+def without_collecting(function: Callable) -> Callable:
+    """
+    Pause the garbage collector while a function makes many modules.
+
+    All of them stay, and the collector would scan the growing model again and again to find that out.
+    """
+
+    @functools.wraps(function)
+    def paused(*args: Any, **kwargs: Any) -> Any:
+        if not gc.isenabled():
+            return function(*args, **kwargs)
+        gc.disable()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            gc.enable()
+
+    return paused
 
 
 def is_adapter_module(module: nn.Module) -> bool:
@@ -32,12 +57,33 @@ def walk(model: nn.Module, into_bases: bool = False) -> Iterator[tuple[str, nn.M
             continue
         seen.add(id(module))
         yield name, module
+        children = module._modules
+        if not children:
+            continue
         if is_adapter_module(module):
-            children = [(key, module._modules[key]) for key in module._base_names if into_bases]
-        else:
-            children = module._modules.items()
+            children = {key: children[key] for key in module._base_names} if into_bases else {}
         prefix = f"{name}." if name else ""
-        stack.extend((prefix + key, child) for key, child in reversed(list(children)) if child is not None)
+        for key in reversed(children):
+            if children[key] is not None:
+                stack.append((prefix + key, children[key]))
+
+
+def base_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of the base model, each once, with or without adapters around them."""
+    seen = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        children = module._modules
+        if is_adapter_module(module):
+            stack.extend(children[key] for key in module._base_names)
+        else:
+            yield module
+            if children:
+                stack.extend(child for child in children.values() if child is not None)
 
 
 def names_of_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -52,10 +98,10 @@ def names_of_modules(model: nn.Module) -> dict[str, nn.Module]:
     while stack:
         name, module = stack.pop()
         names[name] = module
-        if not is_adapter_module(module):
+        children = module._modules
+        if children and not is_adapter_module(module):
             prefix = f"{name}." if name else ""
-            children = [(prefix + key, child) for key, child in module._modules.items() if child is not None]
-            stack.extend(reversed(children))
+            stack.extend((prefix + key, children[key]) for key in reversed(children) if children[key] is not None)
     return names
 
 
@@ -85,6 +131,37 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if not is_adapter_module(module):
             prefix = f"{name}." if name else ""
             yield from ((prefix + key, p) for key, p in module._parameters.items() if p is not None)
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """
+    Put a model back as it was if something is raised inside: its modules, their settings and hooks, what is trainable.
+
+    Values of tensors are not kept; whoever writes to tensors has to check everything first.
+    """
+    before = []
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            kept = copy.copy(value) if isinstance(value, (dict, list, set)) else None
+            before.append((module.__dict__, name, value, kept))
+    names = {id(module): set(module.__dict__) for module in model.modules()}
+    modules = list(model.modules())
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module in modules:
+            for name in set(module.__dict__) - names[id(module)]:
+                del module.__dict__[name]
+        for attributes, name, value, kept in before:
+            attributes[name] = value
+            if kept is not None:  # containers are filled again in place, since others may refer to them
+                value.clear()
+                value.extend(kept) if isinstance(value, list) else value.update(kept)
+        for parameter, wants_grad in trainable:
+            parameter.requires_grad_(wants_grad)
+        raise
 
 
 class Slots:

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 from abc import ABC
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ from ._layer import ActivationLayer, AdditiveLayer, BaseTunerLayer, WeightLayer
 from ._matching import Targets, check_target_module_exists, find_targets, lies_in, near_names
 from ._merging import check_adapters_to_merge, merge_layers, original_weights, unmerge_layer
 from ._new_tensors import making_tensors
-from ._surgery import Slots, adapter_modules, base_parameters, names_of_modules, walk
+from ._surgery import Slots, adapter_modules, base_modules, base_parameters, names_of_modules, walk, without_collecting
 
 
 __all__ = [
@@ -127,6 +128,8 @@ class BaseTuner(nn.Module, ABC):
         self.peft_config = {**(present or {}), **{name: copy.copy(config) for name, config in new.items()}}
         self.active_adapter: str | list[str] = adapter_name
         self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        if present:
+            self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
         model.peft_config = self.peft_config
 
     # ------------------------------------------------------------------------------------------------- basic access
@@ -185,6 +188,7 @@ class BaseTuner(nn.Module, ABC):
             del self.peft_config[adapter_name]
             raise
 
+    @without_collecting
     def inject_adapter(
         self,
         model: nn.Module,
@@ -213,13 +217,17 @@ class BaseTuner(nn.Module, ABC):
         check_adapter_name(adapter_name, self.prefix)
         self._check_new_adapter_config(adapter_name, config)
         self._resolve_targets(model, config)
-        names = self._matched_names(model, config, state_dict)
+        modules = {name: module for name, module in names_of_modules(model).items() if name}
+        all_names: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            all_names.setdefault(id(module), []).append(name)
+        names = self._matched_names(modules, config, state_dict)
         self._check_tied_modules(model, config)
         names = with_ties(names, config.target_modules_to_tie or {})
         self._check_targets(model, config, names)
         check_additional_trainable_modules(model, config)
         with making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype):
-            self._place_layers(model, adapter_name, config, names)
+            self._place_layers(model, adapter_name, config, {name: modules[name] for name in names}, all_names)
             set_additional_trainable_modules(
                 model, config, self.get_model_config(model), adapter_name, adapter_name in self.active_adapters
             )
@@ -257,10 +265,9 @@ class BaseTuner(nn.Module, ABC):
         return not getattr(config, "target_parameters", None)
 
     def _matched_names(
-        self, model: nn.Module, config: PeftConfig, state_dict: dict[str, torch.Tensor] | None
+        self, modules: dict[str, nn.Module], config: PeftConfig, state_dict: dict[str, torch.Tensor] | None
     ) -> list[str]:
         """Find the modules to adapt, and refuse or warn about what matches nothing."""
-        modules = {name: module for name, module in names_of_modules(model).items() if name}
         candidates = list(modules)
         if state_dict is not None:
             return self._names_in_state_dict(candidates, state_dict)
@@ -337,28 +344,35 @@ class BaseTuner(nn.Module, ABC):
         """Warn about or refuse targets, before anything is changed. Methods may extend it."""
         return
 
-    def _place_layers(self, model: nn.Module, adapter_name: str, config: PeftConfig, names: list[str]) -> None:
+    def _place_layers(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        config: PeftConfig,
+        targets: dict[str, nn.Module],
+        all_names: dict[int, list[str]],
+    ) -> None:
         """
         Create the layers for all targets, then put them into the model.
 
         Whatever raises does so before the first module is replaced; layers that had other adapters already and were
         given this one are relieved of it.
         """
-        wanted = set(names)
-        modules = {name: module for name, module in walk(model) if name in wanted}
         arguments_for = self._layer_arguments_for(config)
         ties = config.target_modules_to_tie or {}
         layers: dict[str, BaseTunerLayer] = {}
         created: list[tuple[nn.Module, BaseTunerLayer]] = []
         updated: list[BaseTunerLayer] = []
         try:
-            for name in names:
-                module, arguments = modules[name], arguments_for(ties.get(name, name))
+            for name, module in targets.items():
+                arguments = arguments_for(all_names[id(targets[ties.get(name, name)])])
                 if name in ties:  # owners come first, so it is there
                     arguments["owner"] = layers[ties[name]]
                 if isinstance(module, self.tuner_layer_cls):
                     updated.append(module)
                     module.update_layer(adapter_name, config=config, **arguments)
+                    if not module.training:
+                        module.train(False)
                     layers[name] = module
                 else:
                     layers[name] = self._create_layer(module, name, adapter_name, config, arguments)
@@ -369,7 +383,8 @@ class BaseTuner(nn.Module, ABC):
             raise
         slots = Slots(model) if created else None
         for module, layer in created:
-            layer.train(module.training)
+            if not module.training:
+                layer.train(False)
             layer._active_adapter = self.active_adapters
             slots.replace(module, layer)
         self._mark_tied_bases(model)
@@ -381,8 +396,8 @@ class BaseTuner(nn.Module, ABC):
             layer.base_is_tied = id(layer.get_base_weight()) in tied
 
     def _layer_arguments_for(self, config: PeftConfig) -> Any:
-        """Give a function from a target's name to the arguments of its layer, such as the rank."""
-        return lambda name: {}
+        """Give a function from the names of a target to the arguments of its layer, such as the rank."""
+        return lambda names: {}
 
     def _create_layer(
         self, target: nn.Module, name: str, adapter_name: str, config: PeftConfig, arguments: dict[str, Any]
@@ -400,12 +415,16 @@ class BaseTuner(nn.Module, ABC):
 
     def _finish(self, adapter_name: str, config: PeftConfig) -> None:
         """Freeze the base model and let the active adapters be trained."""
-        for _, parameter in base_parameters(self.model):
-            parameter.requires_grad_(False)
-        frozen = [name for name in self.active_adapters if self._config_of(name).inference_mode]
-        self.set_adapter(self.active_adapter, inference_mode=bool(frozen))
-        if not config.inference_mode and getattr(config, "bias", "none") != "none":
-            self._train_biases(config.bias)
+        for module in base_modules(self.model):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.requires_grad = False
+        active = adapter_name in self.active_adapters
+        set_requires_grad(self.model, adapter_name, active and not config.inference_mode)
+        for name in self.active_adapters:
+            other = self._config_of(name)
+            if not other.inference_mode and getattr(other, "bias", "none") != "none":
+                self._train_biases(other.bias)
 
     def _config_of(self, adapter_name: str) -> PeftConfig:
         if adapter_name not in self.peft_config:
@@ -462,6 +481,18 @@ class BaseTuner(nn.Module, ABC):
                 )
         for _, module in adapter_modules(self.model):
             module.enable_adapters(False)
+
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """Switch the adapters off inside a context; what was off before stays off afterwards."""
+        on = [module for _, module in adapter_modules(self.model) if not module.disable_adapters]
+        if on:
+            self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            for module in on:
+                module.enable_adapters(True)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """
@@ -608,6 +639,8 @@ def check_adapter_name(name: str, prefix: str) -> None:
             f"adapter name {name!r} holds {', '.join(map(repr, illegal))}; names are keys of modules and names of "
             "folders, so leave out dots, colons, path separators and control characters"
         )
+    if any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict())):
+        raise PeftKeyError(f"adapter name {name!r} is an attribute of torch's module containers; choose another name")
     if prefix and prefix in name:
         warn(
             f"adapter name {name!r} holds {prefix!r}, which the names of the adapter's tensors start with; another "

@@ -39,5 +39,9 @@ class PeftPathError(PeftValueError, AssertionError):
     """A path that cannot be read from or written to as asked."""
 
 
+class PeftConfigError(PeftValueError, PeftTypeError):
+    """A config file whose fields cannot be what they are."""
+
+
 class NoMatchingPeftModuleError(PeftValueError):
     """No module of the model matches what the config targets."""

@@ -12,7 +12,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..tuners._matching import get_pattern_key, match_target_against_key, matching_entry, outermost
 from ..tuners._new_tensors import on_meta
-from ..tuners._surgery import Slots, walk
+from ..tuners._surgery import Slots, is_adapter_module, names_of_modules
 from .constants import (
     CONFIG_NAME,
     EMBEDDING_LAYER_NAMES,
@@ -128,7 +128,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
             kwargs: passed on, but for `adapter_names`: one name per sample, `"__base__"` for none.
         """
         adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is not None:
+        if adapter_names is not None and not self._disable_adapters:
             return self._mixed_batch_forward(adapter_names, *args, **kwargs)
         return self._current_module()(*args, **kwargs)
 
@@ -204,6 +204,9 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Yield for each tensor of an adapter its key in a checkpoint and its key in this module's state dict."""
         raise NotImplementedError
+
+    def fill_missing(self, adapter_name: str, config: PeftConfig) -> None:
+        """Start tensors of an adapter that a checkpoint has left without storage."""
 
     def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
         """Yield nothing: what follows another wrapper holds that one's parameters themselves."""
@@ -304,6 +307,18 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             base = {id(parameter) for parameter in self.original_module.parameters()}
             yield from (p for p in self.modules_to_save[adapter_name].parameters() if id(p) not in base)
 
+    def fill_missing(self, adapter_name: str, config: PeftConfig) -> None:
+        """Start parameters of a copy that a checkpoint has left without storage, from the base module."""
+        if adapter_name not in self.modules_to_save:
+            return
+        base = dict(self.original_module.named_parameters(remove_duplicate=False))
+        copied = self.modules_to_save[adapter_name]
+        for name, parameter in list(copied.named_parameters(remove_duplicate=False)):
+            if parameter.is_meta:
+                path, _, key = name.rpartition(".")
+                values = base[name].detach().clone()
+                copied.get_submodule(path)._parameters[key] = nn.Parameter(values, parameter.requires_grad)
+
     def _current_module(self) -> nn.Module:
         if not self._disable_adapters:
             for name in self._active_adapter:
@@ -379,9 +394,20 @@ def check_wrappable(module: nn.Module, name: str = "") -> None:
 
 
 def _modules_named(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
-    """Find the modules whose full name, or its ending from a dot on, is in `names`: full name -> module."""
+    """
+    Find the modules one of whose full names, or its ending from a dot on, is in `names`.
+
+    Returns:
+        First full name -> module, in the order of the model.
+    """
     wanted = set(names)
-    return {name: module for name, module in walk(model) if name and matching_entry(wanted, name) is not None}
+    first: dict[int, str] = {}
+    found = {}
+    for name, module in names_of_modules(model).items():
+        first.setdefault(id(module), name)
+        if name and matching_entry(wanted, name) is not None:
+            found[first[id(module)]] = module
+    return found
 
 
 def _set_trainable(
@@ -432,7 +458,9 @@ def _set_trainable(
             module.update(adapter_name, **wrapper_kwargs)
         else:
             wrapper = wrapper_cls(module, adapter_name, **wrapper_kwargs)
-            wrapper.train(module.training)
+            wrapper.training = module.training
+            if not activate_adapter:
+                wrapper._active_adapter = []
             slots.replace(module, wrapper)
             module = wrapper
         if activate_adapter:
@@ -458,6 +486,12 @@ def check_additional_trainable_modules(model: nn.Module, peft_config: PeftConfig
         raise PeftTypeError(f"modules_to_save must be a list of names, found the string {names!r}")
     for name, module in _modules_named(model, names).items():
         check_wrappable(module, name)
+        inside = any(is_adapter_module(m) for m in module.modules() if m is not module)
+        if not isinstance(module, ModulesToSaveWrapper) and (is_adapter_module(module) or inside):
+            raise PeftTypeError(
+                f"modules_to_save reaches {name!r}, which another adapter has adapted already; a module is either "
+                "adapted or trained in full. Leave it out of modules_to_save, or delete the other adapter"
+            )
     # the names of classification heads are tried for every model of their task
     optional = {*SEQ_CLS_HEAD_NAMES, *QUESTION_ANSWERING_HEAD_NAMES}
     for entry in names:

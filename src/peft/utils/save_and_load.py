@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -28,8 +28,9 @@ from .constants import (
     WEIGHTS_NAME,
 )
 from .error import PeftKeyError, PeftPathError, PeftRuntimeError, PeftValueError
+from .files import write_atomically
 from .other import AuxiliaryTrainingWrapper, infer_device
-from .tying import restore_aliases, split_aliases
+from .tying import aliases_to_header, restore_aliases, split_aliases
 from .vocabulary import vocabulary_has_grown
 from .warning import warn
 
@@ -115,16 +116,14 @@ def _config_of(model: nn.Module, adapter_name: str) -> Any:
 
 
 def _chosen_embedding_keys(model: nn.Module, config: Any, choice: str | bool) -> dict[str, Place]:
-    if choice == "auto":
-        choice = vocabulary_has_grown(model, config)
-        if choice:
-            warn(
-                "the vocabulary was resized, so the base weights of the embeddings are saved with the adapter; "
-                "save_embedding_layers=False leaves them out"
-            )
-    if not choice:
+    if not choice or (choice == "auto" and not vocabulary_has_grown(model, config)):
         return {}
     keys = embedding_key_map(model)
+    if keys and choice == "auto":
+        warn(
+            "the vocabulary was resized, so the base weights of the embeddings are saved with the adapter; "
+            "save_embedding_layers=False leaves them out"
+        )
     if not keys and not hasattr(model, "get_input_embeddings"):
         warn("save_embedding_layers was given, but the model does not say which layers its embeddings are")
     return keys
@@ -278,6 +277,47 @@ def _materialised(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------ files
+def refuse_without_storage(tensors: Mapping[str, torch.Tensor]) -> None:
+    """
+    Refuse to save tensors that hold nothing.
+
+    Raises:
+        PeftRuntimeError: if one is on the meta device.
+    """
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise PeftRuntimeError(
+            f"{len(empty)} tensors are on the meta device and have no content, the first is {empty[0]!r}; an adapter "
+            "that was made with low_cpu_mem_usage=True has to be loaded before it can be saved"
+        )
+
+
+def write_peft_weights(
+    folder: str, tensors: Mapping[str, torch.Tensor], safe_serialization: bool, deduplicate_tied: bool
+) -> None:
+    """
+    Write the tensors of a checkpoint; an older file is replaced when the new one is whole.
+
+    Args:
+        folder: an existing folder.
+        tensors: key -> tensor.
+        safe_serialization: write safetensors; False writes a pickle.
+        deduplicate_tied: write a tensor that stands under several keys once.
+    """
+    if not safe_serialization:
+        write_atomically(os.path.join(folder, WEIGHTS_NAME), lambda path: torch.save(tensors, path))
+        return
+    kept, aliases = split_aliases(tensors)
+    header = {"format": "pt"}
+    if deduplicate_tied:
+        header.update(aliases_to_header(aliases))
+    else:
+        # the format has no notion of two names for one tensor
+        kept.update((alias, place.read(kept[place.key]).detach().clone()) for alias, place in aliases.items())
+    whole = {key: tensor.detach().contiguous() for key, tensor in kept.items()}
+    write_atomically(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), lambda path: save_file(whole, path, header))
+
+
 def load_peft_weights(
     model_id: str,
     device: str | None = None,
@@ -345,14 +385,16 @@ def _read_safetensors(path: str, device: str) -> dict[str, torch.Tensor]:
 def _read_pickle(path: str, device: str) -> dict[str, torch.Tensor]:
     try:
         tensors = torch_load(path, map_location=device)
-    except UnpicklingError as error:
+    except (UnpicklingError, AttributeError, ImportError) as error:
         raise PeftValueError(
             f"{path!r} holds more than tensors, and loading it could run code: {error}. Ask for the adapter in "
             "safetensors format"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise PeftValueError(f"{path!r} is not a whole PyTorch file ({error}); copy or download it again") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise PeftValueError(f"{path!r} is not a whole PyTorch file ({error!r}); copy or download it again") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()
+    ):
         raise PeftValueError(f"{path!r} does not hold a dictionary of tensors")
     return tensors
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..tuners._matching import check_target_module_exists, matching_entry, outermost
-from ..tuners._surgery import adapter_modules, bare_modules, is_adapter_module
+from ..tuners._surgery import adapter_modules, bare_modules, base_modules, is_adapter_module
 from .adapter_keys import Place
 from .error import PeftValueError
 from .warning import warn
@@ -74,19 +74,25 @@ def find_tied_groups(model: nn.Module) -> list[TiedGroup]:
         >>> find_tied_groups(net)
         [TiedGroup(members=('0.weight', '1.weight'))]
     """
+    counts: dict[int, int] = {}
+    for module in base_modules(model):
+        for parameter in module._parameters.values():
+            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    counts.pop(id(None), None)
+    if max(counts.values(), default=0) < 2:  # most models; names are only worked out for the others
+        return []
     places: dict[int, list[tuple[str, nn.Module, nn.Parameter]]] = {}
     for name, module in bare_modules(model):
         prefix = f"{name}." if name else ""
         for key, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and counts[id(parameter)] > 1:
                 places.setdefault(id(parameter), []).append((prefix + key, module, parameter))
     main = _input_embedding(model)
     groups = []
     for held in places.values():
-        if len(held) > 1:
-            # the sort is stable: members of the same standing keep the order of the model
-            held.sort(key=lambda place: 0 if place[1] is main else 1 if isinstance(place[1], nn.Embedding) else 2)
-            groups.append(TiedGroup(tuple(member for member, _, _ in held), held[0][2]))
+        # the sort is stable: members of the same standing keep the order of the model
+        held.sort(key=lambda place: 0 if place[1] is main else 1 if isinstance(place[1], nn.Embedding) else 2)
+        groups.append(TiedGroup(tuple(member for member, _, _ in held), held[0][2]))
     return groups
 
 

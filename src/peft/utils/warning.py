@@ -2,12 +2,16 @@
 # peft: the fork in which tied weights stay tied
 """The warning category of the package, and the way to give one."""
 
+import contextlib
+import functools
 import os
 import sys
 import warnings
 
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+# frames between the caller and this package: dataclasses, context managers and decorators
+_PASSED_OVER = (_PACKAGE, "<string>", contextlib.__file__, functools.__file__)
 
 
 class PeftWarning(UserWarning):
@@ -22,6 +26,6 @@ def warn(message: str) -> None:
         message: what is wrong, what was found and what to do.
     """
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, "<string>")):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PASSED_OVER):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, PeftWarning, stacklevel=level)

@@ -5,7 +5,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...config import PeftConfig, check_layer_selection
+from ...config import PeftConfig, check_layer_selection, check_types
 from ...utils.peft_types import PeftType, TaskType
 from ...utils.warning import warn
 
@@ -238,6 +238,17 @@ _NESTED = {
 _INIT_CONFIGS = {"eva": "eva_config", "corda": "corda_config"}
 
 
+_FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "init_lora_weights": (bool, str),
+    "modules_to_save": (list, tuple, set, str),
+    "layers_to_transform": (int, list, tuple, range),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+}
+
+
 @dataclass
 class LoraConfig(PeftConfig):
     """
@@ -358,6 +369,7 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA
+        check_types(self, _FIELD_TYPES)
         check_layer_selection(self)
         self._build_nested_configs()
         self._check_contradictions()
@@ -369,7 +381,10 @@ class LoraConfig(PeftConfig):
         for name, config_cls in _NESTED.items():
             value = getattr(self, name)
             if isinstance(value, dict):
-                setattr(self, name, config_cls(**value))
+                try:
+                    setattr(self, name, config_cls(**value))
+                except TypeError as error:
+                    raise TypeError(f"{name} does not fit {config_cls.__name__}: {error}") from error
             elif value is not None and not isinstance(value, config_cls):
                 raise TypeError(
                     f"{name} must be a {config_cls.__name__}, a dictionary of its fields or None, "

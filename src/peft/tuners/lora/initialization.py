@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""How LoRA's factors start: strategies by the value of `init_lora_weights`."""
+"""
+How LoRA's factors start: strategies by the value of `init_lora_weights`.
+
+They are called without gradients and write to the factors in place.
+"""
 
 import math
 from collections.abc import Callable
@@ -24,36 +28,36 @@ _PLANNED = ("eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lo
 def _uniform_by_fan_in(weight: nn.Parameter) -> None:
     """Draw from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as `nn.Linear` does; weight is (out, in)."""
     bound = 1 / math.sqrt(weight.shape[1]) if weight.shape[1] > 0 else 0.0
-    nn.init.uniform_(weight, -bound, bound)
+    weight.uniform_(-bound, bound)
 
 
 def start_neutral(layer: "LoraLayer", adapter: str) -> None:
     """One factor at random, the other zero: the adapter changes nothing at first."""
     into, out = layer.factor_weights(adapter)
     if layer.is_embedding:
-        nn.init.zeros_(into)
-        nn.init.normal_(out)
+        into.zero_()
+        out.normal_()
     else:
         _uniform_by_fan_in(into)
-        nn.init.zeros_(out)
+        out.zero_()
 
 
 def start_gaussian(layer: "LoraLayer", adapter: str) -> None:
     """Like the neutral start, with factor A from N(0, 1/r^2)."""
     into, out = layer.factor_weights(adapter)
     if layer.is_embedding:
-        nn.init.zeros_(into)
-        nn.init.normal_(out)
+        into.zero_()
+        out.normal_()
     else:
-        nn.init.normal_(into, std=1 / layer.r[adapter])
-        nn.init.zeros_(out)
+        into.normal_(std=1 / layer.r[adapter])
+        out.zero_()
 
 
 def start_random(layer: "LoraLayer", adapter: str) -> None:
     """Both factors at random, so that the adapter has an effect at once; for tests."""
     for weight in layer.factor_weights(adapter):
         if layer.is_embedding:
-            nn.init.normal_(weight)
+            weight.normal_()
         else:
             _uniform_by_fan_in(weight)
 

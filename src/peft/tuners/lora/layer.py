@@ -3,7 +3,7 @@
 """LoRA's layers: one class per kind of base layer, each a few lines on top of the additive rule."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,9 +35,9 @@ class Factor(nn.Linear):
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None):
         nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.weight = weight
-        self.register_parameter("bias", bias)
+        out_features, in_features = weight.shape
+        self.__dict__.update(in_features=in_features, out_features=out_features)
+        self._parameters.update(weight=weight, bias=bias)
 
 
 class TiedFactor(nn.Module):
@@ -83,16 +83,36 @@ class TiedSettings(dict):
     Settings by adapter name; those of an adapter that follows another layer are read from there.
 
     Args:
+        settings: the layer's own settings.
         owners: adapter name -> layer that is followed.
         name: attribute that holds these settings.
     """
 
-    def __init__(self, owners: dict[str, "LoraLayer"], name: str):
-        super().__init__()
+    def __init__(self, settings: dict[str, Any], owners: dict[str, "LoraLayer"], name: str):
+        super().__init__(settings)
         self.owners, self.name = owners, name
 
     def __missing__(self, adapter: str) -> Any:
         return getattr(self.owners[adapter], self.name)[adapter]
+
+
+class _NoFactors(Mapping):
+    """What a layer has in place of the factors of another kind of layer: nothing, and nothing can be put there."""
+
+    def __getitem__(self, adapter: str) -> Any:
+        raise KeyError(adapter)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __reduce__(self) -> str:
+        return "NO_FACTORS"
+
+
+NO_FACTORS = _NoFactors()
 
 
 class LoraLayer(AdditiveLayer):
@@ -108,6 +128,7 @@ class LoraLayer(AdditiveLayer):
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
+    _settings = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias")
     is_embedding = False
     # The attributes that hold the two matrices whose product is the delta, left one first, and whether they hold them
     # transposed. Subclasses say it for their layout of the weight.
@@ -115,19 +136,13 @@ class LoraLayer(AdditiveLayer):
 
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         self._wrap(base_layer)
-        self.r: dict[str, int] = TiedSettings(self._owners, "r")
-        self.lora_alpha: dict[str, float] = TiedSettings(self._owners, "lora_alpha")
-        self.scaling: dict[str, float] = TiedSettings(self._owners, "scaling")
-        self.use_dora: dict[str, bool] = TiedSettings(self._owners, "use_dora")
-        self.use_rslora: dict[str, bool] = TiedSettings(self._owners, "use_rslora")
-        self.lora_bias: dict[str, bool] = TiedSettings(self._owners, "lora_bias")
-        self.lora_dropout = nn.ModuleDict()
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_embedding_A = FactorDict()
-        self.lora_embedding_B = FactorDict()
-        self.ephemeral_gpu_offload = ephemeral_gpu_offload
-        self.cast_input_dtype_enabled = True
+        self.__dict__.update({name: {} for name in self._settings})
+        self.__dict__.update(dict.fromkeys(self.adapter_layer_names, NO_FACTORS))
+        self.__dict__.update(ephemeral_gpu_offload=ephemeral_gpu_offload, cast_input_dtype_enabled=True)
+        self._modules["lora_dropout"] = nn.ModuleDict()
+        for name in sorted(name for name, _ in self.factor_layout):
+            del self.__dict__[name]
+            self._modules[name] = FactorDict() if self.is_embedding else nn.ModuleDict()
 
     def update_layer(
         self,
@@ -166,7 +181,8 @@ class LoraLayer(AdditiveLayer):
         self.lora_bias[adapter_name] = config.lora_bias
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self._make_factors(adapter_name, r, config)
-        start(self, adapter_name)
+        with torch.no_grad():
+            start(self, adapter_name)
         self._trainable_adapters.add(adapter_name)
 
     def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
@@ -182,6 +198,8 @@ class LoraLayer(AdditiveLayer):
             owner: the layer that has the factors.
         """
         super().follow(adapter_name, owner)
+        for name in self._settings:
+            self.__dict__[name] = TiedSettings(self.__dict__[name], self._owners, name)
         for side, (name, transposed) in enumerate(self.factor_layout):
             getattr(self, name)[adapter_name] = TiedFactor(owner, adapter_name, side, transposed)
 
@@ -223,7 +241,12 @@ class LoraLayer(AdditiveLayer):
             adapter_name: name.
             init_lora_weights: see `LoraConfig`.
         """
-        find_initialization(init_lora_weights)(self, adapter_name)
+        with torch.no_grad():
+            find_initialization(init_lora_weights)(self, adapter_name)
+
+    def reset_adapter(self, adapter_name: str, config: LoraConfig) -> None:
+        """Start an adapter's factors anew, as the config says."""
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
 
     # ----------------------------------------------------------------------------------------------------- the delta
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -315,8 +338,8 @@ class Linear(LoraLayer, nn.Module):
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
+        self.fan_in_fan_out = stores_weight_transposed(unwrapped(base_layer))
         LoraLayer.__init__(self, base_layer, **kwargs)
-        self.fan_in_fan_out = stores_weight_transposed(self.get_base_layer())
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config=config, owner=owner)
 
@@ -419,6 +442,11 @@ class Embedding(LoraLayer, nn.Module):
         return (embed(self.get_base_layer(), x, left) * self.scaling[adapter]) @ right
 
 
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """Give the layer of the base model in an adapter layer, or the layer itself."""
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
 def dispatch_default(
     target: nn.Module, adapter_name: str, config: LoraConfig, parameter_name: str | None = None, **kwargs: Any
 ) -> nn.Module | None:
@@ -437,7 +465,7 @@ def dispatch_default(
     """
     from .model import LoraModel
 
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    base = unwrapped(target)
     for kind, layer_cls in LoraModel.layer_classes.items():
         if isinstance(base, kind):
             return layer_cls(target, adapter_name, config=config, **kwargs)

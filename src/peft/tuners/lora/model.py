@@ -93,9 +93,9 @@ class LoraModel(BaseTuner):
         peft_config.modules_to_tie = find_followers(tie for tie in reached if tie.saved)
         peft_config.target_modules_to_tie = find_followers(targeted)
 
-    def _layer_arguments_for(self, config: LoraConfig) -> Callable[[str], dict[str, Any]]:
+    def _layer_arguments_for(self, config: LoraConfig) -> Callable[[list[str]], dict[str, Any]]:
         rank, alpha = pattern_lookup(config.rank_pattern), pattern_lookup(config.alpha_pattern)
-        return lambda name: {"r": rank(name, config.r), "lora_alpha": alpha(name, config.lora_alpha)}
+        return lambda names: {"r": rank(names, config.r), "lora_alpha": alpha(names, config.lora_alpha)}
 
     def _check_targets(self, model: nn.Module, config: LoraConfig, names: list[str]) -> None:
         """Believe the layers, not the config, in how weights are stored."""
