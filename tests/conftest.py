@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""What holds for every test: no network, one thread, the same random numbers on each run."""
+
+import os
+
+
+# Before anything imports the hub's client: what is not on disk does not exist.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+
+pytest.register_assert_rewrite("helpers")
+
+# The examples are the same on each run, and a slow machine fails no test.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+
+# The models are tiny: more threads cost more than they bring, and fight with the other worker.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Start each test from the same random numbers."""
+    torch.manual_seed(0)
