@@ -19,7 +19,7 @@ from torch import nn
 
 from peft import LoraConfig, PeftModel, PeftWarning, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils.tying import find_tied_groups
+from peft.utils.tying import find_tied_groups, weight_tying_report
 
 
 def adapted(tied: TiedModel, side: str = "inputs", ensure: bool = True, **config) -> PeftModel:
@@ -210,6 +210,19 @@ def test_adapted_apart_on_purpose(name, side, tmp_path):
         merged.save_pretrained(tmp_path)
         again = type(merged).from_pretrained(tmp_path, attn_implementation="eager")
         assert torch.equal(outputs(again, tied), outputs(merged, tied))
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+@each_model
+def test_report_tells_one_adapter_from_adapters_apart(tied, side):
+    for ensure in (True, False):
+        model = adapted(tied, side, ensure=ensure)
+        report = weight_tying_report(model)
+        assert report.holds == ensure
+        (row,) = [row for row in report.rows if row.route == "target_modules" and row.members == tied.members]
+        assert (row.adapter, row.shared) == ("default", ensure)
+        reached = {id(layer): layer for layer in layers(model, tied) if isinstance(layer, LoraLayer)}
+        assert row.bytes == 4 * sum(p.numel() for m in reached.values() for p in m.adapter_parameters("default"))
 
 
 def test_merging_one_layer_by_itself_leaves_the_others_be():

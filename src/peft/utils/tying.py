@@ -492,6 +492,7 @@ def weight_tying_report(model: nn.Module) -> TyingReport:
             present = _in_place_of(base, group, adapter)
             if any(parameter is not group.parameter for parameter in present):
                 rows.append(_row(group.members, adapter, "modules_to_save", present))
+            rows += _target_row(base, group, adapter)
     rows += _declared_but_absent(base, groups)
     return TyingReport(tuple(rows))
 
@@ -516,6 +517,22 @@ def _in_place_of(base: nn.Module, group: TiedGroup, adapter: str) -> list[nn.Par
         else:
             present.append(wrapper.parameters_in_place_of(adapter)[id(group.parameter)])
     return present
+
+
+def _target_row(base: nn.Module, group: TiedGroup, adapter: str) -> list[TyingRow]:
+    """Say whether the members of a group are adapted by one adapter; nothing if none of them is a target."""
+    layers = {name: module for name, module in adapter_modules(base) if "base_layer" in module._modules}
+    sources = []
+    for member in group.members:
+        layer = layers.get(module_of(member)) if member.endswith("weight") else None
+        sources.append(layer.source(adapter) if layer is not None and layer.has_adapter(adapter) else None)
+    adapted = {id(layer): layer for layer in sources if layer is not None}
+    if not adapted:
+        return []
+    shared = len(adapted) == 1 and None not in sources
+    parameters = [parameter for layer in adapted.values() for parameter in layer.adapter_parameters(adapter)]
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return [TyingRow(group.members, group.owner, adapter, "target_modules", shared, size)]
 
 
 def _declared_but_absent(base: nn.Module, groups: Iterable[TiedGroup]) -> list[TyingRow]:
