@@ -46,6 +46,13 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "VeloraConfig",
         ],
         ".tuners.lora.model": ["LoraModel"],
+        ".tuners.multitask_prompt_tuning.config": ["MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"],
+        ".tuners.p_tuning.config": ["PromptEncoderConfig", "PromptEncoderReparameterizationType"],
+        ".tuners.p_tuning.model": ["PromptEncoder"],
+        ".tuners.prefix_tuning.config": ["PrefixTuningConfig"],
+        ".tuners.prefix_tuning.model": ["PrefixEncoder"],
+        ".tuners.prompt_tuning.config": ["PromptTuningConfig", "PromptTuningInit"],
+        ".tuners.prompt_tuning.model": ["PromptEmbedding"],
         ".utils.error": ["NoMatchingPeftModuleError", "PeftError"],
         ".utils.peft_types": ["PeftType", "TaskType"],
         ".utils.save_and_load": [
@@ -55,6 +62,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "set_base_model_state_dict",
             "set_peft_model_state_dict",
         ],
+        ".utils.tying_report": ["plan_weight_tying", "weight_tying_report"],
         ".utils.warning": ["PeftWarning"],
     },
 )

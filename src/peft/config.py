@@ -37,8 +37,27 @@ def interface_version() -> str:
     return __version__.partition("+")[0]
 
 
+class _AcceptsTying(type):
+    """
+    Lets every config take `ensure_weight_tying`, also those that lack it in release 0.21.2.
+
+    It is no field there: number and order of the fields are part of the interface, and files stay as they are for
+    readers that do not know it.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if "ensure_weight_tying" in getattr(cls, "__dataclass_fields__", ()):
+            return super().__call__(*args, **kwargs)
+        ensure = kwargs.pop("ensure_weight_tying", False)
+        if not isinstance(ensure, bool):
+            raise TypeError(f"ensure_weight_tying must be True or False, found {ensure!r}")
+        config = super().__call__(*args, **kwargs)
+        config.ensure_weight_tying = ensure
+        return config
+
+
 @dataclass
-class PeftConfigMixin:
+class PeftConfigMixin(metaclass=_AcceptsTying):
     """
     Reading and writing of configs.
 
@@ -75,6 +94,8 @@ class PeftConfigMixin:
             Field name -> value; nested configs as dictionaries.
         """
         fields = dataclasses.asdict(self)
+        if self.ensure_weight_tying:  # where it is no field, it is written only if it is set
+            fields["ensure_weight_tying"] = True
         return {name: value for name, value in fields.items() if name not in self._runtime_fields}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -115,6 +136,7 @@ class PeftConfigMixin:
         peft_type = kwargs.get("peft_type")
         config_cls = cls if peft_type is None else PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
         names = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls._runtime_fields)
+        names.add("ensure_weight_tying")
         unknown = sorted(set(kwargs) - names)
         if unknown:
             warn(
@@ -204,7 +226,7 @@ class PeftConfigMixin:
         Raises:
             PeftTypeError: for names that are not fields of the config.
         """
-        unknown = sorted(set(kwargs) - {f.name for f in dataclasses.fields(cls)})
+        unknown = sorted(set(kwargs) - {f.name for f in dataclasses.fields(cls)} - {"ensure_weight_tying"})
         if unknown:
             raise PeftTypeError(f"{cls.__name__} has no field named {', '.join(unknown)}")
         return kwargs
@@ -231,6 +253,8 @@ class PeftConfig(PeftConfigMixin):
         inference_mode: whether the adapter is frozen.
 
     Attributes:
+        ensure_weight_tying: keep tied modules tied: what one of them learns, all of them use. Every config takes it by
+            keyword; it is written to the file if it is True.
         modules_to_tie: recorded while an adapter is injected, never saved: full name of each module that has to follow
             another one, because they share a parameter -> full name of the module that it follows.
         target_modules_to_tie: the same for modules that follow a target.

@@ -8,6 +8,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def can_use_weight(layer: nn.Module) -> bool:
+    """Say whether `apply_weight` can compute this kind of layer."""
+    return isinstance(layer, (nn.Linear, nn.Embedding, Conv1D, *CONVOLUTIONS))
+
+
 def stores_weight_transposed(layer: nn.Module) -> bool:
     """Say whether a layer keeps its weight as (in, out), as transformers' `Conv1D` does."""
     return isinstance(layer, Conv1D)
@@ -18,12 +26,18 @@ def has_outputs_last(layer: nn.Module) -> bool:
     return isinstance(layer, (Conv1D, nn.Embedding))
 
 
-def features(layer: nn.Module) -> tuple[int, int]:
+def feature_axis(layer: nn.Module, of_input: bool) -> int:
+    """Give the axis of a layer's weight along which input (or output) features are counted."""
+    return int(of_input != has_outputs_last(layer))
+
+
+def features(layer: nn.Module) -> tuple[int | None, int | None]:
     """
     Give the numbers of input and output features of a layer.
 
     Args:
-        layer: `nn.Linear`, `nn.Embedding` (inputs are token ids, so the vocabulary counts) or `Conv1D`.
+        layer: `nn.Linear`, `nn.Embedding` (inputs are token ids, so the vocabulary counts), `Conv1D`, a convolution
+            (its channels), or any other layer, for which they are None unless it says them.
     """
     if isinstance(layer, nn.Embedding):
         return layer.num_embeddings, layer.embedding_dim
@@ -31,7 +45,9 @@ def features(layer: nn.Module) -> tuple[int, int]:
         # ZeRO-3 replaces partitioned weights by empty ones and keeps the shape in ds_shape
         shape = getattr(layer.weight, "ds_shape", layer.weight.shape)
         return shape[0], shape[1]
-    return layer.in_features, layer.out_features
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.in_channels, layer.out_channels
+    return getattr(layer, "in_features", None), getattr(layer, "out_features", None)
 
 
 def embed(layer: nn.Embedding, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -52,6 +68,11 @@ def embed(layer: nn.Embedding, ids: torch.Tensor, weight: torch.Tensor) -> torch
         scale_grad_by_freq=layer.scale_grad_by_freq,
         sparse=layer.sparse,
     )
+    return scale_rows(layer, rows)
+
+
+def scale_rows(layer: nn.Embedding, rows: torch.Tensor) -> torch.Tensor:
+    """Multiply looked-up rows by the constant that some embeddings have."""
     scale = getattr(layer, "embed_scale", None)
     return rows if scale is None else rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)
 
@@ -70,6 +91,41 @@ def apply_weight(
     """
     if isinstance(layer, nn.Embedding):
         return embed(layer, x, weight)
+    if isinstance(layer, CONVOLUTIONS):
+        return layer._conv_forward(x, weight, bias)
     if stores_weight_transposed(layer):
         weight = weight.T
     return F.linear(x, weight, bias)
+
+
+def along_features(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
+    """
+    Shape one value per feature so that it multiplies a layer's inputs or outputs.
+
+    Args:
+        layer: the base layer; convolutions have their channels before the dimensions of space.
+        values: (features,)
+    """
+    if isinstance(layer, CONVOLUTIONS):
+        return values.view(-1, *[1] * len(layer.kernel_size))
+    return values
+
+
+def along_axis(layer: nn.Module, values: torch.Tensor, axis: int) -> torch.Tensor:
+    """
+    Shape one value per feature so that it multiplies a layer's weight.
+
+    Args:
+        layer: the base layer. A grouped convolution has only the inputs of one group along axis 1 of its weight.
+        values: (features,)
+        axis: axis of the weight that counts these features.
+    """
+    shape = [1] * layer.weight.dim()
+    groups = getattr(layer, "groups", 1)
+    if axis == 1 and groups > 1:
+        shape[0] = layer.weight.shape[0]
+        values = values.view(groups, -1).repeat_interleave(shape[0] // groups, dim=0)
+        shape[1] = values.shape[1]
+        return values.view(shape)
+    shape[axis] = values.numel()
+    return values.view(shape)

@@ -1,34 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
 """
-What every adapter layer has in common, and the three rules that a method can follow.
+What every adapter layer has in common, and the rules that a method can follow.
 
 A method's layer subclasses one rule and writes its math; forward pass, merging, unmerging, activation, freezing and
 deletion follow from it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ..utils.error import PeftNotImplementedError, PeftValueError
+from ..utils.error import PeftNotImplementedError
 from ..utils.warning import warn
 from ._buffer_dict import BufferDict
-from ._kinds import apply_weight, features, has_outputs_last
+from ._kinds import along_axis, along_features, apply_weight, feature_axis, features
 from ._merging import MergeState, check_adapters_to_merge, merge_layer, unmerge_layer
-from ._new_tensors import new_parameter
+from ._new_tensors import copy_module, new_parameter
 
 
 class BaseTunerLayer(ABC):
     """
     A layer that wraps a base layer and holds the tensors of any number of adapters.
 
+    A method's layer names the containers of its tensors and settings, and makes and starts the tensors of an adapter
+    in `make_adapter` and `reset_adapter`; everything else follows from the rule that it subclasses.
+
+    Args:
+        base_layer: the layer to adapt.
+        adapter_name: adapter to start with.
+        config: its config.
+        owner: layer to follow, whose base layer holds the same weight; see `update_layer`.
+        shared: containers of tensors that all layers of the model share, by name.
+        arguments: for `make_adapter`.
+
     Attributes:
         adapter_layer_names: attributes that hold trainable tensors by adapter name.
         other_param_names: attributes that hold other settings by adapter name.
+        shared_layer_names: attributes that hold, by adapter name, tensors that all layers of a model share.
+        container_classes: class of a container, where it is not `nn.ParameterDict` for tensors or `dict` for settings.
+        weight_name: name of the base layer's parameter that is adapted.
         base_layer: the wrapped layer.
     """
 
@@ -37,6 +52,9 @@ class BaseTunerLayer(ABC):
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
+    shared_layer_names: tuple[str, ...] = ()
+    container_classes: Mapping[str, Callable[[], Any]] = {}
+    weight_name: str = "weight"
     quantization_backend: str | None = None
 
     _owners: dict[str, "BaseTunerLayer"]
@@ -44,6 +62,26 @@ class BaseTunerLayer(ABC):
     _merge_state: MergeState
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: Any = None,
+        owner: "BaseTunerLayer | None" = None,
+        shared: Mapping[str, nn.Module] | None = None,
+        **arguments: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        self._wrap(base_layer)
+        for name in self.adapter_layer_names:
+            self._modules[name] = self.container_classes.get(name, nn.ParameterDict)()
+        for name in self.other_param_names:
+            setattr(self, name, self.container_classes.get(name, dict)())
+        for name in self.shared_layer_names:
+            self._modules[name] = shared[name]
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config, owner=owner, **arguments)
 
     def _wrap(self, base_layer: nn.Module) -> None:
         """Take the base layer in; to be called once, after `nn.Module.__init__`."""
@@ -53,7 +91,7 @@ class BaseTunerLayer(ABC):
         self.__dict__.update(
             in_features=in_features,
             out_features=out_features,
-            _merge_state=MergeState(),
+            _merge_state=self._state_of_stack(),
             # whether other modules hold the base weight too; merging this layer alone must not change theirs
             base_is_tied=False,
             # layers that are followed: their adapters have no tensors here
@@ -62,6 +100,16 @@ class BaseTunerLayer(ABC):
             # for the adapters that change and not for all that are loaded.
             _trainable_adapters=set(),
         )
+
+    def _state_of_stack(self) -> MergeState:
+        """Find what is merged into the weight, which other layers around the same base layer may know already."""
+        inner = self.base_layer
+        while isinstance(inner, BaseTunerLayer):
+            if inner.weight_name == self.weight_name:
+                inner._merge_state.layers.append(self)
+                return inner._merge_state
+            inner = inner.base_layer
+        return MergeState(layers=[self])
 
     # ---------------------------------------------------------------------------------------------- the base layer
     def get_base_layer(self) -> nn.Module:
@@ -72,12 +120,12 @@ class BaseTunerLayer(ABC):
         return layer
 
     def get_base_weight(self) -> torch.Tensor:
-        """Give the weight of the base layer."""
-        return self.get_base_layer().weight
+        """Give the weight of the base layer that is adapted; None for normalisation layers without one."""
+        return getattr(self.get_base_layer(), self.weight_name, None)
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
         """Replace the values of the base weight; the parameter object stays, and with it every tie."""
-        self.get_base_layer().weight.data = weight_data
+        self.get_base_weight().data = weight_data
 
     @property
     def weight(self) -> torch.Tensor:
@@ -90,6 +138,37 @@ class BaseTunerLayer(ABC):
         return getattr(self.get_base_layer(), "bias", None)
 
     # ----------------------------------------------------------------------------------------- adapters and tensors
+    def update_layer(
+        self, adapter_name: str, config: Any = None, owner: "BaseTunerLayer | None" = None, **arguments: Any
+    ) -> None:
+        """
+        Add an adapter.
+
+        Args:
+            adapter_name: name.
+            config: the adapter's config.
+            owner: layer to follow, whose base layer holds the same weight; nothing is made here then.
+            arguments: for `make_adapter`.
+        """
+        if owner is not None:
+            self.follow(adapter_name, owner)
+            return
+        self.make_adapter(adapter_name, config, **arguments)
+        with torch.no_grad():
+            self.reset_adapter(adapter_name, config)
+        self._trainable_adapters.add(adapter_name)
+
+    def make_adapter(self, adapter_name: str, config: Any, **arguments: Any) -> None:
+        """
+        Make an adapter's tensors, without values, and note its settings. To be supplied by methods.
+
+        Args:
+            adapter_name: name.
+            config: the adapter's config.
+            arguments: what the model's `_layer_arguments_for` gives for this layer.
+        """
+        raise PeftNotImplementedError(f"{type(self).__name__} cannot make an adapter")
+
     def _containers(self) -> Iterator[tuple[str, Any]]:
         """Yield the name and the content of each attribute that holds tensors by adapter name."""
         for name in self.adapter_layer_names:
@@ -120,9 +199,13 @@ class BaseTunerLayer(ABC):
         """Give the layer that has an adapter's tensors: this one, or the owner that it follows."""
         return self._owners.get(adapter_name, self)
 
+    def shared_containers(self) -> Iterator[tuple[str, Any]]:
+        """Yield the name and the content of each attribute that holds tensors that all layers share."""
+        return ((name, self._modules[name]) for name in self.shared_layer_names)
+
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield the parameters of one adapter."""
-        for _, container in self._containers():
+        """Yield the parameters of one adapter, those that all layers share too."""
+        for _, container in (*self._containers(), *self.shared_containers()):
             if adapter_name in container:
                 value = container[adapter_name]
                 if isinstance(value, nn.Parameter):
@@ -151,14 +234,43 @@ class BaseTunerLayer(ABC):
         """
         Yield what a checkpoint holds for this layer although the tensors are those of the layer that it follows.
 
+        Layers of one kind have tensors of the same shapes, so readers that do not know of ties can use them.
+
         Yields:
             Key in a checkpoint, key of the tensor in the owner's state dict, and whether it is to be transposed.
         """
-        yield from ()
+        owner = self._owners.get(adapter_name)
+        if owner is not None and type(owner.get_base_layer()) is type(self.get_base_layer()):
+            yield from ((saved, live, False) for saved, live in owner.adapter_keys(adapter_name))
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """Make an uninitialised parameter for an adapter, where and in the type that the base weight calls for."""
         return new_parameter(self.get_base_weight(), *shape)
+
+    def computed_tensors(
+        self, adapter_name: str, state_dict: Mapping[str, torch.Tensor], prefix: str
+    ) -> dict[str, torch.Tensor]:
+        """
+        Give tensors of a checkpoint that follow from those of the model, instead of standing in it.
+
+        Args:
+            adapter_name: name.
+            state_dict: the model's state dict.
+            prefix: what keys of this module start with in it.
+
+        Returns:
+            Key in a checkpoint -> tensor; they replace what `adapter_keys` tells.
+        """
+        return {}
+
+    def prepare_to_load(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """
+        Make room for the tensors of a checkpoint, where they have another form than those of the model.
+
+        Args:
+            adapter_name: name.
+            tensors: key in a checkpoint -> tensor. They are not checked yet.
+        """
 
     def fill_missing(self, adapter_name: str, config: Any) -> None:
         """
@@ -182,25 +294,25 @@ class BaseTunerLayer(ABC):
                 elif tensor is not None:
                     empty = torch.empty_like(tensor, device=self.get_base_weight().device)
                     holder._parameters[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-        self.reset_adapter(adapter_name, config)
         with torch.no_grad():
+            self.reset_adapter(adapter_name, config)
             for tensor, values in loaded:
                 tensor.copy_(values)
 
     def reset_adapter(self, adapter_name: str, config: Any) -> None:
-        """Start an adapter's tensors anew. To be supplied by methods."""
+        """Give an adapter's tensors the values that they start with. To be supplied by methods; no gradients here."""
         raise PeftNotImplementedError(f"{type(self).__name__} cannot start the tensors of an adapter anew")
 
     # ------------------------------------------------------------------------------------------ activation, freezing
     @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into the base weight, in the order of merging."""
-        return self._merge_state.adapters
+        return [name for source, name in self._merge_state.contributions if self.source(name) is source]
 
     @property
     def merged(self) -> bool:
         """Whether an adapter is merged into the base weight."""
-        return bool(self.merged_adapters)
+        return bool(self._merge_state.contributions) and bool(self.merged_adapters)
 
     @property
     def disable_adapters(self) -> bool:
@@ -269,7 +381,7 @@ class BaseTunerLayer(ABC):
         if adapter_name in self.merged_adapters:
             unmerge_layer(self)
         self._owners.pop(adapter_name, None)
-        for name in (*self.adapter_layer_names, *self.other_param_names):
+        for name in (*self.adapter_layer_names, *self.other_param_names, *self.shared_layer_names):
             container = getattr(self, name, None)
             # settings may be plain values, one for all adapters
             if hasattr(container, "keys") and adapter_name in container:
@@ -290,7 +402,7 @@ class BaseTunerLayer(ABC):
             kwargs: passed on too, but for `adapter_names`: one name per sample of the batch, `"__base__"` for none.
         """
         adapter_names = kwargs.pop("adapter_names", None)
-        if self._disable_adapters or self._merge_state.adapters:
+        if self._disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
@@ -349,13 +461,18 @@ class BaseTunerLayer(ABC):
     def unmerge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Undo `merge_weight_`. Supplied by the rule."""
 
-    def merge_bias_(self, adapter: str, bias: torch.Tensor) -> None:
-        """Apply an adapter to the base layer's bias, in place; most methods leave it alone."""
-        return
+    def can_unmerge(self, adapter: str) -> bool:
+        """Say whether `unmerge_weight_` can undo `merge_weight_`; if not, a copy of the weight is kept for it."""
+        return True
 
-    def unmerge_bias_(self, adapter: str, bias: torch.Tensor) -> None:
-        """Undo `merge_bias_`."""
-        return
+    def merged_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
+        """
+        Compute what merging puts in the place of tensors of the base layer other than the weight, such as its bias.
+
+        Returns:
+            Name in the base layer -> new tensor; most methods change none.
+        """
+        return {}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether an adapter can be converted to LoRA."""
@@ -364,6 +481,9 @@ class BaseTunerLayer(ABC):
 
 class AdditiveLayer(BaseTunerLayer):
     """Rule for methods that add to the weight: W + delta."""
+
+    # whether `delta_forward` also computes adapters that are taken from an owner, through views of its tensors
+    has_views_of_owner = False
 
     @abstractmethod
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -383,7 +503,7 @@ class AdditiveLayer(BaseTunerLayer):
             weight: tensor of the shape and layout of the base weight.
             sign: 1 to merge, -1 to unmerge.
         """
-        delta = self.source(adapter).get_delta_weight(adapter)
+        delta = self.get_delta_weight(adapter)
         weight.add_(delta.to(weight.device, weight.dtype), alpha=sign)
 
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
@@ -396,7 +516,10 @@ class AdditiveLayer(BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for adapter in adapters:
-            result = result + self.delta_forward(adapter, x)
+            if adapter in self._owners and not self.has_views_of_owner:
+                result = result + AdditiveLayer.delta_forward(self, adapter, x)
+            else:
+                result = result + self.delta_forward(adapter, x)
         return result if result.dtype == dtype else result.to(dtype)
 
     def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
@@ -411,31 +534,45 @@ class AdditiveLayer(BaseTunerLayer):
 class WeightLayer(BaseTunerLayer):
     """Rule for methods that transform the weight: f(W)."""
 
+    # whether f(W) x is W g(x), and the method supplies g as `transform_input`
+    transforms_input = False
+
     @abstractmethod
     def transform_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         """Compute the adapted weight from a weight of the base layer's shape and layout."""
 
     def inverse_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         """Compute the weight that `transform_weight` was given, where the method can."""
-        raise PeftNotImplementedError(
-            f"{type(self).__name__} cannot be unmerged: its transform has no inverse; load the base model again"
-        )
+        raise PeftNotImplementedError(f"the transform of {type(self).__name__} has no inverse")
+
+    def transform_input(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """Compute what the base layer has to be given to give what the adapted one does, where the method can."""
+        raise PeftNotImplementedError(f"{type(self).__name__} transforms weights only")
 
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the base layer with the transformed weight."""
+        """Compute the base layer with the transformed weight, or with transformed inputs where that is the same."""
+        if self.transforms_input and self._owners.keys().isdisjoint(adapters):
+            dtype = x.dtype
+            for adapter in reversed(adapters):  # the last to transform the weight is the first to meet the input
+                x = self.transform_input(adapter, x.to(next(self.adapter_parameters(adapter)).dtype))
+            return self.base_layer(x.to(dtype), *args, **kwargs)
         layer = self.get_base_layer()
         weight = layer.weight
         for adapter in adapters:
             weight = self.source(adapter).transform_weight(adapter, weight)
         return apply_weight(layer, x, weight.to(layer.weight.dtype), getattr(layer, "bias", None))
 
+    def can_unmerge(self, adapter: str) -> bool:
+        """Say whether the method has an inverse."""
+        return type(self).inverse_weight is not WeightLayer.inverse_weight
+
     def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Replace the weight by the transformed one."""
-        weight.copy_(self.source(adapter).transform_weight(adapter, weight))
+        weight.copy_(self.transform_weight(adapter, weight))
 
     def unmerge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Replace the weight by what it was transformed from."""
-        weight.copy_(self.source(adapter).inverse_weight(adapter, weight))
+        weight.copy_(self.inverse_weight(adapter, weight))
 
 
 class ActivationLayer(BaseTunerLayer):
@@ -451,41 +588,100 @@ class ActivationLayer(BaseTunerLayer):
 
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Scale input and output around the base layer; input and output keep their types."""
-        dtype = x.dtype
+        base, ids, dtype = self.get_base_layer(), x, x.dtype
+        on_input = {adapter: self._meets_input(adapter) for adapter in adapters}
+        looks_up = isinstance(base, nn.Embedding)
         for adapter in adapters:
-            if self.scales_input(adapter):
-                x = x * self.feature_scale(adapter)
+            if on_input[adapter] and not looks_up:
+                x = x * along_features(base, self.source(adapter).feature_scale(adapter))
         result = self.base_layer(x.to(dtype), *args, **kwargs)
         dtype = result.dtype
         for adapter in adapters:
-            if not self.scales_input(adapter):
-                result = result * self.feature_scale(adapter)
+            factors = self.source(adapter).feature_scale(adapter)
+            if on_input[adapter] and looks_up:  # the inputs that are scaled are tokens
+                result = result * F.embedding(ids, factors.unsqueeze(-1))
+            elif not on_input[adapter]:
+                result = result * along_features(base, factors)
         return result.to(dtype)
+
+    def _axis(self, adapter: str) -> int:
+        """Give the axis of the base weight along which an adapter of this layer scales."""
+        return feature_axis(self.get_base_layer(), self.scales_input(adapter))
+
+    def _meets_input(self, adapter: str) -> bool:
+        """Say whether an adapter scales the inputs of this layer; what it scales in the weight is up to its owner."""
+        return self.source(adapter)._axis(adapter) == feature_axis(self.get_base_layer(), of_input=True)
+
+    def can_unmerge(self, adapter: str) -> bool:
+        """A feature that was scaled by 0 cannot be brought back."""
+        return not (self.feature_scale(adapter) == 0).any()
 
     def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Scale columns or rows of the weight."""
-        self._scale_weight_(adapter, weight, self.feature_scale(adapter))
+        weight.mul_(self._scale_of_weight(adapter, weight))
 
     def unmerge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Undo the scaling."""
-        self._scale_weight_(adapter, weight, self._inverse_scale(adapter))
+        weight.div_(self._scale_of_weight(adapter, weight))
 
-    def merge_bias_(self, adapter: str, bias: torch.Tensor) -> None:
+    def _scale_of_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        factors = self.feature_scale(adapter).to(weight)
+        return along_axis(self.get_base_layer(), factors, self._axis(adapter))
+
+    def merged_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
         """Scale the bias, if it is the output that is scaled."""
-        if not self.scales_input(adapter):
-            bias.mul_(self.feature_scale(adapter).to(bias))
+        if self.bias is None or self._meets_input(adapter):
+            return {}
+        return {"bias": self.bias * self.source(adapter).feature_scale(adapter).to(self.bias)}
 
-    def unmerge_bias_(self, adapter: str, bias: torch.Tensor) -> None:
-        """Undo the scaling."""
-        if not self.scales_input(adapter):
-            bias.mul_(self._inverse_scale(adapter).to(bias))
 
-    def _inverse_scale(self, adapter: str) -> torch.Tensor:
-        factors = self.feature_scale(adapter)
-        if (factors == 0).any():
-            raise PeftValueError(f"adapter {adapter!r} scales a feature by 0, which cannot be undone")
-        return 1 / factors
+class ReplacementLayer(BaseTunerLayer):
+    """
+    Rule for methods that train a copy of the layer itself, such as of normalisation layers.
 
-    def _scale_weight_(self, adapter: str, weight: torch.Tensor, factors: torch.Tensor) -> None:
-        along_last = self.scales_input(adapter) != has_outputs_last(self.get_base_layer())
-        weight.mul_(factors.to(weight) if along_last else factors.to(weight).unsqueeze(-1))
+    The copies stand in the one container of `adapter_layer_names`. With several active adapters the last one counts.
+    """
+
+    def _copies(self) -> nn.ModuleDict:
+        return self._modules[self.adapter_layer_names[0]]
+
+    def make_adapter(self, adapter_name: str, config: Any, **arguments: Any) -> None:
+        """Copy the base layer."""
+        self._copies()[adapter_name] = copy_module(self.get_base_layer()).requires_grad_(True)
+
+    def follow(self, adapter_name: str, owner: "ReplacementLayer") -> None:
+        """Copy the base layer around the parameters that the owner's copy has in the place of shared ones."""
+        super().follow(adapter_name, owner)
+        copied = dict(owner._copies()[adapter_name].named_parameters())
+        instead = {id(p): copied[name] for name, p in owner.get_base_layer().named_parameters()}
+        self._copies()[adapter_name] = copy_module(self.get_base_layer(), instead).requires_grad_(True)
+        self._trainable_adapters.add(adapter_name)
+
+    def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
+        """None: the tensors of a copy stand in the checkpoint, whoever else holds them."""
+        yield from ()
+
+    def reset_adapter(self, adapter_name: str, config: Any) -> None:
+        """Start from the base layer's values."""
+        base = self.get_base_layer().state_dict()
+        for key, tensor in self._copies()[adapter_name].state_dict().items():
+            tensor.copy_(base[key])
+
+    def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the copy."""
+        return self._copies()[adapters[-1]](x, *args, **kwargs)
+
+    def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
+        """The weight is replaced like the other tensors, see `merged_tensors`."""
+
+    def unmerge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
+        """What was replaced is put back."""
+
+    def merged_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
+        """Give the tensors of the copy."""
+        return {key: tensor.detach().clone() for key, tensor in self._copies()[adapter].state_dict().items()}
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Give the layer of the base model in an adapter layer, or the module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

@@ -23,22 +23,56 @@ from ._surgery import adapter_modules, base_modules
 if TYPE_CHECKING:
     from .tuners_utils import BaseTunerLayer
 
+    Contribution = tuple["BaseTunerLayer", str]
+
+
+@dataclass
+class Original:
+    """A tensor of the base model in whose place a module holds another one while something is merged."""
+
+    module: nn.Module
+    name: str
+    tensor: torch.Tensor | None
+
+    def swap(self) -> None:
+        """Exchange the tensor with the one that the module holds."""
+        held = _holder(self.module, self.name)
+        held[self.name], self.tensor = self.tensor, held[self.name]
+
 
 @dataclass
 class MergeState:
     """
-    What is merged into one base weight; layers that share the weight share this object while something is merged.
+    What is merged into one base weight.
+
+    The layers around one base layer share this object. Layers whose base layers share the weight share it too while
+    something is merged.
 
     Attributes:
-        adapters: names, in the order of merging.
-        layers: the layers that hold the weight.
-        original: the parameter that several modules hold and whose place a copy took, because only some of them were
-            adapted; None if the weight was changed in place.
+        contributions: the layer that has an adapter's tensors and the adapter's name, in the order of merging.
+        layers: the layers that use the weight.
+        originals: tensors of the base model that were replaced, not changed in place: because other modules that were
+            not adapted hold them too, or because there is no way back.
     """
 
-    adapters: list[str] = field(default_factory=list)
+    contributions: list["Contribution"] = field(default_factory=list)
     layers: list["BaseTunerLayer"] = field(default_factory=list)
-    original: nn.Parameter | None = None
+    originals: list[Original] = field(default_factory=list)
+
+    def replaces(self, name: str) -> bool:
+        """Say whether a tensor of that name was replaced."""
+        return any(original.name == name for original in self.originals)
+
+    def replace(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor into a module of the base model; what stood there at first is kept."""
+        held = _holder(module, name)
+        if not any(original.module is module and original.name == name for original in self.originals):
+            self.originals.append(Original(module, name, held[name]))
+        held[name] = tensor
+
+
+def _holder(module: nn.Module, name: str) -> dict[str, torch.Tensor | None]:
+    return module._parameters if name in module._parameters else module._buffers
 
 
 def check_adapters_to_merge(module: "BaseTunerLayer", adapter_names: Sequence[str] | None = None) -> list[str]:
@@ -67,7 +101,11 @@ def refuse_string(adapter_names: Sequence[str] | None) -> None:
 def _warn_if_merged(layers: Iterable["BaseTunerLayer"], adapter_names: Sequence[str] | None) -> None:
     """Warn, once for all layers, about adapters that are merged already."""
     merged = {
-        name: None for layer in layers for name in _wanted(layer, adapter_names) if name in layer.merged_adapters
+        name: None
+        for layer in layers
+        if layer.merged
+        for name in _wanted(layer, adapter_names)
+        if name in layer.merged_adapters
     }
     if merged:
         warn(f"already merged and left as they are: {', '.join(merged)}")
@@ -76,7 +114,7 @@ def _warn_if_merged(layers: Iterable["BaseTunerLayer"], adapter_names: Sequence[
 def _wanted(layer: "BaseTunerLayer", adapter_names: Sequence[str] | None) -> list[str]:
     """The adapters to merge that this layer has."""
     names = layer.active_adapters if adapter_names is None else adapter_names
-    return [name for name in names if name in layer.available_adapters]
+    return [name for name in names if layer.has_adapter(name)]
 
 
 def merge_layer(layer: "BaseTunerLayer", adapter_names: Sequence[str] | None, safe_merge: bool = False) -> None:
@@ -98,75 +136,103 @@ def merge_layer(layer: "BaseTunerLayer", adapter_names: Sequence[str] | None, sa
         layer.check_mergeable(name)
     if safe_merge:
         check_merge_is_finite([layer], names)
-    _merge_sharing([layer], names, apart=layer.base_is_tied)
+    _merge_sharing([layer], [(layer.source(name), name) for name in names], apart=layer.base_is_tied)
 
 
 @torch.no_grad()
-def _merge_sharing(layers: Sequence["BaseTunerLayer"], names: Sequence[str], apart: bool) -> None:
+def _merge_sharing(
+    layers: Sequence["BaseTunerLayer"], contributions: Iterable["Contribution"], apart: bool, for_good: bool = False
+) -> None:
     """
     Merge adapters into a weight that layers share and that they shall go on sharing.
 
     Args:
         layers: layers with one base weight, for which the adapters come from the same source.
-        names: adapters to merge.
+        contributions: what to merge.
         apart: whether other modules hold the weight too and must not see a change.
+        for_good: nobody will unmerge.
     """
-    first = layers[0]
-    names = [name for name in names if name not in first.merged_adapters]
-    if not names:
+    state = layers[0]._merge_state
+    new = [contribution for contribution in contributions if contribution not in state.contributions]
+    if not new:
         return
-    if not first.merged:
-        state = MergeState(layers=list(layers))
-        if apart:
-            state.original = first.get_base_layer()._parameters["weight"]
-            copied = nn.Parameter(state.original.detach().clone(), requires_grad=state.original.requires_grad)
-            _hold(layers, copied)
-        for layer in layers:
-            layer._merge_state = state
-    for name in names:
-        first.merge_weight_(name, first.get_base_weight())
-        for layer in layers:
-            if layer.bias is not None:
-                layer.merge_bias_(name, layer.bias)
-        first.merged_adapters.append(name)
+    everything = [*state.contributions, *new]
+    copied = apart or not (for_good or all(source.can_unmerge(name) for source, name in everything))
+    if state.contributions and copied and not state.replaces(layers[0].weight_name):
+        unmerge_layer(layers[0])
+        new = everything
+    if not layers[0]._merge_state.contributions:
+        _join(layers)
+        if copied:
+            _replace_weight(layers)
+    state = layers[0]._merge_state
+    for source, name in new:
+        source.merge_weight_(name, layers[0].get_base_weight())
+        _merge_other_tensors(state, [layer for layer in layers if layer.source(name) is source], name)
+        state.contributions.append((source, name))
 
 
-def _hold(layers: Iterable["BaseTunerLayer"], parameter: nn.Parameter) -> None:
-    """Make a parameter the weight of layers."""
+def _join(layers: Iterable["BaseTunerLayer"]) -> None:
+    """Give one state to all layers around the base layers of these."""
+    around = {id(layer): layer for first in layers for layer in first._merge_state.layers}
+    state = MergeState(layers=list(around.values()))
+    for layer in state.layers:
+        layer._merge_state = state
+
+
+def _replace_weight(layers: Sequence["BaseTunerLayer"]) -> None:
+    """Give layers a copy of the weight that they share."""
+    weight = layers[0].get_base_weight()
+    copied = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     for layer in layers:
-        layer.get_base_layer()._parameters["weight"] = parameter
+        layer._merge_state.replace(layer.get_base_layer(), layer.weight_name, copied)
+
+
+def _merge_other_tensors(state: MergeState, layers: Iterable["BaseTunerLayer"], name: str) -> None:
+    """Replace what an adapter changes in base layers beside the weight; what they share, they go on sharing."""
+    merged: dict[int, torch.Tensor] = {}
+    for layer in layers:
+        base = layer.get_base_layer()
+        for key, value in layer.merged_tensors(name).items():
+            present = _holder(base, key)[key]
+            if id(present) not in merged:
+                is_parameter = isinstance(present, nn.Parameter)
+                merged[id(present)] = nn.Parameter(value, present.requires_grad) if is_parameter else value
+            state.replace(base, key, merged[id(present)])
 
 
 @contextmanager
 def original_weights(layers: Iterable["BaseTunerLayer"]) -> Iterator[None]:
-    """Put parameters whose place a merged copy took back inside a context, so that ties can be seen as they were."""
-    split = {id(state): state for layer in layers if (state := layer._merge_state).original is not None}
-    merged = {key: state.layers[0].get_base_weight() for key, state in split.items()}
-    for state in split.values():
-        _hold(state.layers, state.original)
+    """Put tensors whose place a merged one took back inside a context, so that ties can be seen as they were."""
+    states = {id(layer._merge_state): layer._merge_state for layer in layers}.values()
+    originals = [original for state in states for original in state.originals]
+    for original in originals:
+        original.swap()
     try:
         yield
     finally:
-        for key, state in split.items():
-            _hold(state.layers, merged[key])
+        for original in originals:
+            original.swap()
 
 
 @torch.no_grad()
 def unmerge_layer(layer: "BaseTunerLayer") -> None:
     """Take merged adapters out of a layer's base weight, for all layers that share it; the last merged one first."""
     state = layer._merge_state
-    if state.original is not None:
-        _hold(state.layers, state.original)
-    while state.adapters:
-        name = state.adapters[-1]  # it stays in the list until it is out of the weight, which may fail
-        if state.original is None:
-            layer.unmerge_weight_(name, layer.get_base_weight())
-        for other in state.layers:
-            if other.bias is not None:
-                other.unmerge_bias_(name, other.bias)
-        state.adapters.pop()
+    while state.contributions:
+        source, name = state.contributions[-1]  # it stays in the list until it is out of the weight, which may fail
+        if not state.replaces(source.weight_name):
+            source.unmerge_weight_(name, layer.get_base_weight())
+        state.contributions.pop()
+    for original in state.originals:
+        original.swap()
+    around: dict[int, list[BaseTunerLayer]] = {}
     for other in state.layers:
-        other._merge_state = MergeState()
+        around.setdefault(id(other.get_base_layer()), []).append(other)
+    for others in around.values():
+        fresh = MergeState(layers=others)
+        for other in others:
+            other._merge_state = fresh
 
 
 @torch.no_grad()
@@ -179,15 +245,14 @@ def check_merge_is_finite(layers: Iterable["BaseTunerLayer"], adapter_names: Seq
     """
     for layer in layers:
         names = [name for name in _wanted(layer, adapter_names) if name not in layer.merged_adapters]
-        if not names:
+        weight = layer.get_base_weight()
+        if not names or weight is None:
             continue
-        weight = layer.get_base_weight().clone()
-        bias = None if layer.bias is None else layer.bias.clone()
+        tensors = {layer.weight_name: weight.clone()}
         for name in names:
-            layer.merge_weight_(name, weight)
-            if bias is not None:
-                layer.merge_bias_(name, bias)
-        broken = [key for key, t in (("weight", weight), ("bias", bias)) if t is not None and not t.isfinite().all()]
+            layer.source(name).merge_weight_(name, tensors[layer.weight_name])
+            tensors.update(layer.merged_tensors(name))
+        broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
         if broken:
             raise PeftValueError(
                 f"merging {', '.join(names)} would give entries that are not finite in the {' and '.join(broken)} of "
@@ -201,6 +266,7 @@ def merge_layers(
     adapter_names: Sequence[str] | None = None,
     safe_merge: bool = False,
     progressbar: bool = False,
+    for_good: bool = False,
 ) -> None:
     """
     Merge adapters into the base weights of a model.
@@ -210,6 +276,7 @@ def merge_layers(
         adapter_names: which adapters; the active ones if left out.
         safe_merge: refuse the whole merge, before anything is changed, if an entry would not be finite.
         progressbar: show progress.
+        for_good: nobody will unmerge, so nothing is kept for it.
     """
     refuse_string(adapter_names)
     layers = [module for _, module in adapter_modules(model) if hasattr(module, "_merge_state")]
@@ -222,24 +289,32 @@ def merge_layers(
     holders = _holders(model)
     by_weight: dict[int, list[BaseTunerLayer]] = {}
     for layer in layers:
-        by_weight.setdefault(id(layer.get_base_weight()), []).append(layer)
-    for weight, sharing in tqdm(by_weight.items(), desc="merging", disable=not progressbar):
-        _merge_weight(sharing, adapter_names, holders.get(weight, 1))
+        weight = layer.get_base_weight()
+        by_weight.setdefault(id(layer.get_base_layer() if weight is None else weight), []).append(layer)
+    for weight_id, sharing in tqdm(by_weight.items(), desc="merging", disable=not progressbar):
+        _merge_weight(sharing, adapter_names, holders.get(weight_id, 1), for_good)
 
 
-def _merge_weight(layers: list["BaseTunerLayer"], adapter_names: Sequence[str] | None, holders: int) -> None:
+def _merge_weight(
+    layers: list["BaseTunerLayer"], adapter_names: Sequence[str] | None, holders: int, for_good: bool
+) -> None:
     """Merge into one weight: in place if all its holders are adapted alike, into copies if they are not."""
-    parts: dict[tuple, list[BaseTunerLayer]] = {}
-    for layer in layers:
-        names = [*layer.merged_adapters, *(n for n in _wanted(layer, adapter_names) if n not in layer.merged_adapters)]
-        parts.setdefault(tuple((id(layer.source(name)), name) for name in names), []).append(layer)
-    apart = len(parts) > 1 or len({id(layer.get_base_layer()) for layer in layers}) < holders
+    around: dict[int, list[BaseTunerLayer]] = {}
+    for layer in reversed(layers):  # where several layers are around one base layer, the innermost comes first
+        around.setdefault(id(layer.get_base_layer()), []).append(layer)
+    parts: dict[tuple, tuple[list, list]] = {}
+    for stack in reversed(around.values()):
+        wanted = [(layer.source(name), name) for layer in stack for name in _wanted(layer, adapter_names)]
+        contributions = list(dict.fromkeys([*stack[0]._merge_state.contributions, *wanted]))
+        key = tuple((id(source), name) for source, name in contributions)
+        parts.setdefault(key, (contributions, []))[1].extend(stack)
+    apart = len(parts) > 1 or len(around) < holders
     if apart:  # what was merged in place for all of them may now belong to some only
         for layer in layers:
             unmerge_layer(layer)
-    for contributions, sharing in parts.items():
+    for contributions, sharing in parts.values():
         if contributions:
-            _merge_sharing(sharing, [name for _, name in contributions], apart)
+            _merge_sharing(sharing, contributions, apart, for_good)
 
 
 def _holders(model: nn.Module) -> dict[int, int]:

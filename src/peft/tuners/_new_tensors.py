@@ -2,7 +2,8 @@
 # peft: the fork in which tied weights stay tied
 """Where and in which type the tensors of a new adapter are made."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -61,3 +62,18 @@ def new_parameter(weight: torch.Tensor, *shape: int) -> nn.Parameter:
     if dtype.itemsize < 2 or not dtype.is_floating_point or (options.full_precision and dtype.itemsize < 4):
         dtype = torch.float32
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta" if options.on_meta else weight.device))
+
+
+def copy_module(module: nn.Module, instead: Mapping[int, nn.Parameter] | None = None) -> nn.Module:
+    """
+    Copy a module with its parameters.
+
+    Args:
+        module: what to copy. Adapters that are made without storage get a copy without storage.
+        instead: id of a parameter -> the parameter that the copy has in its place. These are never copied.
+    """
+    replaced = dict(instead or {})
+    if on_meta():
+        for parameter in module.parameters():
+            replaced.setdefault(id(parameter), nn.Parameter(torch.empty_like(parameter, device="meta")))
+    return copy.deepcopy(module, replaced)

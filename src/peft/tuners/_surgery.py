@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ._base_changes import deferring_base_changes
+
 
 def without_collecting(function: Callable) -> Callable:
     """
@@ -138,7 +140,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """
     Put a model back as it was if something is raised inside: its modules, their settings and hooks, what is trainable.
 
-    Values of tensors are not kept; whoever writes to tensors has to check everything first.
+    Values of tensors are not kept: changes of base weights that go through `change_base` are put off until the end,
+    and whoever writes to other tensors has to check everything first.
     """
     before = []
     for module in model.modules():
@@ -149,7 +152,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        yield
+        with deferring_base_changes():
+            yield
     except BaseException:
         for module in modules:
             for name in set(module.__dict__) - names[id(module)]:

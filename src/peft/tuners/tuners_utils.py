@@ -9,7 +9,7 @@
 import copy
 import dataclasses
 from abc import ABC
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,12 +40,25 @@ from ..utils.other import (
     set_additional_trainable_modules,
 )
 from ..utils.peft_types import TaskType
-from ..utils.tying import describe_loss, find_reached_ties, find_tied_groups, settle_ties
+from ..utils.tying import (
+    ReachedTie,
+    describe_loss,
+    describe_no_effect,
+    find_followers,
+    find_reached_ties,
+    find_tied_groups,
+    module_of,
+    refuse_two_routes,
+    settle_ties,
+)
 from ..utils.warning import warn
-from ._layer import ActivationLayer, AdditiveLayer, BaseTunerLayer, WeightLayer
-from ._matching import Targets, check_target_module_exists, find_targets, lies_in, near_names
+from ._kinds import can_use_weight
+from ._layer import ActivationLayer, AdditiveLayer, BaseTunerLayer, ReplacementLayer, WeightLayer, unwrapped
+from ._matching import Targets, check_target_module_exists, find_targets, lies_in, near_names, pattern_lookup
 from ._merging import check_adapters_to_merge, merge_layers, original_weights, unmerge_layer
 from ._new_tensors import making_tensors
+from ._prompt_encoder import BasePromptEncoder
+from ._replication import clone_module, replicate_layers
 from ._surgery import Slots, adapter_modules, base_modules, base_parameters, names_of_modules, walk, without_collecting
 
 
@@ -58,13 +71,17 @@ __all__ = [
     "UPCAST_DTYPES",
     "ActivationLayer",
     "AdditiveLayer",
+    "BasePromptEncoder",
     "BaseTuner",
     "BaseTunerLayer",
+    "ReplacementLayer",
     "WeightLayer",
     "cast_adapter_dtype",
     "check_adapters_to_merge",
     "check_target_module_exists",
+    "clone_module",
     "delete_adapter",
+    "replicate_layers",
     "set_adapter",
     "set_requires_grad",
 ]
@@ -77,8 +94,9 @@ class BaseTuner(nn.Module, ABC):
     """
     A model with the layers of one method in it.
 
-    A method subclasses it and declares `prefix`, `tuner_layer_cls`, `layer_classes` and `target_module_mapping`; what
-    a layer is made with comes from `_layer_arguments`.
+    A method subclasses it and declares `prefix`, `tuner_layer_cls`, `layer_classes` and `target_module_mapping`. What
+    a layer is made with beside the config comes from `pattern_fields`, or from `_layer_arguments_for`; tensors that
+    all layers share are made in `make_shared`.
 
     Args:
         model: the base model; it is changed in place.
@@ -88,6 +106,11 @@ class BaseTuner(nn.Module, ABC):
         state_dict: adapter tensors; if given, the modules named by its keys are adapted.
 
     Attributes:
+        prefix: what the names of the method's tensors start with.
+        tuner_layer_cls: what all of its layers are.
+        layer_classes: kind of base layer -> layer.
+        target_module_mapping: model type -> default targets.
+        pattern_fields: config field, such as the rank -> config field with the values for modules where it differs.
         model: the base model, with adapter layers in it.
         peft_config: adapter name -> config as it applies to this model.
         targeted_module_names: full names of the modules that were adapted by the last injection.
@@ -101,7 +124,7 @@ class BaseTuner(nn.Module, ABC):
     tuner_layer_cls: type[BaseTunerLayer]
     layer_classes: dict[type[nn.Module], type[BaseTunerLayer]] = {}
     target_module_mapping: dict[str, Any] = {}
-    uses_shared_state: bool = False
+    pattern_fields: dict[str, str] = {}
 
     def __init__(
         self,
@@ -329,16 +352,53 @@ class BaseTuner(nn.Module, ABC):
         """
         Find out what the config does to tied weights, before anything is changed.
 
-        Here it only warns about ties that are going to be lost. Methods that can keep them extend it: they record the
-        modules that have to follow in `peft_config.modules_to_tie`, and refuse what cannot be kept.
+        With `ensure_weight_tying`, the modules that have to follow others are recorded in `modules_to_tie` and
+        `target_modules_to_tie`; without it, ties that are going to be lost cause a warning.
 
         Args:
             model: the base model.
             peft_config: config with resolved targets; what is found out is recorded on it.
+
+        Raises:
+            PeftValueError: if a tie cannot be kept.
         """
-        lost = [tie for tie in find_reached_ties(model, peft_config, find_tied_groups(model)) if tie.comes_apart]
-        if lost:
-            warn(describe_loss(peft_config, lost))
+        groups = find_tied_groups(model)
+        reached = find_reached_ties(model, peft_config, groups)
+        peft_config.modules_to_tie, peft_config.target_modules_to_tie = {}, {}
+        if not peft_config.ensure_weight_tying:
+            lost = [tie for tie in reached if tie.comes_apart]
+            if lost:
+                warn(describe_loss(peft_config, lost))
+            return
+        if not reached:
+            warn(describe_no_effect(model, groups))
+        refuse_two_routes(reached)
+        targeted = [tie for tie in reached if tie.targeted]
+        self._check_ties_of_targets(model, peft_config, targeted)
+        peft_config.modules_to_tie = find_followers(tie for tie in reached if tie.saved)
+        peft_config.target_modules_to_tie = find_followers(
+            targeted, can_own=lambda name: self._layer_class(model.get_submodule(name)) is not None
+        )
+
+    def _check_ties_of_targets(self, model: nn.Module, config: PeftConfig, ties: list[ReachedTie]) -> None:
+        """
+        Refuse targets that are to stay tied where the method cannot do that. Methods may extend it.
+
+        Raises:
+            PeftValueError: if no member can have the adapter, or one cannot use the weight of another.
+        """
+        for tie in ties:
+            modules = {module_of(m): unwrapped(model.get_submodule(module_of(m))) for m in tie.group.members}
+            useless = [name for name, module in modules.items() if not can_use_weight(module)]
+            if all(self._layer_class(module) is None for module in modules.values()):
+                useless = list(modules)
+            if useless:
+                kinds = ", ".join(f"{name!r} ({type(modules[name]).__name__})" for name in useless)
+                raise UnsupportedLayerError(
+                    f"ensure_weight_tying=True cannot be kept for {', '.join(map(repr, tie.group.members))}: "
+                    f"{type(self).__name__} cannot adapt {kinds}. Narrow target_modules, use another method, such as "
+                    "LoRA, or list the modules in modules_to_save to train them in full, as one"
+                )
 
     def _check_targets(self, model: nn.Module, config: PeftConfig, names: list[str]) -> None:
         """Warn about or refuse targets, before anything is changed. Methods may extend it."""
@@ -363,23 +423,31 @@ class BaseTuner(nn.Module, ABC):
         layers: dict[str, BaseTunerLayer] = {}
         created: list[tuple[nn.Module, BaseTunerLayer]] = []
         updated: list[BaseTunerLayer] = []
+        shared = self._shared_containers()
         try:
+            if shared:
+                self.make_shared(adapter_name, config, {name: unwrapped(module) for name, module in targets.items()})
             for name, module in targets.items():
                 arguments = arguments_for(all_names[id(targets[ties.get(name, name)])])
                 if name in ties:  # owners come first, so it is there
                     arguments["owner"] = layers[ties[name]]
                 if isinstance(module, self.tuner_layer_cls):
+                    self._check_kind(module, name, arguments.get("owner"))
                     updated.append(module)
                     module.update_layer(adapter_name, config=config, **arguments)
                     if not module.training:
                         module.train(False)
                     layers[name] = module
                 else:
+                    arguments.update({"shared": shared} if shared else {})
                     layers[name] = self._create_layer(module, name, adapter_name, config, arguments)
                     created.append((module, layers[name]))
         except BaseException:
             for layer in updated:
                 layer.delete_adapter(adapter_name)
+            for container in shared.values():
+                if adapter_name in container:
+                    del container[adapter_name]
             raise
         slots = Slots(model) if created else None
         for module, layer in created:
@@ -391,27 +459,68 @@ class BaseTuner(nn.Module, ABC):
 
     def _mark_tied_bases(self, model: nn.Module) -> None:
         """Tell layers whose base weight other modules hold too, so that merging one of them alone leaves those be."""
-        tied = {id(group.parameter) for group in find_tied_groups(model)}
+        tied = {id(group.parameter) for group in find_tied_groups(model, with_replicas=True)}
         for layer in self._layers() if tied else ():
             layer.base_is_tied = id(layer.get_base_weight()) in tied
 
-    def _layer_arguments_for(self, config: PeftConfig) -> Any:
-        """Give a function from the names of a target to the arguments of its layer, such as the rank."""
-        return lambda names: {}
+    def _layer_arguments_for(self, config: PeftConfig) -> Callable[[list[str]], dict[str, Any]]:
+        """Give a function from the names of a target to what its layer is made with beside the config."""
+        lookups = {
+            field: (getattr(config, field), pattern_lookup(getattr(config, patterns)))
+            for field, patterns in self.pattern_fields.items()
+        }
+        return lambda names: {field: lookup(names, default) for field, (default, lookup) in lookups.items()}
+
+    def make_shared(self, adapter_name: str, config: PeftConfig, targets: dict[str, nn.Module]) -> None:
+        """
+        Make the tensors of an adapter that all of its layers share. Supplied by methods that have some.
+
+        Args:
+            adapter_name: name.
+            config: the adapter's config.
+            targets: full name -> layer of the base model.
+        """
+
+    def _shared_containers(self) -> dict[str, nn.Module]:
+        """Give the containers of what all layers share; they stand on the tuner and on each layer."""
+        names = self.tuner_layer_cls.shared_layer_names
+        if not names:
+            return {}
+        layer = next((layer for layer in self._layers() if isinstance(layer, self.tuner_layer_cls)), None)
+        for name in names:
+            if layer is not None:
+                self._modules[name] = layer._modules[name]
+            elif name not in self._modules:
+                self._modules[name] = self.tuner_layer_cls.container_classes.get(name, nn.ParameterDict)()
+        return {name: self._modules[name] for name in names}
+
+    def _layer_class(self, target: nn.Module) -> type[BaseTunerLayer] | None:
+        """Find the layer for a kind of base layer."""
+        base = unwrapped(target)
+        return next((layer_cls for kind, layer_cls in self.layer_classes.items() if isinstance(base, kind)), None)
+
+    def _check_kind(self, target: nn.Module, name: str, owner: BaseTunerLayer | None) -> None:
+        """
+        Refuse kinds of base layers that the method cannot adapt; one that follows another layer need not be adapted.
+
+        Raises:
+            UnsupportedLayerError: in that case.
+        """
+        if owner is None and self._layer_class(target) is None:
+            supported = ", ".join(kind.__name__ for kind in self.layer_classes)
+            raise UnsupportedLayerError(
+                f"{type(self).__name__} cannot adapt {name!r}, which is a {type(unwrapped(target)).__name__}; it "
+                f"adapts {supported}. Narrow target_modules, or list the module in modules_to_save to train it in full"
+            )
 
     def _create_layer(
         self, target: nn.Module, name: str, adapter_name: str, config: PeftConfig, arguments: dict[str, Any]
     ) -> BaseTunerLayer:
         """Make the layer for one target. Methods declare `layer_classes` and seldom override this."""
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        for kind, layer_cls in self.layer_classes.items():
-            if isinstance(base, kind):
-                return layer_cls(target, adapter_name, config=config, **arguments)
-        supported = ", ".join(kind.__name__ for kind in self.layer_classes)
-        raise UnsupportedLayerError(
-            f"{type(self).__name__} cannot adapt {name!r}, which is a {type(target).__name__}; it adapts {supported}. "
-            "Narrow target_modules, or list the module in modules_to_save to train it in full"
-        )
+        owner = arguments.get("owner")
+        self._check_kind(target, name, owner)
+        layer_cls = self._layer_class(target) or type(owner)
+        return layer_cls(target, adapter_name, config=config, **arguments)
 
     def _finish(self, adapter_name: str, config: PeftConfig) -> None:
         """Freeze the base model and let the active adapters be trained."""
@@ -556,7 +665,7 @@ class BaseTuner(nn.Module, ABC):
             for _, module in adapter_modules(self.model):
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     module.unload_and_optionally_merge_module(True, True, adapter_names)
-        merge_layers(self.model, adapter_names, safe_merge, progressbar)
+        merge_layers(self.model, adapter_names, safe_merge, progressbar, for_good=True)
         return self._unload(merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unload(self) -> nn.Module:
@@ -659,11 +768,7 @@ def all_linear_names(model: nn.Module, config: PeftConfig) -> set[str]:
     Returns:
         Full names of the layers.
     """
-    names = {
-        name
-        for name, module in walk(model)
-        if isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, LINEAR_LAYERS)
-    }
+    names = {name for name, module in walk(model) if isinstance(unwrapped(module), LINEAR_LAYERS)}
     get_head = getattr(model, "get_output_embeddings", None)
     if get_head is None:
         return names

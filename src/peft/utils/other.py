@@ -2,7 +2,6 @@
 # peft: the fork in which tied weights stay tied
 """Modules that are trained in full beside an adapter: wrappers that hold a copy per adapter."""
 
-import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..tuners._matching import get_pattern_key, match_target_against_key, matching_entry, outermost
-from ..tuners._new_tensors import on_meta
+from ..tuners._new_tensors import copy_module
 from ..tuners._surgery import Slots, is_adapter_module, names_of_modules
 from .constants import (
     CONFIG_NAME,
@@ -208,6 +207,31 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def fill_missing(self, adapter_name: str, config: PeftConfig) -> None:
         """Start tensors of an adapter that a checkpoint has left without storage."""
 
+    def computed_tensors(
+        self, adapter_name: str, state_dict: Mapping[str, torch.Tensor], prefix: str
+    ) -> dict[str, torch.Tensor]:
+        """
+        Give tensors of a checkpoint that follow from those of the model, instead of standing in it.
+
+        Args:
+            adapter_name: name.
+            state_dict: the model's state dict.
+            prefix: what keys of this module start with in it.
+
+        Returns:
+            Key in a checkpoint -> tensor; they replace what `adapter_keys` tells.
+        """
+        return {}
+
+    def prepare_to_load(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """
+        Make room for the tensors of a checkpoint, where they have another form than those of the model.
+
+        Args:
+            adapter_name: name.
+            tensors: key in a checkpoint -> tensor. They are not checked yet.
+        """
+
     def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
         """Yield nothing: what follows another wrapper holds that one's parameters themselves."""
         yield from ()
@@ -362,21 +386,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if safe_merge and not all(torch.isfinite(p).all() for p in module.parameters()):
             raise PeftValueError(f"the copy that adapter {chosen!r} has trained has entries that are not finite")
         return module
-
-
-def copy_module(module: nn.Module, instead: Mapping[int, nn.Parameter]) -> nn.Module:
-    """
-    Copy a module with its parameters.
-
-    Args:
-        module: what to copy. Adapters that are made without storage get a copy without storage.
-        instead: id of a parameter -> the parameter that the copy has in its place. These are never copied.
-    """
-    replaced = dict(instead)
-    if on_meta():
-        for parameter in module.parameters():
-            replaced.setdefault(id(parameter), nn.Parameter(torch.empty_like(parameter, device="meta")))
-    return copy.deepcopy(module, replaced)
 
 
 def check_wrappable(module: nn.Module, name: str = "") -> None:

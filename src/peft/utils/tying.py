@@ -8,8 +8,8 @@ a config.
 """
 
 import json
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..tuners._matching import check_target_module_exists, matching_entry, outermost
-from ..tuners._surgery import adapter_modules, bare_modules, base_modules, is_adapter_module
+from ..tuners._replication import REPLICATED_FROM
+from ..tuners._surgery import bare_modules, base_modules, is_adapter_module
 from .adapter_keys import Place
 from .error import PeftValueError
 from .warning import warn
@@ -52,7 +53,7 @@ def module_of(member: str) -> str:
     return member.rpartition(".")[0]
 
 
-def find_tied_groups(model: nn.Module) -> list[TiedGroup]:
+def find_tied_groups(model: nn.Module, with_replicas: bool = False) -> list[TiedGroup]:
     """
     Find the parameters of a base model that stand in several places.
 
@@ -61,6 +62,8 @@ def find_tied_groups(model: nn.Module) -> list[TiedGroup]:
 
     Args:
         model: any model, with or without adapters. What adapters brought along is passed over.
+        with_replicas: also list parameters that only replicas of one layer share (`layer_replication`). These are no
+            tie: each replica is a layer of its own, with an adapter of its own.
 
     Returns:
         A group per parameter, in the order of the model.
@@ -82,7 +85,10 @@ def find_tied_groups(model: nn.Module) -> list[TiedGroup]:
     if max(counts.values(), default=0) < 2:  # most models; names are only worked out for the others
         return []
     places: dict[int, list[tuple[str, nn.Module, nn.Parameter]]] = {}
+    originals: dict[str, str] = {}
     for name, module in bare_modules(model):
+        for place, source in enumerate(module.__dict__.get(REPLICATED_FROM, ())):
+            originals[f"{name}.{place}."] = f"{name}.{source}."
         prefix = f"{name}." if name else ""
         for key, parameter in module._parameters.items():
             if parameter is not None and counts[id(parameter)] > 1:
@@ -90,10 +96,17 @@ def find_tied_groups(model: nn.Module) -> list[TiedGroup]:
     main = _input_embedding(model)
     groups = []
     for held in places.values():
+        if not with_replicas and len({_of_original(member, originals) for member, _, _ in held}) == 1:
+            continue
         # the sort is stable: members of the same standing keep the order of the model
         held.sort(key=lambda place: 0 if place[1] is main else 1 if isinstance(place[1], nn.Embedding) else 2)
         groups.append(TiedGroup(tuple(member for member, _, _ in held), held[0][2]))
     return groups
+
+
+def _of_original(member: str, originals: Mapping[str, str]) -> str:
+    """Give the name that a member of a replica has in the layer that was replicated."""
+    return next((member.replace(p, original, 1) for p, original in originals.items() if member.startswith(p)), member)
 
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:
@@ -149,7 +162,7 @@ def find_reached_ties(model: nn.Module, config: PeftConfig, groups: Iterable[Tie
             for member in group.members
             if member not in saved
             and member.endswith("weight")
-            and config.target_modules is not None
+            and getattr(config, "target_modules", None) is not None
             and check_target_module_exists(config, module_of(member))
         )
         if saved or targeted:
@@ -167,7 +180,9 @@ def _containing(modules: Iterable[str], name: str) -> str | None:
     return next((module for module in modules if name == module or name.startswith(f"{module}.")), None)
 
 
-def find_followers(reached: Iterable[ReachedTie]) -> dict[str, str]:
+def find_followers(
+    reached: Iterable[ReachedTie], can_own: Callable[[str], bool] = lambda module: True
+) -> dict[str, str]:
     """
     Work out which modules have to follow which, so that tied groups stay tied.
 
@@ -176,6 +191,7 @@ def find_followers(reached: Iterable[ReachedTie]) -> dict[str, str]:
 
     Args:
         reached: tied groups that a config reaches, all by the same route.
+        can_own: says whether a module of that full name can have the adapter; the first that can is followed.
 
     Returns:
         Full name of a module -> full name of the module that it follows, which is never a follower itself.
@@ -185,7 +201,7 @@ def find_followers(reached: Iterable[ReachedTie]) -> dict[str, str]:
     """
     ties: dict[str, str] = {}
     for tie in reached:
-        owner, *followers = _wrappable_modules(tie)
+        owner, *followers = sorted(_wrappable_modules(tie), key=lambda module: not can_own(module))
         for module in followers:
             if ties.setdefault(module, owner) != owner or module in ties.values() or owner in ties:
                 raise PeftValueError(
@@ -254,12 +270,10 @@ def describe_loss(config: PeftConfig, ties: Iterable[ReachedTie]) -> str:
         named = ", ".join(repr(name) for name in dict.fromkeys([*tie.saved.values(), *map(module_of, tie.targeted)]))
         members = ", ".join(repr(member) for member in tie.group.members)
         parts.append(f"{named} (tied: {members})")
-    ways = ["name none of these modules, so that all of them stay frozen"]
-    if hasattr(config, "ensure_weight_tying"):
-        ways.insert(0, "set ensure_weight_tying=True to train them as one")
+    ways = "set ensure_weight_tying=True to train them as one, or name none of these modules, so that all stay frozen"
     return (
         f"the config reaches modules that share a weight with others: {'; '.join(parts)}. Each is adapted by itself, "
-        f"so they are no longer tied after training. To keep them tied, {', or '.join(ways)}"
+        f"so they are no longer tied after training. To keep them tied, {ways}"
     )
 
 
@@ -405,151 +419,10 @@ def restore_aliases(tensors: dict[str, torch.Tensor], header: Mapping[str, str] 
         ) from error
 
 
-# ------------------------------------------------------------------------------------------ report
-@dataclass(frozen=True)
-class TyingRow:
-    """
-    One line of a report: what stands at the members of a tied group, for the base model or for one adapter.
+def __getattr__(name: str) -> Any:
+    """Resolve the names of the report, which lives in a module that builds on this one."""
+    if name in ("TyingReport", "TyingRow", "plan_weight_tying", "weight_tying_report"):
+        from . import tying_report
 
-    Attributes:
-        members: full names of the parameter; the owner comes first.
-        owner: the member that the others follow.
-        adapter: name of the adapter, None for the base model.
-        route: how the adapter reaches the group: "modules_to_save", "target_modules"; "base model" for the base model.
-        shared: whether all members hold one parameter.
-        bytes: memory of what stands at the members, each tensor counted once.
-    """
-
-    members: tuple[str, ...]
-    owner: str
-    adapter: str | None
-    route: str
-    shared: bool
-    bytes: int
-
-
-@dataclass(frozen=True)
-class TyingReport:
-    """
-    The state of a model's ties; printed, it is a table.
-
-    Attributes:
-        rows: the base model's groups, each followed by what adapters have in their place.
-    """
-
-    rows: tuple[TyingRow, ...]
-
-    @property
-    def holds(self) -> bool:
-        """Whether every tie holds, in the base model and for each adapter."""
-        return all(row.shared for row in self.rows)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the report as a dictionary of plain values."""
-        return {"holds": self.holds, "rows": [{**asdict(row), "members": list(row.members)} for row in self.rows]}
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return "no two modules of the model share a parameter"
-        head = ("tied members (owner first)", "adapter", "route", "shared", "bytes")
-        lines = [
-            (", ".join(r.members), r.adapter or "-", r.route, "yes" if r.shared else "NO", f"{r.bytes:,d}")
-            for r in self.rows
-        ]
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-        rule = tuple("-" * width for width in widths)
-        return "\n".join(
-            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-            for line in (head, rule, *lines)
-        )
-
-
-def weight_tying_report(model: nn.Module) -> TyingReport:
-    """
-    Say which weights of a model are tied, what adapters have in their place, and whether that is tied too.
-
-    Args:
-        model: any model: bare, with injected adapters, a `PeftModel`, or a merged one. Ties that a transformers model
-            declares and does not have are reported as not shared.
-
-    Example:
-
-        >>> import torch
-        >>> from peft.utils.tying import weight_tying_report
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-        >>> net[1].weight = net[0].weight
-        >>> print(weight_tying_report(net))
-        tied members (owner first)  adapter  route       shared  bytes
-        --------------------------  -------  ----------  ------  -----
-        0.weight, 1.weight          -        base model  yes     64
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    groups = find_tied_groups(base)
-    rows = []
-    for group in groups:
-        rows.append(_row(group.members, None, "base model", [group.parameter]))
-        for adapter in getattr(model, "peft_config", None) or ():
-            present = _in_place_of(base, group, adapter)
-            if any(parameter is not group.parameter for parameter in present):
-                rows.append(_row(group.members, adapter, "modules_to_save", present))
-            rows += _target_row(base, group, adapter)
-    rows += _declared_but_absent(base, groups)
-    return TyingReport(tuple(rows))
-
-
-def _row(members: tuple[str, ...], adapter: str | None, route: str, present: list[torch.Tensor]) -> TyingRow:
-    tensors = {id(tensor): tensor for tensor in present}
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return TyingRow(members, members[0], adapter, route, len(tensors) == 1, size)
-
-
-def _in_place_of(base: nn.Module, group: TiedGroup, adapter: str) -> list[nn.Parameter]:
-    """Find what an adapter has in the place of a tied parameter, at each member that takes part in computations."""
-    wrappers = {name: module for name, module in adapter_modules(base) if "modules_to_save" in module._modules}
-    present = []
-    for member in group.members:
-        module = module_of(member)
-        if _contains_one_of(module, wrappers):  # stands there for the sake of its name; see _wrappable_modules
-            continue
-        wrapper = wrappers.get(_containing(wrappers, module))
-        if wrapper is None or adapter not in wrapper.modules_to_save:
-            present.append(group.parameter)
-        else:
-            present.append(wrapper.parameters_in_place_of(adapter)[id(group.parameter)])
-    return present
-
-
-def _target_row(base: nn.Module, group: TiedGroup, adapter: str) -> list[TyingRow]:
-    """Say whether the members of a group are adapted by one adapter; nothing if none of them is a target."""
-    layers = {name: module for name, module in adapter_modules(base) if "base_layer" in module._modules}
-    sources = []
-    for member in group.members:
-        layer = layers.get(module_of(member)) if member.endswith("weight") else None
-        sources.append(layer.source(adapter) if layer is not None and layer.has_adapter(adapter) else None)
-    adapted = {id(layer): layer for layer in sources if layer is not None}
-    if not adapted:
-        return []
-    shared = len(adapted) == 1 and None not in sources
-    parameters = [parameter for layer in adapted.values() for parameter in layer.adapter_parameters(adapter)]
-    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    return [TyingRow(group.members, group.owner, adapter, "target_modules", shared, size)]
-
-
-def _declared_but_absent(base: nn.Module, groups: Iterable[TiedGroup]) -> list[TyingRow]:
-    """List ties that a transformers model declares while its config asks for them, but that it does not have."""
-    declared = getattr(base, "all_tied_weights_keys", None)
-    asked = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
-    if not isinstance(declared, Mapping) or not asked:
-        return []
-    parameters = {
-        f"{name}.{key}": parameter
-        for name, module in bare_modules(base)
-        for key, parameter in module._parameters.items()
-        if parameter is not None
-    }
-    rows = []
-    for follower, owner in declared.items():
-        pair = [parameters.get(owner), parameters.get(follower)]
-        if None not in pair and pair[0] is not pair[1]:
-            rows.append(_row((owner, follower), None, "declared by the model", pair))
-    return rows
+        return getattr(tying_report, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

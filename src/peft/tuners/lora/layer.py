@@ -12,7 +12,7 @@ from torch import nn
 
 from ...utils.error import PeftRuntimeError, PeftValueError
 from .._kinds import embed, stores_weight_transposed
-from .._layer import AdditiveLayer, BaseTunerLayer
+from .._layer import AdditiveLayer, BaseTunerLayer, unwrapped
 from .._merging import check_adapters_to_merge
 from .config import LoraConfig
 from .initialization import find_initialization
@@ -130,6 +130,7 @@ class LoraLayer(AdditiveLayer):
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
     _settings = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias")
     is_embedding = False
+    has_views_of_owner = True
     # The attributes that hold the two matrices whose product is the delta, left one first, and whether they hold them
     # transposed. Subclasses say it for their layout of the weight.
     factor_layout: tuple[tuple[str, bool], tuple[str, bool]]
@@ -380,15 +381,11 @@ class Linear(LoraLayer, nn.Module):
                 f"{type(self.get_base_layer()).__name__} layer has no bias to merge it into; keep the adapter unmerged"
             )
 
-    def merge_bias_(self, adapter: str, bias: torch.Tensor) -> None:
-        """Add factor B's bias."""
-        if self.lora_bias[adapter]:
-            bias.add_(self.lora_B[adapter].bias.to(bias), alpha=self.scaling[adapter])
-
-    def unmerge_bias_(self, adapter: str, bias: torch.Tensor) -> None:
-        """Subtract what was added."""
-        if self.lora_bias[adapter]:
-            bias.sub_(self.lora_B[adapter].bias.to(bias), alpha=self.scaling[adapter])
+    def merged_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
+        """Add factor B's bias to the base layer's."""
+        if not self.lora_bias[adapter]:
+            return {}
+        return {"bias": torch.add(self.bias, self.lora_B[adapter].bias.to(self.bias), alpha=self.scaling[adapter])}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """LoRA is LoRA."""
@@ -440,11 +437,6 @@ class Embedding(LoraLayer, nn.Module):
         """Look up rows of A and bring them to full width; dropout has no meaning for token ids."""
         left, right = self.delta_factors(adapter)
         return (embed(self.get_base_layer(), x, left) * self.scaling[adapter]) @ right
-
-
-def unwrapped(layer: nn.Module) -> nn.Module:
-    """Give the layer of the base model in an adapter layer, or the layer itself."""
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 def dispatch_default(

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""The state of a model's ties as a table, and the table that a config would lead to."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig
+from ..tuners._surgery import adapter_modules, bare_modules
+from .tying import TiedGroup, _containing, _contains_one_of, find_tied_groups, module_of
+
+
+@dataclass(frozen=True)
+class TyingRow:
+    """
+    One line of a report: what stands at the members of a tied group, for the base model or for one adapter.
+
+    Attributes:
+        members: full names of the parameter; the owner comes first.
+        owner: the member that the others follow.
+        adapter: name of the adapter, None for the base model.
+        route: how the adapter reaches the group: "modules_to_save", "target_modules"; "base model" for the base model.
+        shared: whether all members hold one parameter.
+        bytes: memory of what stands at the members, each tensor counted once.
+    """
+
+    members: tuple[str, ...]
+    owner: str
+    adapter: str | None
+    route: str
+    shared: bool
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TyingReport:
+    """
+    The state of a model's ties; printed, it is a table.
+
+    Attributes:
+        rows: the base model's groups, each followed by what adapters have in their place.
+    """
+
+    rows: tuple[TyingRow, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every tie holds, in the base model and for each adapter."""
+        return all(row.shared for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the report as a dictionary of plain values."""
+        return {"holds": self.holds, "rows": [{**asdict(row), "members": list(row.members)} for row in self.rows]}
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no two modules of the model share a parameter"
+        head = ("tied members (owner first)", "adapter", "route", "shared", "bytes")
+        lines = [
+            (", ".join(r.members), r.adapter or "-", r.route, "yes" if r.shared else "NO", f"{r.bytes:,d}")
+            for r in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+        rule = tuple("-" * width for width in widths)
+        return "\n".join(
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+            for line in (head, rule, *lines)
+        )
+
+
+def weight_tying_report(model: nn.Module) -> TyingReport:
+    """
+    Say which weights of a model are tied, what adapters have in their place, and whether that is tied too.
+
+    Args:
+        model: any model: bare, with injected adapters, a `PeftModel`, or a merged one. Ties that a transformers model
+            declares and does not have are reported as not shared.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import weight_tying_report
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        >>> net[1].weight = net[0].weight
+        >>> print(weight_tying_report(net))
+        tied members (owner first)  adapter  route       shared  bytes
+        --------------------------  -------  ----------  ------  -----
+        0.weight, 1.weight          -        base model  yes     64
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    groups = find_tied_groups(base)
+    rows = []
+    for group in groups:
+        rows.append(_row(group.members, None, "base model", [group.parameter]))
+        for adapter in getattr(model, "peft_config", None) or ():
+            present = _in_place_of(base, group, adapter)
+            if any(parameter is not group.parameter for parameter in present):
+                rows.append(_row(group.members, adapter, "modules_to_save", present))
+            rows += _target_row(base, group, adapter)
+    rows += _declared_but_absent(base, groups)
+    return TyingReport(tuple(rows))
+
+
+def plan_weight_tying(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> TyingReport:
+    """
+    Say what an adapter would do to the ties of a model, without a change to the model.
+
+    The adapter is put into a copy of the model that has no storage, by the code that puts it into the model itself. So
+    the answer holds for every method, costs no memory for weights, and is there for models on the meta device too.
+    What `get_peft_model` would warn about or refuse is warned about and refused here.
+
+    Args:
+        model: a base model; or a `PeftModel`, beside whose adapters the new one would stand.
+        config: config of the adapter; it is not changed.
+        adapter_name: its name.
+
+    Returns:
+        What `weight_tying_report` would give for the adapted model.
+
+    Raises:
+        PeftError: if the adapter would be refused.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import LoraConfig, plan_weight_tying
+        >>> net = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9))
+        >>> net[1].weight = net[0].weight
+        >>> print(plan_weight_tying(net, LoraConfig(r=2, target_modules=["1"], ensure_weight_tying=True)))
+        tied members (owner first)  adapter  route           shared  bytes
+        --------------------------  -------  --------------  ------  -----
+        0.weight, 1.weight          -        base model      yes     144
+        0.weight, 1.weight          default  target_modules  yes     104
+    """
+    from ..mapping_func import get_peft_model
+
+    skeleton = without_storage(model)
+    if hasattr(skeleton, "get_base_model"):
+        skeleton.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
+    else:
+        skeleton = get_peft_model(skeleton, config, adapter_name, low_cpu_mem_usage=True)
+    return weight_tying_report(skeleton)
+
+
+def without_storage(model: nn.Module) -> nn.Module:
+    """
+    Copy a model with its adapters, ties and all, but with every parameter and buffer on the meta device.
+
+    Args:
+        model: any model.
+    """
+    instead: dict[int, torch.Tensor] = {}
+    for parameter in model.parameters():
+        instead[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        instead[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, instead)
+
+
+def _row(members: tuple[str, ...], adapter: str | None, route: str, present: list[torch.Tensor]) -> TyingRow:
+    tensors = {id(tensor): tensor for tensor in present}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return TyingRow(members, members[0], adapter, route, len(tensors) == 1, size)
+
+
+def _in_place_of(base: nn.Module, group: TiedGroup, adapter: str) -> list[nn.Parameter]:
+    """Find what an adapter has in the place of a tied parameter, at each member that takes part in computations."""
+    wrappers = {name: module for name, module in adapter_modules(base) if "modules_to_save" in module._modules}
+    present = []
+    for member in group.members:
+        module = module_of(member)
+        if _contains_one_of(module, wrappers):  # stands there for the sake of its name; see _wrappable_modules
+            continue
+        wrapper = wrappers.get(_containing(wrappers, module))
+        if wrapper is None or adapter not in wrapper.modules_to_save:
+            present.append(group.parameter)
+        else:
+            present.append(wrapper.parameters_in_place_of(adapter)[id(group.parameter)])
+    return present
+
+
+def _target_row(base: nn.Module, group: TiedGroup, adapter: str) -> list[TyingRow]:
+    """Say whether the members of a group are adapted by one adapter; nothing if none of them is a target."""
+    layers = {name: module for name, module in adapter_modules(base) if "base_layer" in module._modules}
+    sources = []
+    for member in group.members:
+        layer = layers.get(module_of(member)) if member.endswith("weight") else None
+        sources.append(layer.source(adapter) if layer is not None and layer.has_adapter(adapter) else None)
+    adapted = {id(layer): layer for layer in sources if layer is not None}
+    if not adapted:
+        return []
+    shared = len(adapted) == 1 and None not in sources
+    parameters = [parameter for layer in adapted.values() for parameter in layer.adapter_parameters(adapter)]
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return [TyingRow(group.members, group.owner, adapter, "target_modules", shared, size)]
+
+
+def _declared_but_absent(base: nn.Module, groups: Iterable[TiedGroup]) -> list[TyingRow]:
+    """List ties that a transformers model declares while its config asks for them, but that it does not have."""
+    declared = getattr(base, "all_tied_weights_keys", None)
+    asked = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
+    if not isinstance(declared, Mapping) or not asked:
+        return []
+    parameters = {
+        f"{name}.{key}": parameter
+        for name, module in bare_modules(base)
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    rows = []
+    for follower, owner in declared.items():
+        pair = [parameters.get(owner), parameters.get(follower)]
+        if None not in pair and pair[0] is not pair[1]:
+            rows.append(_row((owner, follower), None, "declared by the model", pair))
+    return rows
