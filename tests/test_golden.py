@@ -35,11 +35,11 @@ METHODS = {getattr(method, "value", method) for method in PEFT_TYPE_TO_CONFIG_MA
 
 # Once a method is registered it has to leave this list, and its cases enter the tests by themselves.
 METHODS_NOT_IMPLEMENTED = {
-    "ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "CARTRIDGE", "CPT", "DEFT", "DELORA", "FOURIERFT",
-    "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "MISS",
-    "MULTITASK_PROMPT_TUNING", "OFT", "OSF", "PEANUT", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA",
-    "P_TUNING", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA",
-    "VBLORA", "VERA", "WAVEFT",
+    "ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "C3A", "CARTRIDGE", "CPT", "DEFT", "DELORA", "FOURIERFT",
+    "FROD", "GLORA", "GRALORA", "HIRA", "LILY", "MISS",
+    "OSF", "PEANUT", "POLY", "PSOFT", "PVERA",
+    "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA",
+    "WAVEFT",
 }  # fmt: skip
 
 Condition = Callable[[str, list[dict]], bool]
@@ -61,30 +61,32 @@ def named(*patterns: str) -> Condition:
 
 # What needs one of these has to fail; once it passes, the entry has to go.
 FEATURES_NOT_IMPLEMENTED = {
-    "LoRA: DoRA": uses("use_dora"),
-    "LoRA: aLoRA": uses("alora_invocation_tokens"),
     "LoRA: BD-LoRA": uses("use_bdlora"),
     "LoRA: KaSA": uses("kasa_config"),
     "LoRA: VeLoRA": uses("velora_config"),
     "LoRA: MonteCLoRA": uses("monteclora_config"),
     "LoRA: Arrow": named("ops/arrow_*"),
-    "LoRA: init from the base weights": uses("init_lora_weights", "pissa", "pissa_niter_16", "olora", "mica"),
-    "LoRA: orthogonal init": uses("init_lora_weights", "orthogonal"),
+    "LoRA: MiCA": uses("init_lora_weights", "mica"),
     "LoRA: EVA, CorDA, LoRA-GA": uses("init_lora_weights", "eva", "corda", "lora_ga"),
-    "LoRA: layer_replication": uses("layer_replication"),
     "LoRA: target_parameters": uses("target_parameters"),
     "LoRA: convolutions": named("conv/lora", "conv/lora_[cdl]*", "conv2/*", "vit/lora_conv_patch", "ops/*_conv"),
     "LoRA: MultiheadAttention": named("mha/*"),
-    "LoRA: add_weighted_adapter": named("ops/add_weighted_*"),
-    "LoRA: conversion on save": named("init/*_convert_on_save"),
-    "trainable_token_indices": uses("trainable_token_indices"),
     "layer and model status": named("ops/layer_status"),
-    "rescale_adapter_scale": named("ops/rescale_context"),
     "convert_to_lora": named("ops/convert_to_lora_*"),
     "hotswap": named("ops/hotswap_*"),
     "create_loraplus_optimizer": named("ops/loraplus_*"),
     "PeftMixedModel": named("ops/mixed_*"),
     "X-LoRA": named("ops/xlora_*"),
+}
+
+
+# Where the release does something wrong, the case has to fail, for the reason that stands here.
+DEFECTS_OF_THE_RELEASE = {
+    **dict.fromkeys(
+        ("bert_seqcls/ia3_mts", "roberta_seqcls/ia3", "roberta_seqcls/vera"),
+        "the release cannot unload a module of several layers that is trained in full",
+    ),
+    "bert_mlm/trainable_tokens": "the release drops the head's bias when the head's tokens are trained",
 }
 
 
@@ -110,8 +112,10 @@ def implemented(all_facts: dict[str, dict]) -> list:
         if methods_in(facts) <= METHODS:
             configs = configs_in(facts)
             missing = [feature for feature, needs in FEATURES_NOT_IMPLEMENTED.items() if needs(name, configs)]
-            xfail = pytest.mark.xfail(strict=True, reason=f"not implemented: {', '.join(missing)}")
-            parameters.append(pytest.param(name, id=name, marks=[xfail] if missing else []))
+            reasons = [f"not implemented: {', '.join(missing)}"] if missing else []
+            reasons += [DEFECTS_OF_THE_RELEASE[name]] if name in DEFECTS_OF_THE_RELEASE else []
+            marks = [pytest.mark.xfail(strict=True, reason=reason) for reason in reasons]
+            parameters.append(pytest.param(name, id=name, marks=marks))
     return parameters
 
 

@@ -159,6 +159,11 @@ def _ids_and_picture() -> dict[str, torch.Tensor]:
     return {**_ids(), "picture": torch.linspace(-1, 1, 16).reshape(2, 8)}
 
 
+def _sound() -> dict[str, torch.Tensor]:
+    sound = torch.linspace(-1, 1, 2 * 4 * 12).reshape(2, 4, 12)
+    return {"input_features": sound, "decoder_input_ids": torch.tensor([[2, 9, 7], [2, 4, 6]])}
+
+
 def _vectors() -> dict[str, torch.Tensor]:
     return {"x": torch.linspace(-1, 1, 3 * WIDTH).reshape(3, WIDTH)}
 
@@ -255,6 +260,37 @@ TIED_MODELS = {
             "lm_head.weight",
         ),
         _source_and_target,
+        "SEQ_2_SEQ_LM",
+    ),
+    "mamba": TiedModel(
+        _hub("MambaForCausalLM", vocab_size=VOCABULARY, hidden_size=WIDTH, state_size=4, num_hidden_layers=1,
+             tie_word_embeddings=True, use_mambapy=False),
+        ["in_proj", "x_proj"],
+        "embeddings",
+        "lm_head",
+        ("backbone.embeddings.weight", "lm_head.weight"),
+        _ids,
+        "CAUSAL_LM",
+    ),
+    "modernbert": TiedModel(
+        _hub("ModernBertForMaskedLM", **_BERT, decoder_bias=True, bos_token_id=1, eos_token_id=2, cls_token_id=1,
+             sep_token_id=2, reference_compile=False),
+        ["Wqkv"],
+        "tok_embeddings",
+        "decoder",
+        ("model.embeddings.tok_embeddings.weight", "decoder.weight"),
+        _ids,
+    ),
+    "whisper": TiedModel(
+        _hub("WhisperForConditionalGeneration", vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=1,
+             decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24,
+             decoder_ffn_dim=24, num_mel_bins=4, max_source_positions=6, max_target_positions=16, pad_token_id=0,
+             bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=[], begin_suppress_tokens=[]),
+        ["q_proj"],
+        "embed_tokens",
+        "proj_out",
+        ("model.decoder.embed_tokens.weight", "proj_out.weight"),
+        _sound,
         "SEQ_2_SEQ_LM",
     ),
     "multimodal": TiedModel(

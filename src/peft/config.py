@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -22,6 +23,9 @@ from .utils.warning import warn
 
 
 MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
+
+# fields that choose layers by index
+LAYER_FIELDS = ("layers_to_transform", "layers_pattern")
 
 _HUB_KWARGS = {"cache_dir", "force_download", "local_files_only", "repo_type", "revision", "token", "etag_timeout"}
 
@@ -258,11 +262,15 @@ class PeftConfig(PeftConfigMixin):
         modules_to_tie: recorded while an adapter is injected, never saved: full name of each module that has to follow
             another one, because they share a parameter -> full name of the module that it follows.
         target_modules_to_tie: the same for modules that follow a target.
+        token_modules_to_tie: the same for modules that follow one of which single tokens are trained.
+        target_parameters_to_tie: the same for parameters, by their full names.
     """
 
     # how the config applies to one model: found out while injecting, never written to a file
     modules_to_tie = None
     target_modules_to_tie = None
+    token_modules_to_tie = None
+    target_parameters_to_tie = None
 
     base_model_name_or_path: str | None = field(default=None, metadata={"help": "Where the base model is from."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the hub."})
@@ -300,12 +308,13 @@ class PromptLearningConfig(PeftConfig):
         return True
 
 
-def check_layer_selection(config: PeftConfig) -> None:
+def check_layer_selection(config: PeftConfig, refused_with_pattern: Iterable[str] = LAYER_FIELDS) -> None:
     """
     Check the fields that choose layers by index, and turn lists of names into sets.
 
     Args:
         config: a config with `target_modules`, `layers_to_transform` and `layers_pattern`.
+        refused_with_pattern: fields that the method does not allow where `target_modules` is a regular expression.
 
     Raises:
         ValueError: if the fields contradict each other, or a pattern is not a regular expression.
@@ -319,7 +328,7 @@ def check_layer_selection(config: PeftConfig) -> None:
         elif isinstance(value, str):
             check_pattern(name, value)
     if isinstance(config.target_modules, str):
-        for name in ("layers_to_transform", "layers_pattern"):
+        for name in refused_with_pattern:
             if getattr(config, name) is not None:
                 raise ValueError(
                     f"{name} has no effect where target_modules is a regular expression; choose the layers in "

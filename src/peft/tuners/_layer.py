@@ -8,8 +8,8 @@ deletion follow from it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,10 @@ from ._buffer_dict import BufferDict
 from ._kinds import along_axis, along_features, apply_weight, feature_axis, features
 from ._merging import MergeState, check_adapters_to_merge, merge_layer, unmerge_layer
 from ._new_tensors import copy_module, new_parameter
+
+
+if TYPE_CHECKING:
+    from ..utils.adapter_keys import SavedForm
 
 
 class BaseTunerLayer(ABC):
@@ -44,6 +48,8 @@ class BaseTunerLayer(ABC):
         shared_layer_names: attributes that hold, by adapter name, tensors that all layers of a model share.
         container_classes: class of a container, where it is not `nn.ParameterDict` for tensors or `dict` for settings.
         weight_name: name of the base layer's parameter that is adapted.
+        parameter_name: the same for layers that adapt a named parameter, whatever their base layer does with it.
+        supports_mixed_batch: whether each sample of a batch can have an adapter of its own.
         base_layer: the wrapped layer.
     """
 
@@ -55,6 +61,8 @@ class BaseTunerLayer(ABC):
     shared_layer_names: tuple[str, ...] = ()
     container_classes: Mapping[str, Callable[[], Any]] = {}
     weight_name: str = "weight"
+    parameter_name: str | None = None
+    supports_mixed_batch: bool = True
     quantization_backend: str | None = None
 
     _owners: dict[str, "BaseTunerLayer"]
@@ -219,16 +227,23 @@ class BaseTunerLayer(ABC):
 
         The two differ by the adapter's name, which checkpoints leave out.
         """
-        for name, container in self._containers():
-            if adapter_name not in container:
-                continue
-            value = container[adapter_name]
-            if not isinstance(value, nn.Module):
-                if not (isinstance(container, BufferDict) and not container.persistent):
-                    yield name, f"{name}.{adapter_name}"
-                continue
-            for key in value.state_dict():
-                yield f"{name}.{key}", f"{name}.{adapter_name}.{key}"
+        return _keys_in(self._containers(), adapter_name)
+
+    def shared_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
+        """Yield the same for the tensors that all layers share, which a checkpoint holds once."""
+        return _keys_in(self.shared_containers(), adapter_name)
+
+    def saved_forms(self, adapter_name: str) -> Mapping[str, "SavedForm"]:
+        """
+        Say which tensors stand in a checkpoint in another form than in the model, or can do so.
+
+        Args:
+            adapter_name: name of an adapter that this layer has itself.
+
+        Returns:
+            Key, as `adapter_keys` yields it first -> form.
+        """
+        return {}
 
     def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
         """
@@ -271,6 +286,7 @@ class BaseTunerLayer(ABC):
             adapter_name: name.
             tensors: key in a checkpoint -> tensor. They are not checked yet.
         """
+        return
 
     def fill_missing(self, adapter_name: str, config: Any) -> None:
         """
@@ -280,6 +296,11 @@ class BaseTunerLayer(ABC):
             adapter_name: name.
             config: the adapter's config.
         """
+        if adapter_name in self._owners:
+            if any(parameter.is_meta for parameter in self.adapter_parameters(adapter_name)):
+                self._owners[adapter_name].fill_missing(adapter_name, config)
+                self.follow(adapter_name, self._owners[adapter_name])
+            return
         loaded = []
         for _, container in self._containers():
             if adapter_name not in container:
@@ -420,10 +441,23 @@ class BaseTunerLayer(ABC):
             if name == "__base__" or not self.has_adapter(name):
                 continue
             rows = torch.tensor([i for i, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
-            result = result.index_copy(
-                0, rows, self.adapter_forward([name], x[rows], *args, **kwargs).to(result.dtype)
-            )
+            result = result.index_copy(0, rows, self.forward_rows(name, rows, x, *args, **kwargs).to(result.dtype))
         return result
+
+    def forward_rows(
+        self, adapter: str, rows: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """
+        Compute some samples of a batch with one adapter.
+
+        Args:
+            adapter: name.
+            rows: numbers of the samples in the batch.
+            x: input of the whole batch.
+            args: other arguments of the base layer.
+            kwargs: likewise.
+        """
+        return self.adapter_forward([adapter], x[rows], *args, **kwargs)
 
     @abstractmethod
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -453,6 +487,18 @@ class BaseTunerLayer(ABC):
         """Raise if this adapter cannot be merged into this base layer; by default every adapter can."""
         return
 
+    def prepare_merge(self, adapter: str) -> None:
+        """Compute what merging an adapter needs the base weight for, before others are merged into it."""
+        return
+
+    def weight_before_merge(self) -> torch.Tensor:
+        """Give the base weight without what is merged, where a copy of it was kept; else as it is."""
+        base = self.get_base_layer()
+        for original in self._merge_state.originals:
+            if original.module is base and original.name == self.weight_name:
+                return original.tensor
+        return self.get_base_weight()
+
     @abstractmethod
     def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Apply an adapter to a weight of the base layer's layout, in place. Supplied by the rule."""
@@ -477,6 +523,20 @@ class BaseTunerLayer(ABC):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether an adapter can be converted to LoRA."""
         return False
+
+
+def _keys_in(containers: Iterable[tuple[str, Any]], adapter_name: str) -> Iterator[tuple[str, str]]:
+    """Yield key in a checkpoint and key in the state dict for the tensors that containers hold for an adapter."""
+    for name, container in containers:
+        if adapter_name not in container:
+            continue
+        value = container[adapter_name]
+        if not isinstance(value, nn.Module):
+            if not (isinstance(container, BufferDict) and not container.persistent):
+                yield name, f"{name}.{adapter_name}"
+            continue
+        for key in value.state_dict():
+            yield f"{name}.{key}", f"{name}.{adapter_name}.{key}"
 
 
 class AdditiveLayer(BaseTunerLayer):
@@ -536,10 +596,17 @@ class WeightLayer(BaseTunerLayer):
 
     # whether f(W) x is W g(x), and the method supplies g as `transform_input`
     transforms_input = False
+    # whether f(W) x follows from W x, and the method supplies how as `correct_output`, for adapters of an owner too;
+    # with `transforms_input`, whether it follows from W g(x)
+    corrects_output = False
 
     @abstractmethod
     def transform_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         """Compute the adapted weight from a weight of the base layer's shape and layout."""
+
+    def forward_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Compute the adapted weight for the forward pass: as it is merged, unless the method has dropout."""
+        return self.transform_weight(adapter, weight)
 
     def inverse_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         """Compute the weight that `transform_weight` was given, where the method can."""
@@ -549,18 +616,30 @@ class WeightLayer(BaseTunerLayer):
         """Compute what the base layer has to be given to give what the adapted one does, where the method can."""
         raise PeftNotImplementedError(f"{type(self).__name__} transforms weights only")
 
+    def correct_output(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Compute what the adapted layer gives from what the base layer does, where the method can; may be in place."""
+        raise PeftNotImplementedError(f"{type(self).__name__} transforms weights only")
+
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the base layer with the transformed weight, or with transformed inputs where that is the same."""
         if self.transforms_input and self._owners.keys().isdisjoint(adapters):
             dtype = x.dtype
             for adapter in reversed(adapters):  # the last to transform the weight is the first to meet the input
                 x = self.transform_input(adapter, x.to(next(self.adapter_parameters(adapter)).dtype))
-            return self.base_layer(x.to(dtype), *args, **kwargs)
+            result = self.base_layer(x.to(dtype), *args, **kwargs)
+            return self._corrected(adapters, x, result) if self.corrects_output else result
+        if self.corrects_output and not self.transforms_input:
+            return self._corrected(adapters, x, self.base_layer(x, *args, **kwargs))
         layer = self.get_base_layer()
         weight = layer.weight
         for adapter in adapters:
-            weight = self.source(adapter).transform_weight(adapter, weight)
+            weight = self.source(adapter).forward_weight(adapter, weight)
         return apply_weight(layer, x, weight.to(layer.weight.dtype), getattr(layer, "bias", None))
+
+    def _corrected(self, adapters: list[str], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        for adapter in adapters:
+            result = self.correct_output(adapter, x, result)
+        return result
 
     def can_unmerge(self, adapter: str) -> bool:
         """Say whether the method has an inverse."""

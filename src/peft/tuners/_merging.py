@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..utils.error import PeftTypeError, PeftValueError
+from ..utils.offload import refuse_merge_into_offloaded
 from ..utils.warning import warn
 from ._surgery import adapter_modules, base_modules
 
@@ -133,6 +134,7 @@ def merge_layer(layer: "BaseTunerLayer", adapter_names: Sequence[str] | None, sa
     """
     names = _wanted(layer, adapter_names)
     for name in names:
+        refuse_merge_into_offloaded(layer.get_base_layer())
         layer.check_mergeable(name)
     if safe_merge:
         check_merge_is_finite([layer], names)
@@ -157,8 +159,9 @@ def _merge_sharing(
     if not new:
         return
     everything = [*state.contributions, *new]
-    copied = apart or not (for_good or all(source.can_unmerge(name) for source, name in everything))
-    if state.contributions and copied and not state.replaces(layers[0].weight_name):
+    needs_original = not all(source.can_unmerge(name) for source, name in everything)
+    copied = apart or (needs_original and not for_good)
+    if state.contributions and (copied or needs_original) and not state.replaces(layers[0].weight_name):
         unmerge_layer(layers[0])
         new = everything
     if not layers[0]._merge_state.contributions:
@@ -166,6 +169,8 @@ def _merge_sharing(
         if copied:
             _replace_weight(layers)
     state = layers[0]._merge_state
+    for source, name in new:
+        source.prepare_merge(name)
     for source, name in new:
         source.merge_weight_(name, layers[0].get_base_weight())
         _merge_other_tensors(state, [layer for layer in layers if layer.source(name) is source], name)
@@ -226,9 +231,9 @@ def unmerge_layer(layer: "BaseTunerLayer") -> None:
         state.contributions.pop()
     for original in state.originals:
         original.swap()
-    around: dict[int, list[BaseTunerLayer]] = {}
+    around: dict[tuple[int, str], list[BaseTunerLayer]] = {}
     for other in state.layers:
-        around.setdefault(id(other.get_base_layer()), []).append(other)
+        around.setdefault((id(other.get_base_layer()), other.weight_name), []).append(other)
     for others in around.values():
         fresh = MergeState(layers=others)
         for other in others:
@@ -283,6 +288,7 @@ def merge_layers(
     _warn_if_merged(layers, adapter_names)
     for layer in layers:
         for name in _wanted(layer, adapter_names):
+            refuse_merge_into_offloaded(layer.get_base_layer())
             layer.check_mergeable(name)
     if safe_merge:
         check_merge_is_finite(layers, adapter_names)
@@ -299,9 +305,9 @@ def _merge_weight(
     layers: list["BaseTunerLayer"], adapter_names: Sequence[str] | None, holders: int, for_good: bool
 ) -> None:
     """Merge into one weight: in place if all its holders are adapted alike, into copies if they are not."""
-    around: dict[int, list[BaseTunerLayer]] = {}
+    around: dict[tuple[int, str], list[BaseTunerLayer]] = {}
     for layer in reversed(layers):  # where several layers are around one base layer, the innermost comes first
-        around.setdefault(id(layer.get_base_layer()), []).append(layer)
+        around.setdefault((id(layer.get_base_layer()), layer.weight_name), []).append(layer)
     parts: dict[tuple, tuple[list, list]] = {}
     for stack in reversed(around.values()):
         wanted = [(layer.source(name), name) for layer in stack for name in _wanted(layer, adapter_names)]

@@ -3,9 +3,9 @@
 """
 A deeper model out of a model's own layers, stacked several times.
 
-The replicas of a layer are modules of their own around the same parameters, so that each can have an adapter of its own
-at no cost but the adapter's. The list of layers remembers which layer each place was made of; that is how parameters
-that replicas share are told from ties (`utils.tying.find_tied_groups`).
+The replicas of a layer are modules of their own around the same parameters, so that each can have an adapter of its
+own at no cost but the adapter's. The list of layers remembers which layer each place was made of; that is how
+parameters that replicas share are told from ties (`utils.tying.find_tied_groups`).
 """
 
 import copy
@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..utils.error import PeftValueError
@@ -162,9 +161,9 @@ def separate_replicas(model: nn.Module) -> None:
     layers = _replicated_list(model)
     if layers is None:
         return
-    sources: list[int] = layers.__dict__.pop(REPLICATED_FROM)
+    del layers.__dict__[REPLICATED_FROM]
     seen: set[int] = set()
-    for source, layer in zip(sources, layers, strict=True):
+    for layer in layers:
         own: dict[int, nn.Parameter] = {}  # a parameter that stands twice within one layer stays one
         for module in layer.modules():
             for name, parameter in module._parameters.items():

@@ -93,13 +93,16 @@ def names_of_modules(model: nn.Module) -> dict[str, nn.Module]:
     List every name under which a module of the model can be reached: a module that is held twice has two.
 
     Returns:
-        Full name -> module, in the order of registration; adapter modules are not entered.
+        Full name -> module, in the order of registration. An adapter layer has the name of its base layer, and what
+        stands inside that has the name that it has without adapters. Training wrappers are not entered.
     """
     names = {}
     stack = [("", model)]
     while stack:
         name, module = stack.pop()
         names[name] = module
+        while is_adapter_module(module) and module._base_names == ("base_layer",):
+            module = module._modules["base_layer"]
         children = module._modules
         if children and not is_adapter_module(module):
             prefix = f"{name}." if name else ""
@@ -166,6 +169,24 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         for parameter, wants_grad in trainable:
             parameter.requires_grad_(wants_grad)
         raise
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Put the modules of the base model in the places of adapter modules inside a context."""
+    replaced = []
+    for _, parent in list(walk(model, into_bases=True)):
+        for key, child in parent._modules.items():
+            if child is not None and is_adapter_module(child) and not is_adapter_module(parent):
+                replaced.append((parent, key, child))
+                while is_adapter_module(child):
+                    child = child._modules[child._base_names[0]]
+                parent._modules[key] = child
+    try:
+        yield
+    finally:
+        for parent, key, child in replaced:
+            parent._modules[key] = child
 
 
 class Slots:

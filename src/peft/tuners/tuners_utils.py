@@ -9,7 +9,7 @@
 import copy
 import dataclasses
 from abc import ABC
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ from ..utils.error import (
     PeftTypeError,
     PeftValueError,
 )
+from ..utils.offload import refuse_offloaded
 from ..utils.other import (
     AuxiliaryTrainingWrapper,
     check_additional_trainable_modules,
@@ -45,6 +46,7 @@ from ..utils.tying import (
     describe_loss,
     describe_no_effect,
     find_followers,
+    find_following_parameters,
     find_reached_ties,
     find_tied_groups,
     module_of,
@@ -57,9 +59,11 @@ from ._layer import ActivationLayer, AdditiveLayer, BaseTunerLayer, ReplacementL
 from ._matching import Targets, check_target_module_exists, find_targets, lies_in, near_names, pattern_lookup
 from ._merging import check_adapters_to_merge, merge_layers, original_weights, unmerge_layer
 from ._new_tensors import making_tensors
+from ._parameters import check_stacks, find_parameters, stack_of
 from ._prompt_encoder import BasePromptEncoder
 from ._replication import clone_module, replicate_layers
 from ._surgery import Slots, adapter_modules, base_modules, base_parameters, names_of_modules, walk, without_collecting
+from ._tie_weights import shield_tie_weights, unshield_tie_weights
 
 
 __all__ = [
@@ -109,11 +113,14 @@ class BaseTuner(nn.Module, ABC):
         prefix: what the names of the method's tensors start with.
         tuner_layer_cls: what all of its layers are.
         layer_classes: kind of base layer -> layer.
+        layer_parts: kind of base layer -> names of the layers inside it that are adapted along with it.
+        parameter_layer_cls: layer for a parameter of any module, for methods with `target_parameters`.
         target_module_mapping: model type -> default targets.
         pattern_fields: config field, such as the rank -> config field with the values for modules where it differs.
         model: the base model, with adapter layers in it.
         peft_config: adapter name -> config as it applies to this model.
         targeted_module_names: full names of the modules that were adapted by the last injection.
+        targeted_parameter_names: full names of the parameters that were.
 
     Raises:
         NoMatchingPeftModuleError: if the model has no module that the config targets.
@@ -123,6 +130,8 @@ class BaseTuner(nn.Module, ABC):
     prefix: str
     tuner_layer_cls: type[BaseTunerLayer]
     layer_classes: dict[type[nn.Module], type[BaseTunerLayer]] = {}
+    layer_parts: dict[type[nn.Module], tuple[str, ...]] = {}
+    parameter_layer_cls: type[BaseTunerLayer] | None = None
     target_module_mapping: dict[str, Any] = {}
     pattern_fields: dict[str, str] = {}
 
@@ -240,21 +249,28 @@ class BaseTuner(nn.Module, ABC):
         check_adapter_name(adapter_name, self.prefix)
         self._check_new_adapter_config(adapter_name, config)
         self._resolve_targets(model, config)
-        modules = {name: module for name, module in names_of_modules(model).items() if name}
+        modules = names_of_modules(model)
+        parameters = self._matched_parameters(modules, config, state_dict)
+        modules = {name: module for name, module in modules.items() if name}
         all_names: dict[int, list[str]] = {}
         for name, module in modules.items():
             all_names.setdefault(id(module), []).append(name)
-        names = self._matched_names(modules, config, state_dict)
+        matched = self._matched_names(modules, config, state_dict, parameters)
+        refuse_offloaded(model, config, matched)
         self._check_tied_modules(model, config)
-        names = with_ties(names, config.target_modules_to_tie or {})
+        names = with_ties(matched, config.target_modules_to_tie or {})
         self._check_targets(model, config, names)
+        targets = {name: modules[name] for name in self._with_parts(names, modules, all_names)}
+        parameters = {name: modules[module_of(name)] for name in self._parameters_with_ties(parameters, config)}
+        check_stacks(parameters, targets.values())
         check_additional_trainable_modules(model, config)
         with making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype):
-            self._place_layers(model, adapter_name, config, {name: modules[name] for name in names}, all_names)
+            self._place_layers(model, adapter_name, config, {**targets, **parameters}, all_names, set(parameters))
             set_additional_trainable_modules(
                 model, config, self.get_model_config(model), adapter_name, adapter_name in self.active_adapters
             )
-        self.targeted_module_names = names
+        self.targeted_module_names = names if config.ensure_weight_tying else matched
+        self.targeted_parameter_names = list(parameters)
         self._finish(adapter_name, config)
 
     def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
@@ -265,7 +281,7 @@ class BaseTuner(nn.Module, ABC):
                 f"adapter {adapter_name!r} trains the base model's biases (bias={config.bias!r}), and so does "
                 f"{bias[0]!r}; biases exist once. Use bias='none' for all adapters but one"
             )
-        allowed = ("none", "all", f"{self.prefix}only")
+        allowed = dict.fromkeys(("none", "all", f"{config.peft_type.lower()}_only", f"{self.prefix}only"))
         if getattr(config, "bias", "none") not in allowed:
             raise PeftNotImplementedError(f"bias={config.bias!r} is not known; choose one of {', '.join(allowed)}")
 
@@ -287,20 +303,58 @@ class BaseTuner(nn.Module, ABC):
         """Say whether a config without `target_modules` gets the default ones."""
         return not getattr(config, "target_parameters", None)
 
-    def _matched_names(
+    def _matched_parameters(
         self, modules: dict[str, nn.Module], config: PeftConfig, state_dict: dict[str, torch.Tensor] | None
+    ) -> list[str]:
+        """Find the parameters to adapt; keys of a state dict name their modules only."""
+        wanted = getattr(config, "target_parameters", None)
+        if not wanted or self.parameter_layer_cls is None:
+            return []
+        found = find_parameters(modules, wanted, others=bool(config.target_modules) or state_dict is not None)
+        if state_dict is None:
+            return list(found)
+        present = self._modules_in_state_dict(state_dict)
+        return [name for name in found if module_of(name) in present]
+
+    @staticmethod
+    def _parameters_with_ties(names: list[str], config: PeftConfig) -> list[str]:
+        """Add the parameters that follow others; wrappers of one module keep their order where they can."""
+        ties = config.target_parameters_to_tie or {}
+        order = list(dict.fromkeys([*names, *ties.values(), *ties]))
+        early = {name for name in ties if order.index(name) < order.index(ties[name])}
+        return [name for name in order if name not in early] + [name for name in order if name in early]
+
+    def _with_parts(
+        self, names: list[str], modules: dict[str, nn.Module], all_names: dict[int, list[str]]
+    ) -> list[str]:
+        """Add layers that are adapted along with the one that they stand in; they go by its names too."""
+        everything = dict.fromkeys(names)
+        for name in names:
+            base = unwrapped(modules[name])
+            parts = next((parts for kind, parts in self.layer_parts.items() if isinstance(base, kind)), ())
+            for part in parts:
+                everything[f"{name}.{part}"] = None
+                all_names[id(modules[f"{name}.{part}"])] += all_names[id(modules[name])]
+        return list(everything)
+
+    def _matched_names(
+        self,
+        modules: dict[str, nn.Module],
+        config: PeftConfig,
+        state_dict: dict[str, torch.Tensor] | None,
+        parameters: list[str],
     ) -> list[str]:
         """Find the modules to adapt, and refuse or warn about what matches nothing."""
         candidates = list(modules)
         if state_dict is not None:
-            return self._names_in_state_dict(candidates, state_dict)
+            return self._names_in_state_dict(candidates, state_dict, parameters)
         if config.target_modules == DUMMY_TARGET_MODULES:
             return []
         targets = find_targets(config, candidates)
         saved = getattr(config, "modules_to_save", None)
         if saved:  # what is trained in full needs no adapter
             targets.names = [name for name in targets.names if not lies_in(saved, name)]
-        if not targets.names and config.target_modules is not None:
+        if not targets.names and config.target_modules is not None and not parameters:
             raise NoMatchingPeftModuleError(self._explain_no_match(config, targets, candidates))
         for entry in targets.unmatched:
             near = near_names(entry, candidates)
@@ -314,11 +368,19 @@ class BaseTuner(nn.Module, ABC):
             first.setdefault(id(module), name)
         return list(dict.fromkeys(first[id(modules[name])] for name in targets.names))
 
-    def _names_in_state_dict(self, candidates: list[str], state_dict: dict[str, torch.Tensor]) -> list[str]:
+    def _modules_in_state_dict(self, state_dict: dict[str, torch.Tensor]) -> set[str]:
+        """Give the names, without adapters, of the modules whose adapters a state dict holds."""
         marker = f".{self.prefix}"
-        wanted = {key.partition(marker)[0].removeprefix("base_model.model.") for key in state_dict if marker in key}
+        keys = [key for key in state_dict if not key.endswith(self.tuner_layer_cls.shared_layer_names)]
+        layers = {key.partition(marker)[0].removeprefix("base_model.model.") for key in keys if marker in key}
+        return {".".join(part for part in layer.split(".") if part != "base_layer") for layer in layers}
+
+    def _names_in_state_dict(
+        self, candidates: list[str], state_dict: dict[str, torch.Tensor], parameters: list[str]
+    ) -> list[str]:
+        wanted = self._modules_in_state_dict(state_dict) - {module_of(name) for name in parameters}
         names = [name for name in candidates if name in wanted]
-        if not names:
+        if not names and not parameters:
             raise NoMatchingPeftModuleError(
                 f"none of the {len(state_dict)} keys of the state dict names a module of the model; the first keys "
                 f"are {', '.join(list(state_dict)[:3])}"
@@ -364,21 +426,30 @@ class BaseTuner(nn.Module, ABC):
         """
         groups = find_tied_groups(model)
         reached = find_reached_ties(model, peft_config, groups)
-        peft_config.modules_to_tie, peft_config.target_modules_to_tie = {}, {}
-        if not peft_config.ensure_weight_tying:
-            lost = [tie for tie in reached if tie.comes_apart]
-            if lost:
-                warn(describe_loss(peft_config, lost))
-            return
-        if not reached:
+        ensure = peft_config.ensure_weight_tying
+        kept = [tie for tie in reached if ensure or self._ties_unasked(peft_config, tie)]
+        lost = [tie for tie in reached if tie not in kept and tie.comes_apart]
+        if lost:
+            warn(describe_loss(peft_config, lost))
+        if ensure and not reached:
             warn(describe_no_effect(model, groups))
-        refuse_two_routes(reached)
-        targeted = [tie for tie in reached if tie.targeted]
+        refuse_two_routes(kept)
+        targeted = [tie for tie in kept if tie.targeted]
         self._check_ties_of_targets(model, peft_config, targeted)
-        peft_config.modules_to_tie = find_followers(tie for tie in reached if tie.saved)
+        peft_config.modules_to_tie = find_followers(tie for tie in kept if tie.saved)
+        peft_config.token_modules_to_tie = find_followers(tie for tie in kept if tie.tokens)
         peft_config.target_modules_to_tie = find_followers(
             targeted, can_own=lambda name: self._layer_class(model.get_submodule(name)) is not None
         )
+        peft_config.target_parameters_to_tie = find_following_parameters(kept)
+
+    def _ties_unasked(self, config: PeftConfig, tie: ReachedTie) -> bool:
+        """
+        Say whether a tie is kept although the config does not ask for it.
+
+        A token that is trained in the embedding is one token, so it is trained in what is tied to it.
+        """
+        return tie.trains_the_same_tokens
 
     def _check_ties_of_targets(self, model: nn.Module, config: PeftConfig, ties: list[ReachedTie]) -> None:
         """
@@ -411,37 +482,52 @@ class BaseTuner(nn.Module, ABC):
         config: PeftConfig,
         targets: dict[str, nn.Module],
         all_names: dict[int, list[str]],
+        parameters: Collection[str] = (),
     ) -> None:
         """
         Create the layers for all targets, then put them into the model.
+
+        Targets are modules by their full names, or their parameters by the names in `parameters`.
 
         Whatever raises does so before the first module is replaced; layers that had other adapters already and were
         given this one are relieved of it.
         """
         arguments_for = self._layer_arguments_for(config)
-        ties = config.target_modules_to_tie or {}
+        ties = {**(config.target_modules_to_tie or {}), **(config.target_parameters_to_tie or {})}
         layers: dict[str, BaseTunerLayer] = {}
         created: list[tuple[nn.Module, BaseTunerLayer]] = []
         updated: list[BaseTunerLayer] = []
         shared = self._shared_containers()
+
+        def names_of(target: str) -> list[str]:
+            names = all_names[id(targets[target])]
+            return [f"{name}.{target.rpartition('.')[2]}" for name in names] if target in parameters else names
+
         try:
             if shared:
                 self.make_shared(adapter_name, config, {name: unwrapped(module) for name, module in targets.items()})
+            outermost: dict[int, nn.Module] = {}
             for name, module in targets.items():
-                arguments = arguments_for(all_names[id(targets[ties.get(name, name)])])
+                key = name.rpartition(".")[2] if name in parameters else None
+                arguments = arguments_for(names_of(ties.get(name, name)))
                 if name in ties:  # owners come first, so it is there
                     arguments["owner"] = layers[ties[name]]
-                if isinstance(module, self.tuner_layer_cls):
-                    self._check_kind(module, name, arguments.get("owner"))
-                    updated.append(module)
-                    module.update_layer(adapter_name, config=config, **arguments)
+                present = self._present_layer(module, key)
+                if present is not None:
+                    if key is None:
+                        self._check_kind(module, name, arguments.get("owner"))
+                    updated.append(present)
+                    present.update_layer(adapter_name, config=config, **arguments)
                     if not module.training:
                         module.train(False)
-                    layers[name] = module
+                    layers[name] = present
                 else:
                     arguments.update({"shared": shared} if shared else {})
-                    layers[name] = self._create_layer(module, name, adapter_name, config, arguments)
-                    created.append((module, layers[name]))
+                    arguments.update({"parameter_name": key} if key is not None else {})
+                    inner = outermost.get(id(module), module)
+                    layers[name] = self._create_layer(inner, name, adapter_name, config, arguments)
+                    created.append((inner, layers[name]))
+                    outermost[id(module)] = layers[name]
         except BaseException:
             for layer in updated:
                 layer.delete_adapter(adapter_name)
@@ -456,6 +542,12 @@ class BaseTuner(nn.Module, ABC):
             layer._active_adapter = self.active_adapters
             slots.replace(module, layer)
         self._mark_tied_bases(model)
+
+    def _present_layer(self, module: nn.Module, parameter: str | None) -> BaseTunerLayer | None:
+        """Find the layer that adapts a module, or a parameter of it, for other adapters already."""
+        if parameter is None:
+            return module if isinstance(module, self.tuner_layer_cls) else None
+        return next((layer for layer in stack_of(module) if layer.parameter_name == parameter), None)
 
     def _mark_tied_bases(self, model: nn.Module) -> None:
         """Tell layers whose base weight other modules hold too, so that merging one of them alone leaves those be."""
@@ -518,12 +610,15 @@ class BaseTuner(nn.Module, ABC):
     ) -> BaseTunerLayer:
         """Make the layer for one target. Methods declare `layer_classes` and seldom override this."""
         owner = arguments.get("owner")
+        if "parameter_name" in arguments:
+            return self.parameter_layer_cls(target, adapter_name, config=config, **arguments)
         self._check_kind(target, name, owner)
         layer_cls = self._layer_class(target) or type(owner)
         return layer_cls(target, adapter_name, config=config, **arguments)
 
     def _finish(self, adapter_name: str, config: PeftConfig) -> None:
         """Freeze the base model and let the active adapters be trained."""
+        shield_tie_weights(self.model)
         for module in base_modules(self.model):
             for parameter in module._parameters.values():
                 if parameter is not None:
@@ -697,6 +792,7 @@ class BaseTuner(nn.Module, ABC):
             kept = {name for config in configs for ties in _recorded_ties(config) for name in (*ties, *ties.values())}
             settle_ties(self.model, groups, kept)
         self.model.__dict__.pop("peft_config", None)
+        unshield_tie_weights(self.model)
         return self.model
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -705,7 +801,8 @@ class BaseTuner(nn.Module, ABC):
 
 
 def _recorded_ties(config: PeftConfig) -> list[dict[str, str]]:
-    return [ties for ties in (config.modules_to_tie, config.target_modules_to_tie) if ties]
+    recorded = (config.modules_to_tie, config.target_modules_to_tie, config.token_modules_to_tie)
+    return [ties for ties in recorded if ties]
 
 
 def with_ties(names: list[str], ties: dict[str, str]) -> list[str]:

@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".other": [
             "AuxiliaryTrainingWrapper",
             "ModulesToSaveWrapper",
+            "TrainableTokensWrapper",
             "_get_submodules",
             "_set_trainable",
             "get_pattern_key",

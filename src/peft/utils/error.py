@@ -35,6 +35,10 @@ class PeftKeyError(PeftError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class PeftIndexError(PeftValueError, IndexError):
+    """A number that points outside of what there is."""
+
+
 class PeftPathError(PeftValueError, AssertionError):
     """A path that cannot be read from or written to as asked."""
 

@@ -9,9 +9,18 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
-from ..tuners._matching import get_pattern_key, match_target_against_key, matching_entry, outermost
+from ..tuners._matching import (
+    check_target_module_exists,
+    get_pattern_key,
+    lies_in,
+    match_target_against_key,
+    matching_entry,
+    outermost,
+)
 from ..tuners._new_tensors import copy_module
 from ..tuners._surgery import Slots, is_adapter_module, names_of_modules
+from ..tuners.trainable_tokens.config import TrainableTokensConfig
+from ..tuners.trainable_tokens.layer import TrainableTokensLayer, check_token_indices
 from .constants import (
     CONFIG_NAME,
     EMBEDDING_LAYER_NAMES,
@@ -23,6 +32,7 @@ from .constants import (
 )
 from .error import PeftTypeError, PeftValueError
 from .integrations import gather_params_ctx
+from .tying import find_token_modules
 from .warning import warn
 
 
@@ -34,6 +44,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
+    "TrainableTokensWrapper",
     "get_pattern_key",
     "infer_device",
     "match_target_against_key",
@@ -94,7 +105,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "original_module" not in self.__dict__.get("_modules", {}):
+            if name.startswith("_") or self._base_names[0] not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self._current_module(), name)
 
@@ -388,6 +399,105 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return module
 
 
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
+    """
+    An embedding or output head of which adapters of another method train single tokens.
+
+    The layer in `token_adapter` does the work: it is an adapter layer like any other. The wrapper gives it the name
+    that checkpoints have.
+
+    Args:
+        module_to_save: the module of the base model.
+        adapter_name: adapter to start with.
+        token_indices: ids of its tokens.
+        tied_adapter: layer to follow, whose base layer holds the same weight.
+    """
+
+    _base_names = ("token_adapter",)
+
+    def __init__(
+        self,
+        module_to_save: nn.Module,
+        adapter_name: str,
+        token_indices: Sequence[int],
+        tied_adapter: TrainableTokensLayer | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.token_adapter = TrainableTokensLayer(
+            module_to_save, adapter_name, TrainableTokensConfig(token_indices=list(token_indices)), tied_adapter
+        )
+        self.token_adapter.writes_aliases = False
+
+    def update(self, active_adapter: str, **kwargs: Any) -> None:
+        """
+        Add an adapter.
+
+        Args:
+            active_adapter: its name.
+            kwargs: `token_indices` and `tied_adapter`, as for the constructor.
+        """
+        config = TrainableTokensConfig(token_indices=list(kwargs["token_indices"]))
+        self.token_adapter.update_layer(active_adapter, config, owner=kwargs.get("tied_adapter"))
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The module of the base model."""
+        return self.token_adapter.base_layer
+
+    @property
+    def _disable_adapters(self) -> bool:
+        return self.token_adapter.disable_adapters
+
+    @property
+    def _active_adapter(self) -> list[str]:
+        return self.token_adapter.active_adapters
+
+    @property
+    def available_adapters(self) -> set[str]:
+        """Names of the adapters that train tokens here."""
+        return self.token_adapter.available_adapters
+
+    def _current_module(self) -> nn.Module:
+        return self.token_adapter.get_base_layer()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the layer with the active adapters' tokens; see `BaseTunerLayer.forward`."""
+        return self.token_adapter(*args, **kwargs)
+
+    def check_set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Allow everything: tokens of several adapters can be used together."""
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """
+        Choose the adapters whose tokens are used; others are frozen.
+
+        Args:
+            adapter_names: one name or several.
+            inference_mode: freeze the chosen ones too.
+        """
+        self.token_adapter.set_adapter(adapter_names, inference_mode)
+
+    # The layer inside is visited by itself, so there is nothing left to do here.
+    def enable_adapters(self, enabled: bool) -> None:
+        """Do nothing: the layer inside is told by itself."""
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Do nothing: the layer inside is told by itself."""
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        """Do nothing: the layer inside is told by itself."""
+
+    def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
+        """Yield nothing: the layer inside says its keys by itself."""
+        yield from ()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Give the layer inside, which is then taken off like any other adapter layer."""
+        return self.token_adapter
+
+
 def check_wrappable(module: nn.Module, name: str = "") -> None:
     """
     Refuse modules that cannot be trained in full by a wrapper.
@@ -501,11 +611,36 @@ def check_additional_trainable_modules(model: nn.Module, peft_config: PeftConfig
                 f"modules_to_save reaches {name!r}, which another adapter has adapted already; a module is either "
                 "adapted or trained in full. Leave it out of modules_to_save, or delete the other adapter"
             )
+    _check_token_modules(model, peft_config, names)
     # the names of classification heads are tried for every model of their task
     optional = {*SEQ_CLS_HEAD_NAMES, *QUESTION_ANSWERING_HEAD_NAMES}
     for entry in names:
         if entry not in optional and not _modules_named(model, [entry]):
             warn(f"modules_to_save entry {entry!r} matches no module")
+
+
+def _check_token_modules(model: nn.Module, peft_config: PeftConfig, saved: Collection[str]) -> None:
+    """
+    Refuse tokens that cannot be trained, and warn about those that are trained anyway.
+
+    Raises:
+        PeftTypeError: for a module that is adapted or cannot have tokens.
+        PeftIndexError: for an id outside of the vocabulary.
+        PeftValueError: for ids that stand there twice, and for unknown modules.
+    """
+    for name, indices in find_token_modules(model, getattr(peft_config, "trainable_token_indices", None)).items():
+        module = model.get_submodule(name)
+        if lies_in(saved, name):
+            warn(f"trainable_token_indices has no effect for {name!r}, which modules_to_save trains in full")
+            continue
+        targeted = peft_config.target_modules is not None and check_target_module_exists(peft_config, name)
+        if targeted or (is_adapter_module(module) and not isinstance(module, TrainableTokensWrapper)):
+            raise PeftTypeError(
+                f"trainable_token_indices reaches {name!r}, which is adapted as a target too; a module is adapted in "
+                "one way. Leave it out of target_modules or of trainable_token_indices"
+            )
+        base = module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
+        check_token_indices(base, name, indices)
 
 
 def set_additional_trainable_modules(
@@ -525,16 +660,21 @@ def set_additional_trainable_modules(
         adapter_name: name of the adapter.
         activate_adapter: use what is made at once.
     """
-    names = getattr(peft_config, "modules_to_save", None)
-    if not names:
-        return
-    ties = peft_config.modules_to_tie or {}
     options = {
         "inference_mode": peft_config.inference_mode,
         "activate_adapter": activate_adapter,
         "full_names": True,
     }
-    named = outermost(_modules_named(model, names))
+    if getattr(peft_config, "modules_to_save", None):
+        _train_in_full(model, peft_config, adapter_name, options)
+    if getattr(peft_config, "trainable_token_indices", None):
+        _train_tokens(model, peft_config, adapter_name, options)
+
+
+def _train_in_full(model: nn.Module, peft_config: PeftConfig, adapter_name: str, options: dict[str, Any]) -> None:
+    """Wrap the modules of `modules_to_save`, and those that follow them."""
+    ties = peft_config.modules_to_tie or {}
+    named = outermost(_modules_named(model, peft_config.modules_to_save))
     _set_trainable(model, adapter_name, [name for name in named if name not in ties], **options)
     # Second stage. Everything that has to follow was recorded before the first module was replaced, so the order in
     # which modules were named does not matter: owners come first.
@@ -547,6 +687,25 @@ def set_additional_trainable_modules(
         for follower in followers:
             only = None if follower in named else _shared_parameter_names(model, follower, [owner])
             _set_trainable(model, adapter_name, [follower], tied_module=tied_module, only=only, **options)
+
+
+def _train_tokens(model: nn.Module, peft_config: PeftConfig, adapter_name: str, options: dict[str, Any]) -> None:
+    """Wrap the modules of which tokens are trained, and those that follow them."""
+    ties = peft_config.token_modules_to_tie or {}
+    options = {**options, "wrapper_cls": TrainableTokensWrapper}
+    tokens = {
+        name: indices
+        for name, indices in find_token_modules(model, peft_config.trainable_token_indices).items()
+        if not isinstance(model.get_submodule(name), ModulesToSaveWrapper)
+    }
+    for name in dict.fromkeys([*tokens, *ties.values()]):
+        if name not in ties:
+            indices = tokens.get(name) or next(tokens[follower] for follower in ties if ties[follower] == name)
+            _set_trainable(model, adapter_name, [name], token_indices=indices, **options)
+    for follower, owner in ties.items():
+        layer = model.get_submodule(owner).token_adapter
+        indices = layer.token_indices[adapter_name]
+        _set_trainable(model, adapter_name, [follower], token_indices=indices, tied_adapter=layer, **options)
 
 
 def _shared_parameter_names(model: nn.Module, name: str, others: Iterable[str]) -> set[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
-from ..tuners._matching import check_target_module_exists, matching_entry, outermost
+from ..tuners._matching import check_target_module_exists, matching_entry, near_names, outermost
 from ..tuners._replication import REPLICATED_FROM
 from ..tuners._surgery import bare_modules, base_modules, is_adapter_module
 from .adapter_keys import Place
@@ -131,17 +131,37 @@ class ReachedTie:
         group: the group.
         saved: members that lie in a module of `modules_to_save` -> full name of that module.
         targeted: members whose module is a target.
+        tokens: members of which single tokens are trained -> the tokens.
+        parameters: members that are targets themselves, whatever their modules are.
     """
 
     group: TiedGroup
     saved: dict[str, str] = field(hash=False)
     targeted: tuple[str, ...] = ()
+    tokens: dict[str, frozenset[int]] = field(default_factory=dict, hash=False)
+    parameters: tuple[str, ...] = ()
 
     @property
     def comes_apart(self) -> bool:
         """Whether the members would no longer be one if nothing were done about it."""
         in_one_copy = len(self.saved) == len(self.group.members) and len(set(self.saved.values())) == 1
-        return bool(self.targeted) or not in_one_copy
+        return bool(self.targeted or self.tokens or self.parameters) or not in_one_copy
+
+    @property
+    def routes(self) -> dict[str, Collection[str]]:
+        """The routes by which members are reached -> these members."""
+        routes = {
+            "modules_to_save": self.saved,
+            "target_modules": self.targeted,
+            "trainable_token_indices": self.tokens,
+            "target_parameters": self.parameters,
+        }
+        return {route: members for route, members in routes.items() if members}
+
+    @property
+    def trains_the_same_tokens(self) -> bool:
+        """Whether the owner's tokens are trained, and nothing else is asked for any member."""
+        return self.group.owner in self.tokens and len(self.routes) == 1 and len(set(self.tokens.values())) == 1
 
 
 def find_reached_ties(model: nn.Module, config: PeftConfig, groups: Iterable[TiedGroup]) -> list[ReachedTie]:
@@ -154,6 +174,7 @@ def find_reached_ties(model: nn.Module, config: PeftConfig, groups: Iterable[Tie
         groups: the model's tied groups.
     """
     saved_modules = outermost(_names_matching(model, getattr(config, "modules_to_save", None) or ()))
+    token_modules = find_token_modules(model, getattr(config, "trainable_token_indices", None))
     reached = []
     for group in groups:
         saved = {m: name for m in group.members if (name := _containing(saved_modules, module_of(m))) is not None}
@@ -165,9 +186,57 @@ def find_reached_ties(model: nn.Module, config: PeftConfig, groups: Iterable[Tie
             and getattr(config, "target_modules", None) is not None
             and check_target_module_exists(config, module_of(member))
         )
-        if saved or targeted:
-            reached.append(ReachedTie(group, saved, targeted))
+        tokens = {
+            member: frozenset(token_modules[module_of(member)])
+            for member in group.members
+            if member not in saved and member.endswith("weight") and module_of(member) in token_modules
+        }
+        wanted = set(getattr(config, "target_parameters", None) or ())
+        parameters = tuple(m for m in group.members if m not in saved and matching_entry(wanted, m) is not None)
+        if saved or targeted or tokens or parameters:
+            reached.append(ReachedTie(group, saved, targeted, tokens, parameters))
     return reached
+
+
+def name_of_input_embedding(model: nn.Module) -> str | None:
+    """Give the full name, without adapters, of what the model calls its input embedding; None if it has none."""
+    embedding = _input_embedding(model)
+    return next((name for name, module in bare_modules(model) if module is embedding), None)
+
+
+def find_token_modules(model: nn.Module, tokens: Collection[int] | Mapping[str, Collection[int]] | None) -> dict:
+    """
+    Find the modules of which single tokens are trained.
+
+    Args:
+        model: the model.
+        tokens: ids for the input embedding, or name of a module (or its ending from a dot on) -> ids.
+
+    Returns:
+        Full name -> ids.
+
+    Raises:
+        PeftValueError: if a name matches nothing, or the model does not say which its input embedding is.
+    """
+    if not tokens:
+        return {}
+    if not isinstance(tokens, Mapping):
+        name = name_of_input_embedding(model) or next(iter(_names_matching(model, ["embed_tokens"])), None)
+        if name is None:
+            raise PeftValueError(
+                "trainable_token_indices is a list, and the model does not say which layer its input embedding is; "
+                "give a dictionary from the layer's name to the indices"
+            )
+        return {name: list(tokens)}
+    modules = {}
+    for entry, indices in tokens.items():
+        names = _names_matching(model, [entry])
+        if not names:
+            near = near_names(entry, [name for name, _ in bare_modules(model) if name])
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise PeftValueError(f"trainable_token_indices names {entry!r}, which the model does not have{hint}")
+        modules.update((name, list(indices)) for name in names)
+    return modules
 
 
 def _names_matching(model: nn.Module, entries: Collection[str]) -> list[str]:
@@ -211,6 +280,26 @@ def find_followers(
     return ties
 
 
+def find_following_parameters(reached: Iterable[ReachedTie]) -> dict[str, str]:
+    """
+    Work out which parameters have to follow which, where parameters themselves are targets.
+
+    Args:
+        reached: tied groups that a config reaches.
+
+    Returns:
+        Full name of a parameter -> full name of the one that it follows.
+
+    Raises:
+        PeftValueError: for a parameter of the model itself, which nothing can be put around.
+    """
+    groups = [tie.group for tie in reached if tie.parameters]
+    for group in groups:
+        if "" in map(module_of, group.members):
+            raise PeftValueError(_explain_not_wrappable(group.members[-1], group))
+    return {member: group.owner for group in groups for member in group.followers}
+
+
 def _wrappable_modules(tie: ReachedTie) -> list[str]:
     """
     Find the modules to replace so that every member of a group is trained, the one with the owner first.
@@ -229,18 +318,24 @@ def _wrappable_modules(tie: ReachedTie) -> list[str]:
 
 def refuse_two_routes(reached: Iterable[ReachedTie]) -> None:
     """
-    Refuse groups of which one member is saved in full and another one is a target.
+    Refuse groups whose members are to be adapted in different ways, or with different tokens.
 
     Raises:
         PeftValueError: if there is one. Nothing has been changed then.
     """
     for tie in reached:
-        if tie.saved and tie.targeted:
+        members = ", ".join(map(repr, tie.group.members))
+        if len(tie.routes) > 1:
+            found = ", and ".join(f"{route} reaches {', '.join(map(repr, m))}" for route, m in tie.routes.items())
             raise PeftValueError(
-                f"ensure_weight_tying=True cannot be kept for {', '.join(map(repr, tie.group.members))}: "
-                f"modules_to_save reaches {', '.join(map(repr, tie.saved))}, and target_modules reaches "
-                f"{', '.join(map(repr, tie.targeted))}, but one weight can only be adapted in one way; take one of "
-                "the two out"
+                f"ensure_weight_tying=True cannot be kept for {members}: {found}, but one weight can only be adapted "
+                "in one way; take one of the two out"
+            )
+        if len(set(tie.tokens.values())) > 1:
+            found = ", ".join(f"{member!r}: {sorted(indices)}" for member, indices in tie.tokens.items())
+            raise PeftValueError(
+                f"ensure_weight_tying=True cannot be kept for {members}, whose tokens differ ({found}); give all of "
+                "them the same indices, or set ensure_weight_tying=False to train them apart"
             )
 
 
@@ -267,7 +362,9 @@ def describe_loss(config: PeftConfig, ties: Iterable[ReachedTie]) -> str:
     """
     parts = []
     for tie in ties:
-        named = ", ".join(repr(name) for name in dict.fromkeys([*tie.saved.values(), *map(module_of, tie.targeted)]))
+        named = ", ".join(
+            repr(name) for name in dict.fromkeys([*tie.saved.values(), *map(module_of, [*tie.targeted, *tie.tokens])])
+        )
         members = ", ".join(repr(member) for member in tie.group.members)
         parts.append(f"{named} (tied: {members})")
     ways = "set ensure_weight_tying=True to train them as one, or name none of these modules, so that all stay frozen"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
+from ..tuners._layer import BaseTunerLayer
 from ..tuners._surgery import adapter_modules, bare_modules
 from .tying import TiedGroup, _containing, _contains_one_of, find_tied_groups, module_of
 
@@ -24,7 +25,8 @@ class TyingRow:
         members: full names of the parameter; the owner comes first.
         owner: the member that the others follow.
         adapter: name of the adapter, None for the base model.
-        route: how the adapter reaches the group: "modules_to_save", "target_modules"; "base model" for the base model.
+        route: how the adapter reaches the group: "modules_to_save", "target_modules", "trainable_token_indices"; "base
+            model" for the base model.
         shared: whether all members hold one parameter.
         bytes: memory of what stands at the members, each tensor counted once.
     """
@@ -185,19 +187,23 @@ def _in_place_of(base: nn.Module, group: TiedGroup, adapter: str) -> list[nn.Par
 
 
 def _target_row(base: nn.Module, group: TiedGroup, adapter: str) -> list[TyingRow]:
-    """Say whether the members of a group are adapted by one adapter; nothing if none of them is a target."""
-    layers = {name: module for name, module in adapter_modules(base) if "base_layer" in module._modules}
+    """Say whether the members of a group are adapted by one adapter; nothing if none of them is adapted by a layer."""
+    modules = dict(adapter_modules(base))
+    layers = {name: getattr(module, "token_adapter", module) for name, module in modules.items()}
     sources = []
     for member in group.members:
         layer = layers.get(module_of(member)) if member.endswith("weight") else None
-        sources.append(layer.source(adapter) if layer is not None and layer.has_adapter(adapter) else None)
+        can_have = isinstance(layer, BaseTunerLayer) and layer.has_adapter(adapter)
+        sources.append(layer.source(adapter) if can_have else None)
     adapted = {id(layer): layer for layer in sources if layer is not None}
     if not adapted:
         return []
+    wrapped = any("token_adapter" in modules[module_of(m)]._modules for m in group.members if module_of(m) in modules)
+    route = "trainable_token_indices" if wrapped else "target_modules"
     shared = len(adapted) == 1 and None not in sources
-    parameters = [parameter for layer in adapted.values() for parameter in layer.adapter_parameters(adapter)]
-    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    return [TyingRow(group.members, group.owner, adapter, "target_modules", shared, size)]
+    parameters = {id(p): p for layer in adapted.values() for p in layer.adapter_parameters(adapter)}
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+    return [TyingRow(group.members, group.owner, adapter, route, shared, size)]
 
 
 def _declared_but_absent(base: nn.Module, groups: Iterable[TiedGroup]) -> list[TyingRow]:

@@ -2,37 +2,45 @@
 # peft: the fork in which tied weights stay tied
 """LoRA on a whole model."""
 
-from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ...config import PeftConfig
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftNotImplementedError, PeftValueError
-from ...utils.tying import describe_no_effect, find_followers, find_reached_ties, find_tied_groups, refuse_two_routes
+from ...utils.save_and_load import collect_tensors
+from ...utils.tying import find_tied_groups, module_of
 from ...utils.warning import warn
+from .._base_changes import deferring_base_changes
 from .._kinds import stores_weight_transposed
-from .._matching import pattern_lookup
-from ..tuners_utils import BaseTuner, BaseTunerLayer
+from .._layer import unwrapped
+from .._replication import remove_replicas, replicated, separate_replicas
+from ..tuners_utils import BaseTuner
+from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig
-from .layer import Embedding, Linear, LoraLayer
+from .initialization import check_bases_can_change, showing_progress
+from .layer import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Embedding,
+    Linear,
+    LoraLayer,
+    MultiheadAttention,
+    OutputProjection,
+    ParamWrapper,
+)
+from .plain_lora import without_start
+from .variants import attach_variants, detach_variants, variant_field
 
 
 # fields that ask for something that this version does not have
 _NOT_IMPLEMENTED = (
-    "use_dora",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
     "megatron_config",
-    "monteclora_config",
-    "velora_config",
-    "arrow_config",
-    "kasa_config",
-    "use_bdlora",
 )
 
 
@@ -58,53 +66,159 @@ class LoraModel(BaseTuner):
 
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
-    layer_classes = {nn.Embedding: Embedding, Conv1D: Linear, nn.Linear: Linear}
+    layer_classes = {
+        nn.Embedding: Embedding,
+        Conv1D: Linear,
+        NonDynamicallyQuantizableLinear: OutputProjection,  # which nn.MultiheadAttention has
+        nn.Linear: Linear,
+        nn.Conv1d: Conv1d,
+        nn.Conv2d: Conv2d,
+        nn.Conv3d: Conv3d,
+        nn.MultiheadAttention: MultiheadAttention,
+    }
+    layer_parts = {nn.MultiheadAttention: ("out_proj",)}
+    parameter_layer_cls = ParamWrapper
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    pattern_fields = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Stack layers if the config says so, and put the adapter in; see `BaseTuner.inject_adapter`."""
+        with replicated(model, self.peft_config[adapter_name].layer_replication):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        attach_variants(model, adapter_name, self.peft_config[adapter_name])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; see `BaseTuner.delete_adapter`."""
+        detach_variants(self.model, [adapter_name])
+        super().delete_adapter(adapter_name)
+
+    def _unload(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        detach_variants(self.model, self.peft_config)
+        model = super()._unload(merge, safe_merge, adapter_names)
+        (separate_replicas if merge else remove_replicas)(model)
+        return model
 
     def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
         super()._check_new_adapter_config(adapter_name, config)
+        variant_field(config)  # refuses what it does not find
         asked = [name for name in _NOT_IMPLEMENTED if getattr(config, name)]
         if asked:
             raise PeftNotImplementedError(f"LoRA of this version does not have: {', '.join(asked)}; leave them out")
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LoraConfig) -> None:
         """
-        With `ensure_weight_tying`, record which modules have to follow which; without it, warn about lost ties.
+        Find out what the config does to tied weights; see `BaseTuner._check_tied_modules`.
+
+        Args:
+            model: the base model.
+            peft_config: config with resolved targets; what is found out is recorded on it.
 
         Raises:
-            PeftValueError: if a tie cannot be kept; nothing has been changed then.
+            PeftValueError: if a tie cannot be kept: biases of factors are not tied.
         """
-        peft_config.modules_to_tie, peft_config.target_modules_to_tie = {}, {}
-        if not peft_config.ensure_weight_tying:
-            super()._check_tied_modules(model, peft_config)
-            return
-        groups = find_tied_groups(model)
-        reached = find_reached_ties(model, peft_config, groups)
-        if not reached:
-            warn(describe_no_effect(model, groups))
-        refuse_two_routes(reached)
-        targeted = [tie for tie in reached if tie.targeted]
-        if targeted and peft_config.lora_bias:
-            members = ", ".join(repr(member) for tie in targeted for member in tie.group.members)
+        super()._check_tied_modules(model, peft_config)
+        if peft_config.target_modules_to_tie and peft_config.lora_bias:
+            ties = peft_config.target_modules_to_tie
+            members = ", ".join(map(repr, dict.fromkeys([*ties.values(), *ties])))
             raise PeftValueError(
                 f"lora_bias=True does not work for targets that are tied ({members}), since what is added to a bias "
                 "is not tied; leave it out"
             )
-        peft_config.modules_to_tie = find_followers(tie for tie in reached if tie.saved)
-        peft_config.target_modules_to_tie = find_followers(targeted)
 
-    def _layer_arguments_for(self, config: LoraConfig) -> Callable[[list[str]], dict[str, Any]]:
-        rank, alpha = pattern_lookup(config.rank_pattern), pattern_lookup(config.alpha_pattern)
-        return lambda names: {"r": rank(names, config.r), "lora_alpha": alpha(names, config.lora_alpha)}
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """
+        Combine adapters into a new one. It is not active at first; the adapters stay as they are.
+
+        Args:
+            adapters: names of the adapters.
+            weights: one number per adapter, negative ones too.
+            adapter_name: name of the new adapter; if there is one of that name, nothing is done.
+            combination_type: "cat" is the weighted sum exactly, of the sum of their ranks; "svd" its best
+                approximation in a given rank; "linear", "ties", "dare_linear", "dare_ties" and "magnitude_prune"
+                combine factors entry by entry and need equal ranks; with "_svd" at the end (not for "linear") they
+                combine the deltas, and approximate the result.
+            svd_rank: rank for the kinds with "svd"; left out, the greatest of the adapters'.
+            svd_clamp: for the kinds with "svd": quantile of the entries beyond which they are cut off.
+            svd_full_matrices: has no effect on the result; kept for callers of the released package.
+            svd_driver: for the kinds with "svd": method that the GPU library uses.
+            density: for "ties", "dare_*" and "magnitude_prune": share of the entries to keep.
+            majority_sign_method: for "*ties": "total" or "frequency".
+
+        Raises:
+            PeftValueError: if the adapters cannot be combined like that; the model stays as it was.
+
+        Example:
+
+            >>> import torch
+            >>> from peft import LoraConfig, get_peft_model
+            >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+            >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config, adapter_name="one")
+            >>> model.add_adapter("two", config)
+            >>> model.add_weighted_adapter(["one", "two"], [0.5, -1.0], "both", combination_type="cat")
+            >>> layer = model.get_base_model()[0]
+            >>> expected = 0.5 * layer.get_delta_weight("one") - layer.get_delta_weight("two")
+            >>> torch.allclose(layer.get_delta_weight("both"), expected, atol=1e-6)
+            True
+        """
+        combination = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination)
+
+    def subtract_mutated_init(
+        self, output_state_dict: dict[str, torch.Tensor], adapter_name: str, kwargs: dict[str, Any] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """
+        Make plain LoRA of an adapter whose start has changed the base weights; see `without_start`.
+
+        Args:
+            output_state_dict: the adapter's tensors, by their keys in a checkpoint.
+            adapter_name: another adapter of this model, which holds the start.
+            kwargs: not used; kept for callers of the released package.
+
+        Returns:
+            Tensors of an adapter of twice the rank.
+        """
+        start = collect_tensors(self, None, adapter_name, save_embedding_layers=False)
+        return without_start(output_state_dict, {f"base_model.{key}": tensor for key, tensor in start.items()})
 
     def _check_targets(self, model: nn.Module, config: LoraConfig, names: list[str]) -> None:
         """Believe the layers, not the config, in how weights are stored."""
-        modules = [model.get_submodule(name) for name in names]
-        layers = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in modules]
-        transposed = {stores_weight_transposed(layer) for layer in layers if not isinstance(layer, nn.Embedding)}
+        layers = [unwrapped(model.get_submodule(name)) for name in names]
+        transposed = {stores_weight_transposed(layer) for layer in layers if isinstance(layer, (nn.Linear, Conv1D))}
         if transposed == {not config.fan_in_fan_out}:
             config.fan_in_fan_out = not config.fan_in_fan_out
             warn(
                 f"fan_in_fan_out={not config.fan_in_fan_out} does not fit the targets, which store their weights as "
                 f"{'(in, out)' if config.fan_in_fan_out else '(out, in)'}; {config.fan_in_fan_out} is used"
             )
+        self._check_start(model, config, {name: model.get_submodule(name) for name in names})
+
+    def _check_start(self, model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module]) -> None:
+        """Refuse an initialisation that cannot make factors of the base weights."""
+        arguments_for, ties = self._layer_arguments_for(config), config.target_modules_to_tie or {}
+        holders = [{module_of(member) for member in group.members} for group in find_tied_groups(model, True)]
+        check_bases_can_change(
+            config.init_lora_weights,
+            {
+                name: (unwrapped(module), module, arguments_for([name])["r"])
+                for name, module in targets.items()
+                if name not in ties
+            },
+            shared=[names - set(ties) for names in holders],
+        )
+
+    def _place_layers(self, model: nn.Module, adapter_name: str, config: LoraConfig, *targets: Any) -> None:
+        """Create and place the layers; base weights that the initialisation changes are changed when all are there."""
+        with deferring_base_changes(), showing_progress(config.init_lora_weights, len(targets[0])):
+            super()._place_layers(model, adapter_name, config, *targets)

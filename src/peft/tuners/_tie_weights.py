@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+The method `tie_weights` of models of transformers, once adapters are in them.
+
+It looks modules up by the names that they have in the base model, and gives one the parameter of another. With adapter
+modules in their places it finds nothing, or raises. So it gets to see the base model.
+"""
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from ._merging import original_weights
+from ._surgery import adapter_modules, base_modules, without_adapters
+
+
+def shield_tie_weights(model: nn.Module) -> None:
+    """
+    Let a model that holds adapters, and models inside it, tie the weights of the base model when they are told to tie.
+
+    Args:
+        model: the base model, with adapters in it.
+    """
+    for module in base_modules(model):
+        if hasattr(type(module), "tie_weights"):
+            module.__dict__["tie_weights"] = functools.partial(_tie_base_weights, module)
+
+
+def unshield_tie_weights(model: nn.Module) -> None:
+    """Undo `shield_tie_weights`, after the adapters have been taken out."""
+    for module in base_modules(model):
+        module.__dict__.pop("tie_weights", None)
+
+
+def _tie_base_weights(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    layers = [layer for _, layer in adapter_modules(module) if hasattr(layer, "_merge_state")]
+    with original_weights(layers), without_adapters(module):
+        return type(module).tie_weights(module, *args, **kwargs)

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+Activated LoRA: an adapter that is active from certain tokens on, so that what comes before needs no second cache.
+
+Greenewald et al., "Activated LoRA: Fine-tuned LLMs for Intrinsics", 2025, arXiv:2504.12397.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...utils.warning import warn
+from .variants import LoraVariant
+from .whole_weight import OnWholeWeight
+
+
+if TYPE_CHECKING:
+    from .config import LoraConfig
+    from .layer import LoraLayer
+
+# attribute of a cache of keys and values: adapter -> where each of its sequences invokes it
+_STARTS = "_alora_starts"
+# start of a sequence that does not invoke an adapter, beyond any length
+_NEVER = 1 << 40
+
+
+class ActivatedLora(LoraVariant):
+    """
+    aLoRA: W x before the invocation tokens of a sequence, W x + scaling * B A x from the first of them on.
+
+    Where an adapter is invoked several times, the last time counts; a sequence without an invocation is computed by
+    the base model.
+    """
+
+    name = "aLoRA (alora_invocation_tokens)"
+    invocations: "Invocations | None" = None
+    _rows: torch.Tensor | None = None
+
+    @classmethod
+    def supports(cls, layer: "LoraLayer") -> bool:
+        """Say whether the layer is a linear one."""
+        return isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)) and not isinstance(layer, OnWholeWeight)
+
+    def attach(self, model: nn.Module, adapter: str, config: "LoraConfig") -> None:
+        """Have the base model note where its inputs invoke the adapter."""
+        self.invocations = Invocations.of(model)
+        self.invocations.tokens[adapter] = list(config.alora_invocation_tokens)
+
+    def detach(self, adapter: str) -> None:
+        """Stop noting it."""
+        if self.invocations is not None:
+            self.invocations.forget(adapter)
+
+    def forward(
+        self, layer: "LoraLayer", adapter: str, x: torch.Tensor, earlier: list[str], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Add the delta at the positions from the invocation on."""
+        result = layer.adapted(earlier, x, *args, **kwargs)
+        offsets = self.invocations.offsets.get(adapter) if self.invocations is not None else None
+        if offsets is None:
+            return result
+        if self._rows is not None:
+            offsets = offsets[self._rows]
+        if x.dim() not in (2, 3) or x.shape[0] % len(offsets) or (x.dim() == 3 and x.shape[0] != len(offsets)):
+            raise PeftValueError(
+                f"aLoRA needs an input (batch, length, features) for a batch of {len(offsets)}, found "
+                f"{tuple(x.shape)}: the layer cannot tell which token stands where. Leave it out of target_modules"
+            )
+        # some models flatten batch and length
+        length = x.shape[1] if x.dim() == 3 else x.shape[0] // len(offsets)
+        from_end = torch.arange(length, 0, -1, device=offsets.device)
+        is_active = (from_end <= offsets.unsqueeze(1)).to(x.device).view(*x.shape[:-1], 1)
+        return torch.where(is_active, (result + layer.delta_forward(adapter, x)).to(result.dtype), result)
+
+    def forward_rows(
+        self, layer: "LoraLayer", adapter: str, rows: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Compute samples of a batch, each from its own invocation on."""
+        self._rows = rows
+        try:
+            return super().forward_rows(layer, adapter, rows, x, *args, **kwargs)
+        finally:
+            self._rows = None
+
+    def check_mergeable(self, layer: "LoraLayer", adapter: str) -> None:
+        """
+        Refuse to merge.
+
+        Raises:
+            PeftNotImplementedError: always.
+        """
+        raise PeftNotImplementedError(
+            f"adapter {adapter!r} is active from its invocation tokens on (aLoRA), which a merged weight cannot be; "
+            "keep it unmerged"
+        )
+
+
+class Invocations:
+    """
+    Where the sequences that a model is given at the moment invoke its adapters.
+
+    It hooks into the base model, and reads the token ids of each call, be it by a trainer or one of the steps of
+    `generate`. Where the ids continue sequences in a cache, what was found in the earlier part is read from the cache.
+
+    Attributes:
+        tokens: adapter -> its invocation tokens.
+        offsets: adapter -> (batch,) number of tokens from the invocation to the end, 0 without one; empty outside of
+            calls, but kept after one that recorded gradients, since checkpointed layers are computed again later.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.tokens: dict[str, list[int]] = {}
+        self.offsets: dict[str, torch.Tensor] = {}
+        self._starts: dict[str, torch.Tensor] = {}
+        self._handles = (
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        )
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Invocations":
+        """Find what hooks into a model already, or make it."""
+        for hook in model._forward_pre_hooks.values():
+            if isinstance(getattr(hook, "__self__", None), cls):
+                return hook.__self__
+        return cls(model)
+
+    def forget(self, adapter: str) -> None:
+        """Leave an adapter out; the hooks are removed with the last one."""
+        self.tokens.pop(adapter, None)
+        if not self.tokens:
+            for handle in self._handles:
+                handle.remove()
+
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Note the invocations of a call; `alora_offsets` says them where there are no token ids."""
+        self.offsets, self._starts = {}, {}
+        kwargs = dict(kwargs)
+        given = kwargs.pop("alora_offsets", None)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if given is not None:
+            offsets = torch.tensor([offset or 0 for offset in given])
+            self.offsets = dict.fromkeys(self.tokens, offsets)
+        elif isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+            cache = kwargs.get("past_key_values")
+            past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+            for adapter, tokens in self.tokens.items():
+                starts = find_invocations(ids, tokens)
+                starts = torch.where(starts < _NEVER, starts + past, _recorded(cache, adapter, starts))
+                self._starts[adapter] = starts
+                self.offsets[adapter] = (past + ids.shape[1] - starts).clamp(min=0)
+        else:
+            warn(
+                f"the input has no token ids, so that it is not known where it invokes {', '.join(self.tokens)} "
+                "(aLoRA); the base model computes it. Give input_ids, or alora_offsets, the number of tokens from the "
+                "invocation to the end of each sequence"
+            )
+        return args, kwargs
+
+    def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Leave a note in the cache, for calls that continue it."""
+        cache = getattr(output, "past_key_values", None)
+        cache = kwargs.get("past_key_values") if cache is None else cache
+        if self._starts and hasattr(cache, "get_seq_length"):
+            setattr(cache, _STARTS, self._starts)
+        if not torch.is_grad_enabled():
+            self.offsets = {}
+
+
+def _recorded(cache: Any, adapter: str, like: torch.Tensor) -> torch.Tensor:
+    """Read where sequences in a cache invoke an adapter; a cache that the base model has filled tells nothing."""
+    starts = getattr(cache, _STARTS, {}).get(adapter)
+    if starts is None or len(like) % len(starts):
+        return torch.full_like(like, _NEVER)
+    return starts.to(like.device).repeat_interleave(len(like) // len(starts))
+
+
+def find_invocations(ids: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    """
+    Find the last place of a sequence of tokens in each row.
+
+    Args:
+        ids: (batch, length) token ids.
+        tokens: what to look for.
+
+    Returns:
+        (batch,) index of the first of the tokens; a number beyond any length where they do not stand in the row.
+    """
+    nowhere = torch.full((len(ids),), _NEVER, device=ids.device)
+    if ids.shape[1] < len(tokens):
+        return nowhere
+    windows = ids.unfold(1, len(tokens), 1)
+    found = (windows == torch.tensor(tokens, device=ids.device)).all(-1)
+    last = found.shape[1] - 1 - found.flip(1).int().argmax(1)
+    return torch.where(found.any(1), last, nowhere)
+
+
+def calculate_alora_offsets(
+    peft_config: "Mapping[str, LoraConfig]",
+    active_adapter: str,
+    input_ids: torch.Tensor,
+    adapter_names: Sequence[str] | None = None,
+) -> list[int | None]:
+    """
+    Count how many tokens of each sequence an adapter is active on.
+
+    Args:
+        peft_config: adapter name -> config.
+        active_adapter: adapter of all samples, unless each has its own.
+        input_ids: (batch, length) token ids.
+        adapter_names: adapter of each sample.
+
+    Returns:
+        Tokens from the invocation, itself included, to the end; None where there is none, or the adapter is none that
+        is invoked.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import LoraConfig
+        >>> from peft.tuners.lora.alora import calculate_alora_offsets
+        >>> config = LoraConfig(alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
+        >>> calculate_alora_offsets({"default": config}, "default", torch.tensor([[1, 5, 6, 2], [1, 2, 3, 4]]))
+        [3, None]
+    """
+    offsets: list[int | None] = []
+    for row, name in enumerate(adapter_names if adapter_names is not None else [active_adapter] * len(input_ids)):
+        tokens = getattr(peft_config.get(name), "alora_invocation_tokens", None)
+        start = int(find_invocations(input_ids[row : row + 1], tokens)) if tokens else _NEVER
+        offsets.append(input_ids.shape[1] - start if start < _NEVER else None)
+    return offsets

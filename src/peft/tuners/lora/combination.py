@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+One adapter out of several: the work of `LoraModel.add_weighted_adapter`.
+
+Every layer's factors are seen as batches of matrices, B (groups, out, r) and A (groups, r, in), with one group for all
+layers but grouped convolutions. What is computed falls into three kinds:
+
+- "cat" puts factors side by side, which is the weighted sum of the adapters exactly, in the sum of their ranks;
+- "svd" is the best approximation of that sum in a given rank. It is found from QR decompositions of the factors: the
+  sum itself, a matrix of the size of the weight, is never built. With "ties_svd" and its like the sum is no product of
+  factors, and has to be;
+- the others combine the adapters' factors, entry by entry, B with B and A with A.
+
+Everything is computed before the new adapter is made, so a combination that is refused leaves no trace.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ...utils import merge_utils
+from ...utils.error import PeftValueError
+from ...utils.other import AuxiliaryTrainingWrapper
+from ...utils.warning import warn
+from .._matching import find_targets
+from .._surgery import adapter_modules, names_of_modules
+from .config import LoraConfig
+from .initialization import changes_base
+from .layer import LoraLayer
+
+
+if TYPE_CHECKING:
+    from .model import LoraModel
+
+
+# functions of task tensors, their weights and options; those named in _SPARSE need a density
+_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "linear": merge_utils.task_arithmetic,
+    "ties": merge_utils.ties,
+    "dare_linear": merge_utils.dare_linear,
+    "dare_ties": merge_utils.dare_ties,
+    "magnitude_prune": merge_utils.magnitude_prune,
+}
+_SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+COMBINATION_TYPES = ("svd", "cat", *_FUNCTIONS, *(f"{name}_svd" for name in _SPARSE))
+
+# what is not a sum of deltas has no weighted sum; nor have parameters that experts share
+_NOT_COMBINABLE = ("use_dora", "alora_invocation_tokens", "kasa_config", "use_bdlora", "monteclora_config")
+_NOT_COMBINABLE += ("arrow_config", "target_parameters")
+
+
+class Factors(NamedTuple):
+    """
+    What a layer adds to its weight: B A, as batches of matrices.
+
+    Attributes:
+        b: (groups, out, r).
+        a: (groups, r, in).
+    """
+
+    b: torch.Tensor
+    a: torch.Tensor
+
+
+class Part(NamedTuple):
+    """
+    One adapter of a layer, with what it is multiplied by.
+
+    Attributes:
+        factors: without the scaling.
+        scaling: the adapter's.
+        weight: in the sum.
+        bias: (out,), that of factor B, or None.
+    """
+
+    factors: Factors
+    scaling: float
+    weight: float
+    bias: torch.Tensor | None
+
+    @property
+    def coefficient(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.weight * self.scaling
+
+
+@dataclass(frozen=True)
+class Combination:
+    """
+    How to combine.
+
+    Attributes:
+        kind: one of `COMBINATION_TYPES`.
+        svd_rank: rank to approximate in; the greatest of the adapters' if left out.
+        svd_clamp: if given, a quantile of the resulting entries beyond which they are cut off.
+        svd_driver: method that the GPU library uses for decompositions.
+        density: share of the entries to keep.
+        majority_sign_method: "total" or "frequency".
+    """
+
+    kind: str = "svd"
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    svd_driver: str | None = None
+    density: float | None = None
+    majority_sign_method: str = "total"
+
+    def check(self) -> None:
+        """
+        Refuse options that cannot work.
+
+        Raises:
+            PeftValueError: in that case.
+        """
+        if self.kind not in COMBINATION_TYPES:
+            raise PeftValueError(
+                f"combination_type={self.kind!r} is not known; choose one of {', '.join(COMBINATION_TYPES)}"
+            )
+        if self.kind.removesuffix("_svd") in _SPARSE:
+            merge_utils.check_density(self.density)
+            if "ties" in self.kind:
+                merge_utils.check_sign_method(self.majority_sign_method)
+        if self.svd_rank is not None and (not isinstance(self.svd_rank, int) or self.svd_rank <= 0):
+            raise PeftValueError(f"svd_rank must be a positive integer, found {self.svd_rank!r}")
+        if self.svd_clamp is not None and not 0 <= self.svd_clamp <= 1:
+            raise PeftValueError(f"svd_clamp must be a quantile, from 0 to 1, found {self.svd_clamp!r}")
+
+    def rank_of(self, ranks: Sequence[int]) -> int:
+        """
+        Give the rank of the result.
+
+        Args:
+            ranks: those of the adapters that a layer has.
+
+        Raises:
+            PeftValueError: if their factors cannot be combined entry by entry.
+        """
+        if self.kind == "cat":
+            return sum(ranks)
+        if self.kind.endswith("svd"):
+            return self.svd_rank or max(ranks)
+        if len(set(ranks)) > 1:
+            raise PeftValueError(
+                f"combination_type={self.kind!r} combines factors entry by entry and needs adapters of one rank, "
+                f"found {', '.join(map(str, ranks))}; use 'svd' or 'cat'"
+            )
+        return ranks[0]
+
+    def function(self) -> Callable[..., torch.Tensor]:
+        """Give the function of tensors and weights that the kind is about, with its options filled in."""
+        name = self.kind.removesuffix("_svd")
+        options: dict[str, Any] = {"density": self.density} if name in _SPARSE else {}
+        if "ties" in name:
+            options["majority_sign_method"] = self.majority_sign_method
+        return partial(_FUNCTIONS[name], **options)
+
+    def factors(self, parts: Sequence[Part], rank: int) -> Factors:
+        """
+        Combine what the adapters of one layer add to its weight.
+
+        Args:
+            parts: the adapters.
+            rank: rank of the result, per group.
+        """
+        if self.kind == "cat":
+            return _side_by_side(parts)
+        if self.kind.endswith("svd"):
+            return self._approximation(parts, rank)
+        coefficients = parts[0].factors.b.new_tensor([part.coefficient for part in parts])
+        roots = coefficients.abs().sqrt()  # each of the two factors gets a half, and A the sign
+        function = self.function()
+        return Factors(
+            function([part.factors.b for part in parts], roots),
+            function([part.factors.a for part in parts], roots * coefficients.sign()),
+        )
+
+    def _approximation(self, parts: Sequence[Part], rank: int) -> Factors:
+        """Find the best approximation of the combined deltas."""
+        if self.kind == "svd":
+            product = _side_by_side(parts)
+            if self.svd_clamp is None:
+                return _best_of_product(product, rank, self.svd_driver)
+            # the quantile depends on the signs of the singular vectors, which are those of the whole matrix
+            combined = product.b @ product.a
+        else:
+            deltas = [part.factors.b @ part.factors.a * part.scaling for part in parts]
+            combined = self.function()(deltas, deltas[0].new_tensor([part.weight for part in parts]))
+        return self._clamped(_best_of_matrix(combined, rank, self.svd_driver))
+
+    def _clamped(self, factors: Factors) -> Factors:
+        if self.svd_clamp is None:
+            return factors
+        bound = _quantile(torch.cat([factors.b.flatten(), factors.a.flatten()]), self.svd_clamp)
+        return Factors(factors.b.clamp(-bound, bound), factors.a.clamp(-bound, bound))
+
+
+# ------------------------------------------------------------------------------------------ linear algebra
+def _side_by_side(parts: Sequence[Part]) -> Factors:
+    """Give factors of the weighted sum; the weights go to A, which is the smaller one as a rule."""
+    return Factors(
+        torch.cat([part.factors.b for part in parts], dim=-1),
+        torch.cat([part.factors.a * part.coefficient for part in parts], dim=-2),
+    )
+
+
+def _best_of_product(factors: Factors, rank: int, driver: str | None) -> Factors:
+    """Approximate a product in a lower rank: with B = Q R and A^T = Q' R', only R R'^T has to be decomposed."""
+    q_left, r_left = torch.linalg.qr(factors.b)
+    q_right, r_right = torch.linalg.qr(factors.a.mT)
+    core = _best_of_matrix(r_left @ r_right.mT, rank, driver)
+    return Factors(q_left @ core.b, core.a @ q_right.mT)
+
+
+def _best_of_matrix(matrix: torch.Tensor, rank: int, driver: str | None) -> Factors:
+    """Approximate a matrix in a lower rank; singular values go to B."""
+    options = {"driver": driver} if matrix.is_cuda else {}
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False, **options)
+    missing = max(0, rank - s.shape[-1])  # a small matrix may have less than the rank that is asked for
+    b, a = u[..., :rank] * s[..., None, :rank], vh[..., :rank, :]
+    return Factors(torch.nn.functional.pad(b, (0, missing)), torch.nn.functional.pad(a, (0, 0, 0, missing)))
+
+
+def _quantile(values: torch.Tensor, q: float) -> torch.Tensor:
+    """Interpolate between order statistics; torch's own function refuses large tensors."""
+    position = q * (values.numel() - 1)
+    below = int(position)
+    lower = values.kthvalue(below + 1).values
+    upper = values.kthvalue(min(below + 2, values.numel())).values
+    return torch.lerp(lower, upper, position - below)
+
+
+# ------------------------------------------------------------------------------------------ layers
+def _groups(layer: LoraLayer) -> int:
+    return getattr(layer.get_base_layer(), "groups", 1)
+
+
+def _as_matrices(layer: LoraLayer, adapter: str) -> Factors:
+    """Give a layer's factors as batches of matrices, in a type that is precise enough."""
+    into, out = layer.factor_weights(adapter)
+    groups = _groups(layer)
+    dtype = torch.promote_types(into.dtype, torch.float32)
+    b = out.detach().reshape(groups, out.shape[0] // groups, -1)
+    return Factors(b.to(dtype), into.detach().reshape(groups, into.shape[0] // groups, -1).to(dtype))
+
+
+def _part(layer: LoraLayer, adapter: str, weight: float) -> Part:
+    bias = None
+    if layer.lora_bias[adapter]:
+        bias = layer.lora_B[adapter].bias.detach()
+    return Part(_as_matrices(layer, adapter), layer.scaling[adapter], weight, bias)
+
+
+@dataclass
+class _Combined:
+    """What the new adapter is in one layer, still without its scaling; B's bias is None if no adapter has one."""
+
+    layer: LoraLayer
+    factors: Factors
+    bias: torch.Tensor | None
+
+    @property
+    def rank(self) -> int:
+        return self.factors.b.shape[-1] * _groups(self.layer)
+
+    def write(self, adapter: str, exact: bool) -> None:
+        """Set the factors of an adapter that has been made; `exact` makes up for a scaling other than one."""
+        into, out = self.layer.factor_weights(adapter)
+        scaling = self.layer.scaling[adapter]
+        into.copy_(self.factors.a.reshape(into.shape))
+        out.copy_((self.factors.b / scaling if exact else self.factors.b).reshape(out.shape))
+        if self.bias is not None:
+            self.layer.lora_B[adapter].bias.copy_(self.bias / scaling)
+
+
+def _combine_layer(layer: LoraLayer, weights: dict[str, float], combination: Combination) -> _Combined:
+    rank = combination.rank_of([layer.r[name] for name in weights])
+    groups = _groups(layer)
+    if rank % groups:
+        raise PeftValueError(f"rank {rank} cannot be divided among the {groups} groups of a convolution")
+    parts = [_part(layer, name, weight) for name, weight in weights.items()]
+    biases = [part.bias * part.coefficient for part in parts if part.bias is not None]
+    return _Combined(layer, combination.factors(parts, rank // groups), sum(biases) if biases else None)
+
+
+# ------------------------------------------------------------------------------------------ the model
+@torch.no_grad()
+def add_weighted_adapter(
+    model: "LoraModel", adapters: Sequence[str], weights: Iterable[float], adapter_name: str, combination: Combination
+) -> None:
+    """
+    Combine adapters of a model into a new one; see `LoraModel.add_weighted_adapter`.
+
+    Args:
+        model: the model.
+        adapters: names of the adapters.
+        weights: one per adapter.
+        adapter_name: name of the new adapter.
+        combination: how to combine.
+
+    Raises:
+        PeftValueError: if that cannot be done; the model stays as it was.
+    """
+    if adapter_name in model.peft_config:
+        warn(f"there is an adapter named {adapter_name!r} already; it is left as it is, and nothing was combined")
+        return
+    weighted = _check_adapters(model, adapters, [float(weight) for weight in weights])
+    combination.check()
+    configs = [model.peft_config[name] for name in weighted]
+    source = _single_source_of_saved_modules(model, list(weighted))
+    config = copy.copy(configs[0])
+    config.target_modules = _joined_targets(configs)
+    layers, followers = _layers_of(model, list(weighted))
+    combined = {
+        name: _combine_layer(layer, {a: w for a, w in weighted.items() if layer.has_adapter(a)}, combination)
+        for name, layer in layers.items()
+    }
+    config.modules_to_save = None if source is None else model.peft_config[source].modules_to_save
+    config.ensure_weight_tying = any(other.ensure_weight_tying for other in configs)
+    config.lora_bias = any(result.bias is not None for result in combined.values())
+    config.init_lora_weights = True
+    _set_ranks(config, {name: result.rank for name, result in combined.items()})
+    _narrow_targets(model, config, set(layers), followers)
+    _warn_about_changed_bases(weighted, configs)
+    model.add_adapter(adapter_name, config)
+    # release 0.21.2 leaves the scaling of use_rslora out of account, which what it combined entry by entry depends on
+    exact = combination.kind == "cat" or combination.kind.endswith("svd")
+    for result in combined.values():
+        result.write(adapter_name, exact)
+    if source is not None:
+        _copy_saved_modules(model, source, adapter_name)
+
+
+def _check_adapters(model: "LoraModel", adapters: Sequence[str], weights: list[float]) -> dict[str, float]:
+    """Give name -> weight; a name that comes several times gets the sum."""
+    if isinstance(adapters, str) or not adapters:
+        raise PeftValueError(f"adapters must be a list of at least one name, found {adapters!r}")
+    unknown = [name for name in adapters if name not in model.peft_config]
+    if unknown:
+        raise PeftValueError(
+            f"there is no adapter {', '.join(map(repr, unknown))}; the model has {', '.join(model.peft_config)}"
+        )
+    if not weights or not all(torch.isfinite(torch.tensor(weights))):
+        raise PeftValueError(f"weights must be finite numbers, one per adapter, found {weights}")
+    if len(weights) != len(adapters):
+        warn(f"{len(adapters)} adapters and {len(weights)} weights were given; what is left over is not used")
+    for name in adapters:
+        asked = [field for field in _NOT_COMBINABLE if getattr(model.peft_config[name], field)]
+        if asked:
+            raise PeftValueError(
+                f"adapter {name!r} uses {', '.join(asked)}; its effect is no sum of deltas, so it cannot be combined"
+            )
+    weighted: dict[str, float] = {}
+    for name, weight in zip(adapters, weights, strict=False):
+        weighted[name] = weighted.get(name, 0.0) + weight
+    return weighted
+
+
+def _single_source_of_saved_modules(model: "LoraModel", adapters: list[str]) -> str | None:
+    """Find the adapter whose modules trained in full the new one gets a copy of."""
+    sources: set[str] = set()
+    for name, module in adapter_modules(model.model):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            found = [adapter for adapter in adapters if adapter in module.available_adapters]
+            sources.update(found)
+            if len(sources) > 1:
+                raise PeftValueError(
+                    f"adapters {', '.join(sorted(sources))} train modules in full ({name!r} is one of them), and "
+                    "those cannot be combined; at most one adapter may have modules_to_save"
+                )
+    return next(iter(sources), None)
+
+
+def _joined_targets(configs: Sequence[LoraConfig]) -> set[str] | str:
+    targets = [config.target_modules for config in configs]
+    if all(isinstance(target, str) for target in targets):
+        return "|".join(f"({target})" for target in dict.fromkeys(targets))
+    if any(isinstance(target, str) for target in targets):
+        raise PeftValueError(
+            "target_modules is a regular expression for some of the adapters and a list of names for others; make "
+            "them all the same"
+        )
+    return {name for target in targets for name in target or ()}
+
+
+def _layers_of(model: "LoraModel", adapters: list[str]) -> tuple[dict[str, LoraLayer], set[str]]:
+    """
+    Find the layers that have one of the adapters.
+
+    Returns:
+        Full name -> layer for those with factors of their own, and the names of those that follow one of them.
+
+    Raises:
+        PeftValueError: if adapters disagree in which layers follow which.
+    """
+    layers, followers = {}, set()
+    for name, layer in adapter_modules(model.model):
+        present = [a for a in adapters if layer.has_adapter(a)] if isinstance(layer, LoraLayer) else []
+        owners = {id(layer.source(adapter)): layer.source(adapter) for adapter in present}
+        if not owners:
+            continue
+        (owner, *others) = owners.values()
+        if others or [a for a in adapters if owner.has_adapter(a)] != present:
+            raise PeftValueError(
+                f"the adapters disagree in whether {name!r} is tied: one was trained with ensure_weight_tying=True "
+                "and another one without; they cannot be combined into one that is tied"
+            )
+        if owner is layer:
+            if any(weight.is_meta for a in present for weight in layer.factor_weights(a)):
+                raise PeftValueError(f"the factors of {name!r} are on the meta device; load the adapters first")
+            layers[name] = layer
+        else:
+            followers.add(name)
+    return layers, followers
+
+
+def _set_ranks(config: LoraConfig, ranks: dict[str, int]) -> None:
+    """Set the ranks of layers, and alphas that make the scaling one."""
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    config.r = config.lora_alpha = usual
+    config.rank_pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != usual}
+    config.alpha_pattern = dict(config.rank_pattern)
+
+
+def _narrow_targets(model: "LoraModel", config: LoraConfig, layers: set[str], followers: set[str]) -> None:
+    """Name the layers one by one where the joined targets would reach others than the adapters have."""
+    modules = names_of_modules(model.model)
+    first: dict[int, str] = {}
+    for name, module in modules.items():
+        first.setdefault(id(module), name)
+    found = {first[id(modules[name])] for name in find_targets(config, [name for name in modules if name]).names}
+    if found - followers != layers:
+        config.target_modules = layers
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def _warn_about_changed_bases(adapters: Iterable[str], configs: Iterable[LoraConfig]) -> None:
+    changed = [name for name, config in zip(adapters, configs, strict=True) if changes_base(config.init_lora_weights)]
+    if changed:
+        warn(
+            f"the start of {', '.join(changed)} has changed the base weights; the combination belongs to these, and "
+            "does not fit the base model as it was before. Save the adapters with "
+            "path_initial_model_for_weight_conversion and combine what you get"
+        )
+
+
+def _copy_saved_modules(model: "LoraModel", source: str, target: str) -> None:
+    """Copy what one adapter has trained in full."""
+    tensors = model.model.state_dict()
+    for name, module in adapter_modules(model.model):
+        if isinstance(module, AuxiliaryTrainingWrapper) and target in module.available_adapters:
+            places = dict(module.adapter_keys(source))
+            for saved, live in module.adapter_keys(target):
+                tensors[f"{name}.{live}"].copy_(tensors[f"{name}.{places[saved]}"])

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""LoRA on a parameter whose use nothing is known about: the base layer computes with W + delta in the place of W."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from ...utils.error import PeftRuntimeError, PeftValueError
+from ...utils.warning import warn
+from .._merging import merge_layer
+from .config import LoraConfig
+
+
+class OnWholeWeight:
+    """
+    What LoRA's layers have in common that hand their base layer an adapted weight; to be mixed into `LoraLayer`.
+
+    W + delta is computed in each forward pass, stands in the base layer while that computes, and is not kept. The
+    base weight itself is never changed. There is no input that could be dropped, and one weight for all samples.
+    """
+
+    factor_layout = (("lora_B", False), ("lora_A", False))
+    supports_mixed_batch = False
+
+    @property
+    def applied_adapters(self) -> list[str]:
+        """Names of the adapters that the base layer has to be given at the moment."""
+        if self._disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if self.has_adapter(name)]
+
+    def adapted_weight(self) -> torch.Tensor:
+        """Compute the base weight with the active adapters, in the weight's type."""
+        return self._with_deltas(self.applied_adapters)
+
+    def adapted_bias(self) -> torch.Tensor | None:
+        """Compute the base bias with those that active adapters may have."""
+        return self._with_biases(self.applied_adapters)
+
+    def _with_deltas(self, adapters: list[str]) -> torch.Tensor:
+        weight = self.get_base_weight()
+        for adapter in adapters:
+            weight = self.source(adapter).plus_delta(adapter, weight)
+        return weight
+
+    def _with_biases(self, adapters: list[str]) -> torch.Tensor | None:
+        bias = getattr(self.get_base_layer(), self.bias_name, None)
+        for adapter in adapters:
+            if self.lora_bias[adapter]:
+                bias = self.merged_bias(adapter, bias)
+        return bias
+
+    def plus_delta(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """
+        Give a weight with an adapter's delta added; the weight itself stays as it is.
+
+        Args:
+            adapter: name.
+            weight: of the base weight's shape and layout.
+        """
+        left, right = self.delta_factors(adapter)
+        if left.dtype == weight.dtype and left.device == weight.device:
+            return torch.addmm(weight, left, right, alpha=self.scaling[adapter])
+        return weight + self.get_delta_weight(adapter).to(weight)
+
+    def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Compute the base layer with W + delta."""
+        inside = ""
+        layer = self.base_layer
+        while "base_layer" in layer._modules:  # other adapter layers around the same base layer
+            inside += "base_layer."
+            layer = layer._modules["base_layer"]
+        tensors = {inside + self.weight_name: self._with_deltas(adapters)}
+        if any(self.lora_bias[adapter] for adapter in adapters):
+            tensors[inside + self.bias_name] = self._with_biases(adapters)
+        # another name of the same parameter is another place, which has an adapter of its own if it has one
+        return functional_call(self.base_layer, tensors, (x, *args), kwargs, tie_weights=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Compute the base layer with the active adapters.
+
+        Args:
+            args: arguments of the base layer, whatever they are.
+            kwargs: likewise.
+
+        Raises:
+            PeftValueError: if it is given an adapter per sample.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise PeftValueError(
+                f"adapter_names does not work on {type(self).__name__}, whose adapters change one weight for all "
+                "samples; give each adapter a batch of its own"
+            )
+        if not args:
+            first = next(iter(inspect.signature(self.get_base_layer().forward).parameters))
+            args = (kwargs.pop(first),) if first in kwargs else args
+        return super().forward(*args, **kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """
+        Give the base layer back.
+
+        Args:
+            merge: merge adapters into it first.
+            safe_merge: refuse the merge if an entry would not be finite.
+            adapter_names: which adapters; the active ones if left out.
+        """
+        if merge:
+            merge_layer(self, adapter_names, safe_merge)
+        return self.base_layer
+
+
+class OnOutputProjection(OnWholeWeight):
+    """
+    LoRA on the last projection of `nn.MultiheadAttention`, which reads its weight and never calls it.
+
+    So what the layer gives as its weight is the adapted one.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the linear layer with its adapted weight."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight with the active adapters."""
+        return self.adapted_weight()
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias, with those of active adapters."""
+        return self.adapted_bias()
+
+
+class OnAttention(OnWholeWeight):
+    """
+    LoRA on the projection of queries, keys and values in `nn.MultiheadAttention`.
+
+    The output projection is a layer of its own. Attributes are those of the base layer, for `nn.TransformerEncoder`
+    and others that read them.
+    """
+
+    weight_name = "in_proj_weight"
+    bias_name = "in_proj_bias"
+
+    def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
+        weight = self.get_base_weight()
+        if weight is None:
+            base = self.get_base_layer()
+            raise PeftValueError(
+                f"MultiheadAttention with kdim={base.kdim} and vdim={base.vdim} keeps three weights for embed_dim="
+                f"{base.embed_dim}; LoRA adapts those with one only. Name the parameters q_proj_weight, k_proj_weight "
+                "and v_proj_weight in target_parameters instead"
+            )
+        if config.lora_bias and self.get_base_layer().in_proj_bias is None:
+            raise PeftValueError("lora_bias=True needs a MultiheadAttention with bias; leave it out")
+        warn_of_dropout(config)
+        self._make_linear_factors(adapter, r, config.lora_bias)
+
+    @property
+    def in_proj_weight(self) -> torch.Tensor:
+        """The weight with the active adapters."""
+        return self.adapted_weight()
+
+    @property
+    def in_proj_bias(self) -> torch.Tensor | None:
+        """The bias, with those of active adapters."""
+        return self.adapted_bias()
+
+    def merge_masks(self, *args: Any, **kwargs: Any) -> Any:
+        """Join padding and attention masks as the base layer does."""
+        return self.get_base_layer().merge_masks(*args, **kwargs)
+
+
+def _of_base_layer(name: str) -> property:
+    return property(lambda self: getattr(self.get_base_layer(), name), doc=f"`{name}` of the base layer.")
+
+
+for _name in (
+    "embed_dim", "kdim", "vdim", "num_heads", "dropout", "batch_first", "head_dim", "out_proj", "bias_k", "bias_v",
+    "add_zero_attn", "_qkv_same_embed_dim",
+):  # fmt: skip
+    setattr(OnAttention, _name, _of_base_layer(_name))
+
+
+def warn_of_dropout(config: LoraConfig) -> None:
+    """Warn that dropout does nothing where the adapter changes a weight as a whole."""
+    if config.lora_dropout:
+        warn(
+            f"lora_dropout={config.lora_dropout} has no effect on MultiheadAttention, whose inputs cannot be dropped "
+            "for the adapter alone"
+        )
+
+
+class OnParameter(OnWholeWeight):
+    """
+    LoRA on a parameter that a module holds directly; see `ParamWrapper`.
+
+    A parameter of three dimensions holds a matrix (out, in) per expert, each with a delta of rank r. Factor A has the
+    ranks of the first expert first; in factor B those of all experts take turns.
+    """
+
+    def get_param(self) -> nn.Parameter:
+        """Give the parameter that is adapted."""
+        return self.get_base_weight()
+
+    def _check_config(self, config: LoraConfig) -> None:
+        """
+        Refuse what cannot be had without knowing how the parameter is used.
+
+        Raises:
+            PeftValueError: in that case.
+        """
+        useless = [name for name in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora") if getattr(config, name)]
+        if useless:
+            raise PeftValueError(f"{', '.join(useless)} does not work with target_parameters; leave it out")
+        plain = self.weight_name == "weight" and type(self.get_base_layer()) not in (nn.Embedding, Conv1D)
+        if config.init_lora_weights not in (True, False, None, "gaussian") and not (plain and self.num_experts == 1):
+            raise PeftValueError(
+                f"init_lora_weights={config.init_lora_weights!r} does not work for {self.parameter_name!r} as a target "
+                "parameter; use True or 'gaussian'"
+            )
+        if self.get_base_weight().dim() not in (2, 3):
+            raise PeftValueError(
+                f"target_parameters adapts matrices, and one matrix per expert; {self.parameter_name!r} has the shape "
+                f"{tuple(self.get_base_weight().shape)}. Use modules_to_save to train it in full"
+            )
+
+    def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
+        self._check_config(config)
+        self._make_linear_factors(adapter, r * self.num_experts, with_bias=False)
+
+    def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Give the factors of each expert.
+
+        Args:
+            adapter_name: name.
+
+        Returns:
+            (experts, out, r) and (experts, r, in), views of the factors.
+        """
+        b, a = self.delta_factors(adapter_name)
+        return b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1), a.unflatten(0, (self.num_experts, -1))
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """
+        Compute what the adapter adds to the parameter, in its shape.
+
+        Args:
+            adapter: name.
+        """
+        left, right = self.get_delta_factors(adapter)
+        return (torch.bmm(left, right) * self.scaling[adapter]).view(self.get_base_weight().shape)
+
+    def plus_delta(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Give the parameter with the delta added; see `OnWholeWeight.plus_delta`."""
+        if weight.dim() == 2:
+            return super().plus_delta(adapter, weight)
+        left, right = self.get_delta_factors(adapter)
+        if left.dtype == weight.dtype and left.device == weight.device:
+            return torch.baddbmm(weight, left, right, alpha=self.scaling[adapter])
+        return weight + self.get_delta_weight(adapter).to(weight)
+
+    def add_delta_(self, adapter: str, weight: torch.Tensor, sign: float) -> None:
+        """Add the delta, an expert at a time."""
+        if weight.dim() == 2:
+            super().add_delta_(adapter, weight, sign)
+            return
+        for left, right, matrix in zip(*self.get_delta_factors(adapter), weight, strict=True):
+            self.add_product_(left, right, matrix, sign * self.scaling[adapter])
+
+    def __getattr__(self, name: str) -> Any:
+        """Give what the model's own code reads from the module: its attributes, and the adapted parameter."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self.__dict__.get("_modules", ()):  # while unpickling
+                raise
+            if name == self.weight_name:
+                return self.adapted_weight()
+            return getattr(self.base_layer, name)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The module's weight, which is the adapted one if that is its name."""
+        return self.adapted_weight() if self.weight_name == "weight" else self.base_layer.weight

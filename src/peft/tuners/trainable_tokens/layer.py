@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Rows of an embedding in whose place an adapter has its own, and the same for an output head."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...utils.error import PeftIndexError, PeftTypeError, PeftValueError
+from ...utils.integrations import gather_params_ctx
+from .._buffer_dict import BufferDict
+from .._kinds import scale_rows
+from .._layer import WeightLayer, unwrapped
+from .config import TrainableTokensConfig
+
+
+class TrainableTokensLayer(WeightLayer, nn.Module):
+    """
+    An embedding, or a linear output head, of which an adapter has replaced some rows.
+
+    The matrix is never built: looked-up rows are exchanged, and of the logits only the columns of these tokens are
+    corrected.
+
+    Args:
+        base_layer: `nn.Embedding` or `nn.Linear`; its weight is (tokens, width).
+        adapter_name: adapter to start with.
+        config: its config.
+        tied_adapter: layer to follow, whose base layer holds the same weight.
+        kwargs: for `BaseTunerLayer`.
+    """
+
+    adapter_layer_names = ("trainable_tokens_delta",)
+    other_param_names = ("token_indices", "trainable_tokens_original", "token_slots")
+    container_classes = {"trainable_tokens_original": BufferDict, "token_slots": BufferDict}
+    corrects_output = True
+    # inside a wrapper, release 0.21.2 has no keys for layers that follow
+    writes_aliases = True
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: TrainableTokensConfig | None = None,
+        tied_adapter: "TrainableTokensLayer | None" = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(base_layer, adapter_name, config, owner=kwargs.pop("owner", tied_adapter), **kwargs)
+
+    @property
+    def tied_adapter(self) -> "TrainableTokensLayer | None":
+        """The layer that this one follows; None if it has tensors of its own."""
+        return next(iter(self._owners.values()), None)
+
+    def make_adapter(self, adapter_name: str, config: TrainableTokensConfig, **arguments: Any) -> None:
+        """Make room for the rows, and a table that says for each token of the vocabulary which of them is its own."""
+        weight, indices = self.get_base_weight(), list(config.token_indices)
+        check_token_indices(self.get_base_layer(), "", indices)
+        # ZeRO-3 replaces partitioned weights by empty ones and keeps the shape in ds_shape
+        vocabulary, width = getattr(weight, "ds_shape", weight.shape)
+        self.token_indices[adapter_name] = indices
+        self.trainable_tokens_delta[adapter_name] = self.new_parameter(len(indices), width)
+        device = "cpu" if weight.is_meta else weight.device
+        slots = torch.full((vocabulary,), -1, dtype=torch.int32, device=device)
+        slots[indices] = torch.arange(len(indices), dtype=torch.int32, device=device)
+        self.token_slots[adapter_name] = slots
+
+    def reset_adapter(self, adapter_name: str, config: Any) -> None:
+        """Start from the rows of the base model, or at random."""
+        rows = self.trainable_tokens_delta[adapter_name]
+        if not getattr(config, "init_weights", True):
+            rows.normal_()
+            return
+        with gather_params_ctx(self.get_base_weight()):
+            rows.copy_(self._rows(adapter_name, self.get_base_weight()))
+
+    def follow(self, adapter_name: str, owner: "TrainableTokensLayer") -> None:
+        """Hold the very parameter of the owner, which has the same shape for every kind of layer."""
+        super().follow(adapter_name, owner)
+        self.trainable_tokens_delta[adapter_name] = owner.trainable_tokens_delta[adapter_name]
+
+    def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
+        """Leave out what is the owner's; see `adapter_aliases`."""
+        return iter(()) if adapter_name in self._owners else super().adapter_keys(adapter_name)
+
+    def _rows(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        return weight[torch.tensor(self.token_indices[adapter], device=weight.device, dtype=torch.long)]
+
+    def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
+        """Yield the key under which the owner's rows stand for this layer too."""
+        if adapter_name in self._owners and self.writes_aliases:
+            yield "trainable_tokens_delta", f"trainable_tokens_delta.{adapter_name}", False
+
+    # --------------------------------------------------------------------------------------------------- the rule
+    def transform_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Put the rows in their places."""
+        indices = torch.tensor(self.token_indices[adapter], device=weight.device, dtype=torch.long)
+        return weight.index_copy(0, indices, self.trainable_tokens_delta[adapter].to(weight))
+
+    def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
+        """Put the rows in their places, and keep those that stood there."""
+        self.trainable_tokens_original[adapter] = self._rows(adapter, weight).detach().clone()
+        super().merge_weight_(adapter, weight)
+
+    def inverse_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Put back the rows that stood there."""
+        indices = torch.tensor(self.token_indices[adapter], device=weight.device, dtype=torch.long)
+        return weight.index_copy(0, indices, self.trainable_tokens_original[adapter].to(weight))
+
+    def get_merged_weights(self, active_adapters: Sequence[str]) -> torch.Tensor:
+        """
+        Build the weight with the rows of adapters in it.
+
+        Args:
+            active_adapters: names; where two have a token, the later one counts.
+        """
+        weight = self.get_base_weight()
+        for adapter in active_adapters:
+            weight = self.source(adapter).transform_weight(adapter, weight)
+        return weight
+
+    def correct_output(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Exchange looked-up rows, or correct the logits of the adapter's tokens."""
+        source = self.source(adapter)
+        rows, base = source.trainable_tokens_delta[adapter], self.get_base_layer()
+        if isinstance(base, nn.Embedding):
+            slots = source.token_slots[adapter][x]
+            own = scale_rows(base, F.embedding(slots.clamp(min=0), rows)).to(result.dtype)
+            return torch.where((slots >= 0).unsqueeze(-1), own, result)
+        indices = torch.tensor(source.token_indices[adapter], device=result.device, dtype=torch.long)
+        # what is added, not what is put in their place: so the gradient of the logits need not be copied
+        difference = rows - base.weight[indices].detach().to(rows.dtype)
+        columns = F.linear(x.to(rows.dtype), difference).to(result.dtype)
+        if result.is_leaf and result.requires_grad:
+            return result.index_add(-1, indices, columns)
+        return result.index_add_(-1, indices, columns)
+
+
+def check_token_indices(layer: nn.Module, name: str, indices: Sequence[int]) -> None:
+    """
+    Refuse tokens that cannot be trained in a layer.
+
+    Args:
+        layer: layer of the base model.
+        name: its full name, for messages.
+        indices: token ids.
+
+    Raises:
+        PeftTypeError: if the layer has no row per token, or an id is no integer.
+        PeftIndexError: if an id lies outside of the vocabulary.
+        PeftValueError: if an id stands there twice.
+    """
+    base, where = unwrapped(layer), f" in {name!r}" if name else ""
+    if not isinstance(base, (nn.Embedding, nn.Linear)):
+        raise PeftTypeError(
+            f"tokens can be trained in an nn.Embedding or in a linear output head, {name!r} is a "
+            f"{type(base).__name__}; name another layer"
+        )
+    rows = getattr(base.weight, "ds_shape", base.weight.shape)[0]
+    wrong = [index for index in indices if isinstance(index, bool) or not isinstance(index, int)]
+    if wrong:
+        raise PeftTypeError(f"token indices{where} must be integers, found {wrong[:5]!r}")
+    outside = [index for index in indices if not 0 <= index < rows]
+    if outside:
+        raise PeftIndexError(
+            f"token indices{where} must lie between 0 and {rows - 1}, found {outside[:5]}; to train new tokens, call "
+            "resize_token_embeddings on the base model first"
+        )
+    twice = sorted({index for index in indices if list(indices).count(index) > 1})
+    if twice:
+        raise PeftValueError(f"token indices{where} hold {twice[:5]} more than once; name each token once")
