@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Trainable tokens: rows of embeddings and heads, by themselves and beside LoRA, tied and untied."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tied_models import TIED_MODELS, TiedModel, llama
+from torch import nn
+
+from peft import LoraConfig, PeftModel, PeftWarning, TrainableTokensConfig, get_peft_model
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.utils import TrainableTokensWrapper
+from peft.utils.error import PeftError
+
+
+TOKENS = [3, 7, 11]
+IDS = torch.tensor([[3, 5, 7, 9], [11, 11, 2, 1]])
+each_model = pytest.mark.parametrize("tied", [t for n, t in TIED_MODELS.items() if n != "plain_two_linears"],
+                                     ids=[n for n in TIED_MODELS if n != "plain_two_linears"])  # fmt: skip
+
+
+def lora(tokens, targets=("q_proj",), **config) -> LoraConfig:
+    """Make a LoRA config with trainable tokens."""
+    return LoraConfig(r=2, target_modules=list(targets), trainable_token_indices=tokens, **config)
+
+
+def wrap(model: nn.Module, config) -> tuple[PeftModel, list[str]]:
+    """Adapt a model, and give the texts of the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = get_peft_model(model, config)
+    return adapted, [str(w.message) for w in caught if issubclass(w.category, PeftWarning)]
+
+
+def deltas(model: nn.Module) -> list[nn.Parameter]:
+    """Give the rows that are trained, each once."""
+    return [p for name, p in model.named_parameters() if "trainable_tokens_delta" in name]
+
+
+def randomise(model: nn.Module, seed: int = 3) -> None:
+    """Give every trained tensor values that matter."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+
+
+def logits(model: nn.Module, **keywords) -> torch.Tensor:
+    """Run a model in eval mode."""
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, **keywords).logits
+
+
+# ------------------------------------------------------------------------------------------ against a reference
+@pytest.mark.parametrize("tie", [True, False])
+def test_forward_and_gradients_equal_rows_written_by_hand(tie: bool) -> None:
+    """The reference is the base model with the rows written into its matrix, differentiated by torch."""
+    model = get_peft_model(llama(tie).double(), lora(TOKENS, init_lora_weights=True))
+    randomise(model)
+    reference = llama(tie).double()
+    for name, parameter in reference.named_parameters():
+        if "q_proj" in name:
+            layer = model.get_base_model().get_submodule(name.rpartition(".")[0])
+            parameter.data += layer.get_delta_weight("default").detach()
+    embedding = reference.get_input_embeddings()
+    with torch.no_grad():
+        embedding.weight[TOKENS] = deltas(model)[0].double()
+    loss = model(input_ids=IDS).logits.pow(2).mean()
+    expected = reference(input_ids=IDS).logits.pow(2).mean()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(deltas(model)[0].grad, embedding.weight.grad[TOKENS].to(deltas(model)[0].dtype))
+
+
+@each_model
+def test_a_fresh_adapter_changes_nothing(tied: TiedModel) -> None:
+    """Head's biases and embedding scales included."""
+    expected = tied.forward(tied.build())
+    model = get_peft_model(tied.build(), TrainableTokensConfig(token_indices=TOKENS, target_modules=[tied.inputs]))
+    torch.testing.assert_close(tied.forward(model), expected, rtol=0, atol=1e-6)
+
+
+def test_head_with_a_bias_keeps_it() -> None:
+    tied = TIED_MODELS["plain"]
+    model = get_peft_model(tied.build(), TrainableTokensConfig(token_indices=TOKENS, target_modules=["lookup"]))
+    randomise(model)
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(tied.forward(merged), tied.forward(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("requires_grad_hook", [True, False])
+def test_a_hook_that_makes_embeddings_require_grad_does_no_harm(requires_grad_hook: bool) -> None:
+    model = llama()
+    if requires_grad_hook:
+        model.enable_input_require_grads()
+    model = get_peft_model(model, lora(TOKENS))
+    randomise(model)
+    model(input_ids=IDS).logits.sum().backward()
+    assert deltas(model)[0].grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    gradients = []
+    for checkpoint in (False, True):
+        base = llama()
+        if checkpoint:
+            base.config.use_cache = False
+            base.gradient_checkpointing_enable()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = get_peft_model(base, lora(TOKENS)).train()
+        randomise(model)
+        model(input_ids=IDS).logits.pow(2).mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_matrix_is_never_built() -> None:
+    """No tensor that the step makes beside the logits is of the vocabulary's length."""
+    vocabulary, width = 5003, 8
+    net = nn.Sequential(nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary, bias=False))
+    net[1].weight = net[0].weight
+    model = get_peft_model(net, TrainableTokensConfig(token_indices=TOKENS, target_modules=["0"]))
+    sizes = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(torch.tensor([[3, 4]])).sum().backward()
+    held = [size for size in sizes if size >= vocabulary and size != net[0].base_layer.weight.numel()]
+    assert held == []
+
+
+# ------------------------------------------------------------------------------------------ the table of what is tied
+INDICES = {
+    "list": TOKENS,
+    "embedding": {"embed_tokens": TOKENS},
+    "both": {"embed_tokens": TOKENS, "lm_head": TOKENS},
+    "both, other order": {"lm_head": TOKENS[::-1], "embed_tokens": TOKENS},
+    "head": {"lm_head": TOKENS},
+    "different": {"embed_tokens": TOKENS, "lm_head": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("ensure", [True, False])
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("indices", INDICES)
+def test_what_is_tied(indices: str, tie: bool, ensure: bool) -> None:
+    config = lora(INDICES[indices], ensure_weight_tying=ensure)
+    if tie and ensure and indices == "different":
+        with pytest.raises(PeftError, match="same indices"):
+            get_peft_model(llama(), config)
+        return
+    model, texts = wrap(llama(tie), config)
+    inner = model.get_base_model()
+    named = [
+        isinstance(layer, TrainableTokensWrapper)
+        for layer in (inner.get_input_embeddings(), inner.get_output_embeddings())
+    ]
+    is_tied = tie and (ensure or indices not in ("head", "different"))
+    if is_tied:
+        assert named == [True, True]
+        assert len(deltas(model)) == 1
+        assert inner.get_output_embeddings().token_adapter.tied_adapter is inner.get_input_embeddings().token_adapter
+    else:
+        assert named == [indices != "head", indices not in ("list", "embedding")]
+        assert len(deltas(model)) == sum(named)
+    if is_tied or (not tie and not ensure):
+        assert texts == []
+    elif not tie:
+        assert len(texts) == 1 and "has no effect" in texts[0]
+    else:
+        assert len(texts) == 1 and "ensure_weight_tying=True" in texts[0]
+
+
+def test_what_is_trained_apart_is_merged_apart(tmp_path) -> None:
+    model, _ = wrap(llama(), lora(INDICES["different"]))
+    randomise(model)
+    expected = logits(model)
+    with pytest.warns(PeftWarning, match="no longer tied"):
+        merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings is False
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(logits(again), logits(merged), rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------ several adapters
+def test_two_adapters_with_other_tokens_on_a_tied_model() -> None:
+    model = get_peft_model(llama(), lora(TOKENS))
+    model.add_adapter("other", lora([1, 2]))
+    randomise(model)
+    first = logits(model)
+    model.set_adapter("other")
+    randomise(model, seed=5)
+    second = logits(model)
+    assert not torch.equal(first, second)
+    mixed = logits(model, adapter_names=["default", "other"])
+    torch.testing.assert_close(mixed[0], first[0])
+    torch.testing.assert_close(mixed[1], second[1])
+    model.base_model.set_adapter(["default", "other"])
+    together = logits(model)
+    torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload()), together, rtol=1e-5, atol=1e-5)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), first)
+
+
+def test_a_tied_and_an_untied_adapter_side_by_side() -> None:
+    model = get_peft_model(llama(), lora(TOKENS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)
+        model.add_adapter("apart", lora(INDICES["different"]))
+    randomise(model)
+    first = logits(model)
+    model.set_adapter("apart")
+    randomise(model)
+    assert len([p for p in deltas(model) if p.requires_grad]) == 2
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    assert len([p for p in deltas(model) if p.requires_grad]) == 1
+
+
+def test_unmerging_restores_the_matrix_bit_for_bit() -> None:
+    model = get_peft_model(llama(), lora(TOKENS))
+    model.add_adapter("other", lora([7, 9]))
+    randomise(model)
+    weight = model.get_base_model().get_input_embeddings().weight
+    before = weight.detach().clone()
+    model.base_model.merge_adapter(["default", "other"])
+    assert not torch.equal(weight, before)
+    model.base_model.unmerge_adapter()
+    assert torch.equal(weight, before)
+
+
+# ------------------------------------------------------------------------------------------ combinations
+def test_groups_are_handled_each_by_itself() -> None:
+    """Two tied groups reached by two routes, beside LoRA on a layer that is not tied."""
+
+    class TwoGroups(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(20, 6), nn.Embedding(9, 6)
+            self.hidden = nn.Linear(6, 6)
+            self.to_words, self.to_places = nn.Linear(6, 20), nn.Linear(6, 9)
+            self.to_words.weight, self.to_places.weight = self.words.weight, self.places.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.tanh(self.hidden(self.words(x) + self.places(x % 9)))
+            return torch.cat([self.to_words(hidden), self.to_places(hidden)], -1)
+
+    config = LoraConfig(
+        r=2,
+        target_modules=["hidden"],
+        modules_to_save=["to_places"],
+        trainable_token_indices={"words": [3, 4]},
+        ensure_weight_tying=True,
+    )
+    model, texts = wrap(TwoGroups(), config)
+    assert texts == []
+    randomise(model)
+    x = torch.tensor([[3, 5, 8, 4]])
+    expected = model(x)
+    merged = model.merge_and_unload()
+    assert merged.to_words.weight is merged.words.weight
+    assert merged.to_places.weight is merged.places.weight
+    torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"modules_to_save": ["lm_head"]}, ("modules_to_save", "trainable_token_indices")),
+        ({"targets": ["q_proj", "lm_head"]}, ("target_modules", "trainable_token_indices")),
+    ],
+)
+def test_contradictory_requests_on_one_group(config: dict, names: tuple[str, str]) -> None:
+    with pytest.raises(PeftError) as caught:
+        get_peft_model(llama(), lora(TOKENS, ensure_weight_tying=True, **config))
+    assert all(name in str(caught.value) for name in (*names, "lm_head", "embed_tokens"))
+    model, texts = wrap(llama(), lora(TOKENS, **config))
+    assert len(texts) == 1 and "share a weight" in texts[0]
+    randomise(model)
+    expected = logits(model)
+    with pytest.warns(PeftWarning, match="no longer tied"):
+        torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ bad input
+@pytest.mark.parametrize(
+    ("config", "kind", "mentions"),
+    [
+        (lora([99]), IndexError, ("99", "47", "resize_token_embeddings")),
+        (lora([-1]), IndexError, ("-1",)),
+        (lora([1, 2, 1]), ValueError, ("1", "more than once")),
+        (lora(["a"]), TypeError, ("'a'", "integers")),
+        (lora({"emb_tokens": [1]}), ValueError, ("emb_tokens", "embed_tokens")),
+        (lora({"norm": [1]}), TypeError, ("norm", "Embedding")),
+        (lora({"q_proj": [1]}, targets=["q_proj"]), TypeError, ("q_proj", "target")),
+        (TrainableTokensConfig(token_indices=[99]), IndexError, ("99",)),
+        (TrainableTokensConfig(token_indices=[1], target_modules=["norm"]), TypeError, ("norm",)),
+    ],
+    ids=str,
+)
+def test_refused_before_anything_is_changed(config, kind: type, mentions: tuple[str, ...]) -> None:
+    model = llama()
+    before = dict(model.named_modules(remove_duplicate=False))
+    with pytest.raises(PeftError) as caught:
+        get_peft_model(model, config)
+    assert isinstance(caught.value, kind)
+    assert all(text in str(caught.value) for text in mentions)
+    after = dict(model.named_modules(remove_duplicate=False))
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+
+
+def test_tokens_of_a_module_that_is_trained_in_full_are_left_out_with_one_warning() -> None:
+    model, texts = wrap(llama(tie=False), lora(TOKENS, modules_to_save=["embed_tokens"]))
+    assert len(texts) == 1 and "no effect" in texts[0] and "embed_tokens" in texts[0]
+    assert deltas(model) == []
+
+
+def test_layer_can_be_made_by_hand() -> None:
+    embedding = nn.Embedding(10, 4)
+    layer = TrainableTokensLayer(embedding, "default", TrainableTokensConfig(token_indices=[1, 2]))
+    head = nn.Linear(4, 10, bias=False)
+    head.weight = embedding.weight
+    tied = TrainableTokensLayer(head, "default", tied_adapter=layer)
+    with torch.no_grad():
+        layer.trainable_tokens_delta["default"] += 1
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(tied(x), x @ layer.get_merged_weights(["default"]).T)
+    torch.testing.assert_close(layer(torch.tensor([1, 5])), layer.get_merged_weights(["default"])[[1, 5]])
