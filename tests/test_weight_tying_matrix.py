@@ -169,6 +169,11 @@ def is_one(parameters: list[nn.Parameter]) -> bool:
     return len({id(parameter) for parameter in parameters}) == 1
 
 
+def same(cell: Cell, one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare without any bound. Mamba's scan rounds its last bit differently from one run to the next."""
+    return near(one, other, 1e-6) if cell.name == "mamba" else torch.equal(one, other)
+
+
 def near(one: torch.Tensor, other: torch.Tensor, bound: float = 1e-5) -> bool:
     """Compare with a bound relative to the greatest entry."""
     return bool((one.double() - other.double()).abs().max() <= bound * other.double().abs().max().clamp(min=1))
@@ -183,8 +188,8 @@ def report(cell: Cell, model: PeftModel, expected: torch.Tensor, folder: Any) ->
 
 def disable(cell: Cell, model: PeftModel, expected: torch.Tensor, folder: Any) -> None:
     with model.disable_adapter():
-        assert torch.equal(cell.outputs(model), cell.outputs(base(cell.name)))
-    assert torch.equal(cell.outputs(model), expected)
+        assert same(cell, cell.outputs(model), cell.outputs(base(cell.name)))
+    assert same(cell, cell.outputs(model), expected)
 
 
 def merge_and_unload(cell: Cell, model: PeftModel, expected: torch.Tensor, folder: Any) -> None:
@@ -193,7 +198,7 @@ def merge_and_unload(cell: Cell, model: PeftModel, expected: torch.Tensor, folde
     assert is_one(members(merged, cell))
     assert not any(True for _ in adapter_modules(merged))
     assert near(cell.outputs(merged), expected)
-    assert not torch.equal(cell.outputs(merged), before)
+    assert not near(cell.outputs(merged), before)
     if isinstance(merged, PreTrainedModel):
         merged.save_pretrained(folder / "merged")
         again = type(merged).from_pretrained(folder / "merged", attn_implementation="eager")
@@ -222,7 +227,7 @@ def _base_parameter(model: nn.Module, member: str) -> nn.Parameter:
 def unload(cell: Cell, model: PeftModel, expected: torch.Tensor, folder: Any) -> None:
     bare = model.unload()
     assert is_one(members(bare, cell))
-    assert torch.equal(cell.outputs(bare), cell.outputs(base(cell.name)))
+    assert same(cell, cell.outputs(bare), cell.outputs(base(cell.name)))
 
 
 def save_and_load(cell: Cell, model: PeftModel, expected: torch.Tensor, folder: Any) -> None:
@@ -231,13 +236,13 @@ def save_and_load(cell: Cell, model: PeftModel, expected: torch.Tensor, folder: 
         model.save_pretrained(place, deduplicate_tied=bool(number))
         check_names_in_file(cell, model, place, once=bool(number))
         again = PeftModel.from_pretrained(copy.deepcopy(base(cell.name)), place, **options)
-        assert torch.equal(cell.outputs(again), expected)
+        assert same(cell, cell.outputs(again), expected)
         report(cell, again, expected, folder)
     again.load_adapter(place, "second")
     again.set_adapter("second")
-    assert torch.equal(cell.outputs(again), expected)
+    assert same(cell, cell.outputs(again), expected)
     again.delete_adapter("default")
-    assert torch.equal(cell.outputs(again), expected)
+    assert same(cell, cell.outputs(again), expected)
 
 
 def check_names_in_file(cell: Cell, model: PeftModel, place: Any, once: bool) -> None:
@@ -253,7 +258,7 @@ def check_names_in_file(cell: Cell, model: PeftModel, place: Any, once: bool) ->
 
 def copies(cell: Cell, model: PeftModel, expected: torch.Tensor, folder: Any) -> None:
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), _through_a_file(model)):
-        assert torch.equal(cell.outputs(again), expected)
+        assert same(cell, cell.outputs(again), expected)
         report(cell, again, expected, folder)
         assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
 
@@ -276,7 +281,7 @@ def half_precision(cell: Cell, model: PeftModel, expected: torch.Tensor, folder:
 
 def second_adapter(cell: Cell, model: PeftModel, expected: torch.Tensor, folder: Any) -> None:
     model.add_adapter("second", cell.config())
-    assert torch.equal(cell.outputs(model), expected)
+    assert same(cell, cell.outputs(model), expected)
     model.set_adapter("second")
     train(cell, model)
     other = cell.outputs(model)
@@ -284,9 +289,9 @@ def second_adapter(cell: Cell, model: PeftModel, expected: torch.Tensor, folder:
     assert all(row.shared for row in weight_tying_report(model).rows)
     assert near(cell.outputs(copy.deepcopy(model).merge_and_unload()), other)
     model.set_adapter("default")
-    assert torch.equal(cell.outputs(model), expected)
+    assert same(cell, cell.outputs(model), expected)
     model.delete_adapter("default")
-    assert torch.equal(cell.outputs(model), other)
+    assert same(cell, cell.outputs(model), other)
 
 
 def one_adapter_per_sample(cell: Cell, model: PeftModel, expected: torch.Tensor, folder: Any) -> None:
@@ -303,7 +308,7 @@ def tie_weights_again(cell: Cell, model: PeftModel, expected: torch.Tensor, fold
     inner = model.get_base_model()
     if hasattr(inner, "tie_weights"):
         inner.tie_weights()
-    assert torch.equal(cell.outputs(model), expected)
+    assert same(cell, cell.outputs(model), expected)
     report(cell, model, expected, folder)
 
 
