@@ -198,14 +198,6 @@ def test_unknown_method_in_a_file(saved: Path, name: str, refuses: Refusal) -> N
     refuses(saved, KeyError, repr(name), "LORA")
 
 
-def test_prompt_learning_is_not_there_yet() -> None:
-    from peft import PromptLearningConfig
-
-    base = llama()
-    with refused(base, NotImplementedError, "PROMPT_TUNING"):
-        get_peft_model(base, PromptLearningConfig(peft_type="PROMPT_TUNING"))
-
-
 # ------------------------------------------------------------------------------------------ config files
 @pytest.mark.parametrize(
     ("content", "classes", "mentions"),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""`PeftModel`: a base model with adapters, and one thin subclass per task."""
+"""`PeftModel`: a base model with adapters. Its subclasses per task are in `task_models.py`."""
 
 import copy
 import dataclasses
@@ -17,17 +17,14 @@ from transformers.utils.hub import PushToHubMixin
 from .config import PeftConfig
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from .model_card import write_model_card
+from .prompt_inputs import call_with_prompt, generate_with_prompt
+from .prompt_learning import PromptEncoders
 from .tuners._new_tensors import making_tensors
 from .tuners._surgery import adapter_modules, all_or_nothing
+from .tuners.lora.plain_lora import convert_on_save
 from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from .utils.adapter_keys import adapter_key_map
-from .utils.constants import (
-    DUMMY_MODEL_CONFIG,
-    QUESTION_ANSWERING_HEAD_NAMES,
-    SAFETENSORS_WEIGHTS_NAME,
-    SEQ_CLS_HEAD_NAMES,
-    WEIGHTS_NAME,
-)
+from .utils.constants import DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .utils.error import (
     PeftNotImplementedError,
     PeftPathError,
@@ -36,7 +33,7 @@ from .utils.error import (
     PeftValueError,
 )
 from .utils.other import AuxiliaryTrainingWrapper
-from .utils.peft_types import PeftType, TaskType
+from .utils.peft_types import PeftType
 from .utils.save_and_load import (
     collect_tensors,
     load_peft_weights,
@@ -46,6 +43,17 @@ from .utils.save_and_load import (
 )
 from .utils.warning import warn
 
+
+# at home in task_models.py; see `__getattr__` below
+_TASK_MODELS = (
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+)
 
 __all__ = [
     "DUMMY_MODEL_CONFIG",
@@ -59,13 +67,8 @@ __all__ = [
     "BaseTunerLayer",
     "PeftConfig",
     "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
     "PeftType",
+    *_TASK_MODELS,
 ]
 
 
@@ -81,7 +84,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         low_cpu_mem_usage: make them on the meta device, to be filled by loading a checkpoint.
 
     Attributes:
-        base_model: the tuner, which holds the base model.
+        base_model: the tuner, which holds the base model; with prompt learning the base model itself.
         peft_config: adapter name -> config as it applies to this model.
         active_adapter: name of the active adapter.
 
@@ -110,19 +113,23 @@ class PeftModel(PushToHubMixin, nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
+        if peft_config.is_adaption_prompt:
             raise PeftNotImplementedError(f"{peft_config.peft_type} is not part of this version")
         self.peft_type = peft_config.peft_type
         self.active_adapter = adapter_name
         self.special_peft_forward_args = {"adapter_names"}
-        tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
-        with making_tensors(full_precision=autocast_adapter_dtype):
-            self.base_model = tuner_cls(
-                model,
-                {adapter_name: self._with_heads(peft_config)},
-                adapter_name,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-            )
+        config = self._with_heads(peft_config)
+        if config.is_prompt_learning:
+            self.base_model = model
+            self.prompt_encoder = PromptEncoders(model)
+            self.prompt_encoder.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+            self.word_embeddings = self.prompt_encoder.word_embeddings
+        else:
+            tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+            with making_tensors(full_precision=autocast_adapter_dtype):
+                self.base_model = tuner_cls(
+                    model, {adapter_name: config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+                )
         if _checkpoints_activations(model):
             self.prepare_model_for_gradient_checkpointing(model)
 
@@ -146,18 +153,23 @@ class PeftModel(PushToHubMixin, nn.Module):
             return getattr(self.base_model, name)
 
     @property
+    def _tuner(self) -> Any:
+        """What manages the adapters: the tuner around the base model, or the prompts that are put in front of it."""
+        return self._modules.get("prompt_encoder", self.base_model)
+
+    @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """Adapter name -> config as it applies to this model."""
-        return self.base_model.peft_config
+        return self._tuner.peft_config
 
     @peft_config.setter
     def peft_config(self, value: dict[str, PeftConfig]) -> None:
-        self.base_model.peft_config = value
+        self._tuner.peft_config = value
 
     @property
     def active_adapters(self) -> list[str]:
         """Names of the active adapters."""
-        return self.base_model.active_adapters
+        return self._tuner.active_adapters
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -188,7 +200,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """Give the base model, with adapter layers in it."""
-        return self.base_model.model
+        return self.base_model if "prompt_encoder" in self._modules else self.base_model.model
 
     # --------------------------------------------------------------------------------------------------- forward pass
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +213,9 @@ class PeftModel(PushToHubMixin, nn.Module):
                 none.
         """
         with self._adapter_per_sample(kwargs.pop("adapter_names", None)):
-            return self.get_base_model()(*args, **kwargs)
+            if "prompt_encoder" in self._modules:
+                return call_with_prompt(self.prompt_encoder, args, kwargs)
+            return self.base_model(*args, **kwargs)
 
     def _forward_task(self, named: dict[str, Any], kwargs: dict[str, Any]) -> Any:
         """Call the base model with those of a task's arguments that were given."""
@@ -217,7 +231,43 @@ class PeftModel(PushToHubMixin, nn.Module):
             kwargs: likewise, but for `adapter_names`; see `forward`.
         """
         with self._adapter_per_sample(kwargs.pop("adapter_names", None), copies=True):
+            if "prompt_encoder" in self._modules:
+                return generate_with_prompt(self.prompt_encoder, args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)
+
+    def get_prompt(
+        self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
+    ) -> Any:
+        """
+        Compute what the active adapter puts in front of inputs.
+
+        Args:
+            batch_size: number of samples.
+            task_ids: (batch,) for methods with several tasks.
+            max_cache_len: has no effect; caches grow as they are used.
+
+        Returns:
+            Virtual tokens (batch, tokens, width); for prefix tuning a cache that holds keys and values.
+        """
+        return self._prompts().prompt(batch_size, task_ids)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """
+        Give the prompt of an adapter as it stands in a checkpoint.
+
+        Args:
+            adapter_name: its name.
+
+        Returns:
+            (tokens, width) on the CPU.
+        """
+        self._check_name(adapter_name)
+        return self._prompts()[adapter_name].finished_table().detach().cpu()
+
+    def _prompts(self) -> PromptEncoders:
+        if "prompt_encoder" not in self._modules:
+            raise PeftTypeError(f"{_text(self.peft_type)} puts no prompt in front of inputs")
+        return self.prompt_encoder
 
     @contextmanager
     def _adapter_per_sample(self, adapter_names: Sequence[str] | None, copies: bool = False) -> Iterator[None]:
@@ -231,6 +281,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         if adapter_names is None:
             yield
             return
+        if "prompt_encoder" in self._modules:
+            raise PeftValueError("adapter_names does not work with prompt learning: one prompt is used at a time")
         modules = [module for _, module in adapter_modules(self)]
         self._check_adapter_per_sample(adapter_names, modules)
 
@@ -261,6 +313,12 @@ class PeftModel(PushToHubMixin, nn.Module):
             )
         if self.training:
             raise PeftValueError("adapter_names works for inference only; call eval() first")
+        whole = [m for m in modules if isinstance(m, BaseTunerLayer) and not m.supports_mixed_batch]
+        if whole:
+            raise PeftValueError(
+                f"adapter_names does not work on {type(whole[0]).__name__}, whose adapters change one weight for all "
+                "samples; give each adapter a batch of its own"
+            )
         if any(isinstance(module, BaseTunerLayer) and module.merged for module in modules):
             raise PeftValueError("adapter_names does not work while adapters are merged; call unmerge_adapter() first")
 
@@ -281,7 +339,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             ...     torch.equal(model(x), expected)
             True
         """
-        with self.base_model.adapters_disabled():
+        with self._tuner.adapters_disabled():
             yield
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
@@ -358,9 +416,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             )
         if adapter_name in self.peft_config:
             raise PeftValueError(f"there is an adapter named {adapter_name!r} already; delete it or use another name")
-        self.base_model.add_adapter(
-            adapter_name, self._with_heads(peft_config), low_cpu_mem_usage, autocast_adapter_dtype
-        )
+        self._tuner.add_adapter(adapter_name, self._with_heads(peft_config), low_cpu_mem_usage, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """
@@ -379,7 +435,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 f"set_adapter takes one name, found {adapter_name!r}; base_model.set_adapter takes several"
             )
         self._check_name(adapter_name)
-        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+        self._tuner.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -393,7 +449,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             PeftValueError: if there is no adapter of that name.
         """
         self._check_name(adapter_name)
-        self.base_model.delete_adapter(adapter_name)
+        self._tuner.delete_adapter(adapter_name)
         if self.active_adapter == adapter_name and self.active_adapters:
             self.active_adapter = self.active_adapters[0]
 
@@ -405,7 +461,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             adapter_names: one name or several.
             requires_grad: False to freeze.
         """
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self._tuner.set_requires_grad(adapter_names, requires_grad)
 
     def _check_name(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
@@ -420,7 +476,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         Args:
             adapter_name: its name.
         """
-        return self.base_model.supports_lora_conversion(adapter_name)
+        return self._tuner.supports_lora_conversion(adapter_name)
 
     # --------------------------------------------------------------------------------------------------------- saving
     def save_pretrained(
@@ -444,17 +500,17 @@ class PeftModel(PushToHubMixin, nn.Module):
             save_embedding_layers: also write the base weights of the embeddings; "auto" does so if the vocabulary was
                 resized.
             is_main_process: False to write nothing, on all processes of a run but one.
-            path_initial_model_for_weight_conversion: not part of this version.
+            path_initial_model_for_weight_conversion: folder with a LoRA adapter as it was before training. What was
+                trained from it is written as plain LoRA of twice the rank, which fits the base model as it was before
+                the start of the adapter changed its weights (PiSSA, OLoRA).
             kwargs: `state_dict`, if it had to be gathered from several processes; `deduplicate_tied=True` to write a
                 tensor that tied modules share once, under the key of the module that owns it (release 0.21.2 needs
                 all keys); others are ignored.
 
         Raises:
             PeftPathError: if the path is a file.
-            PeftValueError: if there is no adapter of a name in `selected_adapters`.
+            PeftValueError: if there is no adapter of a name in `selected_adapters`, or it cannot be converted.
         """
-        if path_initial_model_for_weight_conversion is not None:
-            raise PeftNotImplementedError("path_initial_model_for_weight_conversion is not part of this version")
         if os.path.isfile(save_directory):
             raise PeftPathError(f"{os.fspath(save_directory)!r} is a file; adapters are saved into a folder")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
@@ -465,15 +521,20 @@ class PeftModel(PushToHubMixin, nn.Module):
         contents = {
             name: collect_tensors(self, kwargs.get("state_dict"), name, save_embedding_layers) for name in names
         }
-        for tensors in contents.values():
+        configs = {name: self._config_to_save(name) for name in names}
+        for name, tensors in contents.items():
             refuse_without_storage(tensors)
+            if path_initial_model_for_weight_conversion is not None:
+                contents[name], configs[name] = convert_on_save(
+                    tensors, configs[name], path_initial_model_for_weight_conversion
+                )
         os.makedirs(save_directory, exist_ok=True)
         write_model_card(self, save_directory)
         for name, tensors in contents.items():
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
             os.makedirs(folder, exist_ok=True)
             write_peft_weights(folder, tensors, safe_serialization, kwargs.get("deduplicate_tied", False))
-            self._config_to_save(name).save_pretrained(folder)
+            configs[name].save_pretrained(folder)
 
     def _config_to_save(self, adapter_name: str) -> PeftConfig:
         """Give an adapter's config as it is written: frozen, and with a note on a base model without a task."""
@@ -535,7 +596,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             PeftPathError: if there is no adapter at `model_id`.
             PeftKeyError: if its method is not known.
             PeftRuntimeError: if its tensors do not fit the model.
-            PeftValueError: if its files are damaged, or its tensors not finite.
+            PeftValueError: if its files are damaged, or its tensors not finite; if a prompt is to be trained.
         """
         if config is None:
             config = PeftConfig.from_pretrained(os.fspath(model_id), **_hub_options(kwargs))
@@ -545,7 +606,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         # files are read before the model is touched
         options = _hub_options(kwargs)
         weights = load_peft_weights(os.fspath(model_id), device="cpu", key_mapping=key_mapping, **options)
-        model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls) if cls is PeftModel else cls
+        model_cls = cls
+        if cls is PeftModel:
+            from .task_models import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+            model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)
         with all_or_nothing(model):
             peft_model = model_cls(
                 model,
@@ -636,6 +701,11 @@ def _checkpoints_activations(model: nn.Module) -> bool:
 
 def _for_this_run(config: PeftConfig, is_trainable: bool, ephemeral_gpu_offload: bool) -> PeftConfig:
     """Copy a config, with the settings of this run."""
+    if config.is_prompt_learning and is_trainable:
+        raise PeftValueError(
+            "a saved prompt cannot be loaded with is_trainable=True, since what computed it is not in the file. To "
+            "train it further, make a new adapter with get_peft_model and fill it with load_adapter of the same name"
+        )
     config = copy.copy(config)
     config.inference_mode = not is_trainable
     if hasattr(config, "runtime_config"):
@@ -651,368 +721,10 @@ def _load_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name == "ignore_mismatched_sizes"}
 
 
-class PeftModelForCausalLM(PeftModel):
-    """
-    A causal language model with adapters.
+def __getattr__(name: str) -> Any:
+    """Give the classes per task, which code outside imports from here; they are built on `PeftModel`."""
+    if name in _TASK_MODELS:
+        from . import task_models
 
-    Args:
-        model: the base model; it is changed in place.
-        peft_config: what to adapt and how.
-        adapter_name: name of the adapter.
-        kwargs: see `PeftModel`.
-    """
-
-    def __init__(
-        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
-    ) -> None:
-        super().__init__(model, peft_config, adapter_name, **kwargs)
-        self.base_model_prepare_inputs_for_generation = getattr(model, "prepare_inputs_for_generation", None)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Call the base model.
-
-        Args:
-            input_ids: (batch, length) token ids.
-            attention_mask: (batch, length), 0 at positions to leave out.
-            inputs_embeds: (batch, length, width), instead of `input_ids`.
-            labels: (batch, length) token ids, -100 at positions without a loss.
-            output_attentions: return the attention weights.
-            output_hidden_states: return the hidden states.
-            return_dict: return an object with names, not a tuple.
-            task_ids: (batch,) for methods with several tasks.
-            kwargs: passed on to the base model.
-        """
-        named = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-            "task_ids": task_ids,
-        }
-        return self._forward_task(named, kwargs)
-
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """
-        Prepare the inputs of one generation step as the base model does.
-
-        Args:
-            args: for the base model.
-            task_ids: (batch,) for methods with several tasks.
-            kwargs: for the base model.
-        """
-        return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
-    """
-    An encoder-decoder language model with adapters.
-
-    Args:
-        model: the base model; it is changed in place.
-        peft_config: what to adapt and how.
-        adapter_name: name of the adapter.
-        kwargs: see `PeftModel`.
-    """
-
-    def __init__(
-        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
-    ) -> None:
-        super().__init__(model, peft_config, adapter_name, **kwargs)
-        self.base_model_prepare_inputs_for_generation = getattr(model, "prepare_inputs_for_generation", None)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Call the base model.
-
-        Args:
-            input_ids: (batch, length) token ids of the source.
-            attention_mask: (batch, length), 0 at positions to leave out.
-            inputs_embeds: (batch, length, width), instead of `input_ids`.
-            decoder_input_ids: (batch, length) token ids of the target.
-            decoder_attention_mask: (batch, length) of the target.
-            decoder_inputs_embeds: (batch, length, width), instead of `decoder_input_ids`.
-            labels: (batch, length) token ids, -100 at positions without a loss.
-            output_attentions: return the attention weights.
-            output_hidden_states: return the hidden states.
-            return_dict: return an object with names, not a tuple.
-            task_ids: (batch,) for methods with several tasks.
-            kwargs: passed on to the base model.
-        """
-        named = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "decoder_input_ids": decoder_input_ids,
-            "decoder_attention_mask": decoder_attention_mask,
-            "decoder_inputs_embeds": decoder_inputs_embeds,
-            "labels": labels,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-            "task_ids": task_ids,
-        }
-        return self._forward_task(named, kwargs)
-
-    def generate(self, **kwargs: Any) -> Any:
-        """
-        Generate with the base model.
-
-        Args:
-            kwargs: for the base model's `generate`, but for `adapter_names`; see `PeftModel.forward`.
-        """
-        return super().generate(**kwargs)
-
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """
-        Prepare the inputs of one generation step as the base model does.
-
-        Args:
-            args: for the base model.
-            task_ids: (batch,) for methods with several tasks.
-            kwargs: for the base model.
-        """
-        return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
-
-
-class _PeftModelWithLabels(PeftModel):
-    """What models that map a text to labels or features share."""
-
-    def __init__(
-        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
-    ) -> None:
-        super().__init__(model, peft_config, adapter_name, **kwargs)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Call the base model.
-
-        Args:
-            input_ids: (batch, length) token ids.
-            attention_mask: (batch, length), 0 at positions to leave out.
-            inputs_embeds: (batch, length, width), instead of `input_ids`.
-            labels: (batch,) classes or values, or (batch, length) classes of tokens.
-            output_attentions: return the attention weights.
-            output_hidden_states: return the hidden states.
-            return_dict: return an object with names, not a tuple.
-            task_ids: (batch,) for methods with several tasks.
-            kwargs: passed on to the base model.
-        """
-        named = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-            "task_ids": task_ids,
-        }
-        return self._forward_task(named, kwargs)
-
-
-class PeftModelForSequenceClassification(_PeftModelWithLabels):
-    """
-    A sequence classifier with adapters; its head is trained in full.
-
-    Args:
-        model: the base model; it is changed in place.
-        peft_config: what to adapt and how.
-        adapter_name: name of the adapter.
-        kwargs: see `PeftModel`.
-    """
-
-    _head_names = tuple(SEQ_CLS_HEAD_NAMES[::-1])
-
-
-class PeftModelForTokenClassification(_PeftModelWithLabels):
-    """
-    A token classifier with adapters; its head is trained in full.
-
-    Args:
-        model: the base model; it is changed in place.
-        peft_config: what to adapt and how.
-        adapter_name: name of the adapter.
-        kwargs: see `PeftModel`.
-    """
-
-    _head_names = tuple(SEQ_CLS_HEAD_NAMES[::-1])
-
-    def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig | None = None,
-        adapter_name: str = "default",
-        **kwargs: Any,
-    ) -> None:
-        if peft_config is None:
-            raise PeftTypeError("peft_config is needed: it says what to adapt and how")
-        super().__init__(model, peft_config, adapter_name, **kwargs)
-
-
-class PeftModelForQuestionAnswering(PeftModel):
-    """
-    An extractive question answering model with adapters; its head is trained in full.
-
-    Args:
-        model: the base model; it is changed in place.
-        peft_config: what to adapt and how.
-        adapter_name: name of the adapter.
-        kwargs: see `PeftModel`.
-    """
-
-    _head_names = tuple(QUESTION_ANSWERING_HEAD_NAMES)
-
-    def __init__(
-        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
-    ) -> None:
-        super().__init__(model, peft_config, adapter_name, **kwargs)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.Tensor | None = None,
-        end_positions: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Call the base model.
-
-        Args:
-            input_ids: (batch, length) token ids.
-            attention_mask: (batch, length), 0 at positions to leave out.
-            token_type_ids: (batch, length), question or text.
-            position_ids: (batch, length).
-            inputs_embeds: (batch, length, width), instead of `input_ids`.
-            start_positions: (batch,) first token of the answer.
-            end_positions: (batch,) last token of the answer.
-            output_attentions: return the attention weights.
-            output_hidden_states: return the hidden states.
-            return_dict: return an object with names, not a tuple.
-            task_ids: (batch,) for methods with several tasks.
-            kwargs: passed on to the base model.
-        """
-        named = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "start_positions": start_positions,
-            "end_positions": end_positions,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-            "task_ids": task_ids,
-        }
-        return self._forward_task(named, kwargs)
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    """
-    An encoder with adapters, for embeddings of text.
-
-    Args:
-        model: the base model; it is changed in place.
-        peft_config: what to adapt and how.
-        adapter_name: name of the adapter.
-        kwargs: see `PeftModel`.
-    """
-
-    def __init__(
-        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
-    ) -> None:
-        super().__init__(model, peft_config, adapter_name, **kwargs)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Call the base model.
-
-        Args:
-            input_ids: (batch, length) token ids.
-            attention_mask: (batch, length), 0 at positions to leave out.
-            inputs_embeds: (batch, length, width), instead of `input_ids`.
-            output_attentions: return the attention weights.
-            output_hidden_states: return the hidden states.
-            return_dict: return an object with names, not a tuple.
-            task_ids: (batch,) for methods with several tasks.
-            kwargs: passed on to the base model.
-        """
-        named = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-            "task_ids": task_ids,
-        }
-        return self._forward_task(named, kwargs)
-
-
-# task -> class; a model without a task is a plain PeftModel
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
-    TaskType.SEQ_CLS.value: PeftModelForSequenceClassification,
-    TaskType.SEQ_2_SEQ_LM.value: PeftModelForSeq2SeqLM,
-    TaskType.CAUSAL_LM.value: PeftModelForCausalLM,
-    TaskType.TOKEN_CLS.value: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS.value: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION.value: PeftModelForFeatureExtraction,
-}
+        return getattr(task_models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..utils.error import PeftNotImplementedError
+from ..utils.offload import computing_device
 from ..utils.warning import warn
 from ._buffer_dict import BufferDict
 from ._kinds import along_axis, along_features, apply_weight, feature_axis, features
@@ -260,7 +261,8 @@ class BaseTunerLayer(ABC):
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """Make an uninitialised parameter for an adapter, where and in the type that the base weight calls for."""
-        return new_parameter(self.get_base_weight(), *shape)
+        weight = self.get_base_weight()
+        return new_parameter(weight, *shape, device=computing_device(self.get_base_layer(), weight))
 
     def computed_tensors(
         self, adapter_name: str, state_dict: Mapping[str, torch.Tensor], prefix: str
@@ -301,6 +303,7 @@ class BaseTunerLayer(ABC):
                 self._owners[adapter_name].fill_missing(adapter_name, config)
                 self.follow(adapter_name, self._owners[adapter_name])
             return
+        device = computing_device(self.get_base_layer(), self.get_base_weight())
         loaded = []
         for _, container in self._containers():
             if adapter_name not in container:
@@ -313,7 +316,7 @@ class BaseTunerLayer(ABC):
                 if tensor is not None and not tensor.is_meta:
                     loaded.append((tensor, tensor.detach().clone()))
                 elif tensor is not None:
-                    empty = torch.empty_like(tensor, device=self.get_base_weight().device)
+                    empty = torch.empty_like(tensor, device=device)
                     holder._parameters[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         with torch.no_grad():
             self.reset_adapter(adapter_name, config)
@@ -617,7 +620,7 @@ class WeightLayer(BaseTunerLayer):
         raise PeftNotImplementedError(f"{type(self).__name__} transforms weights only")
 
     def correct_output(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        """Compute what the adapted layer gives from what the base layer does, where the method can; may be in place."""
+        """Compute what the adapted layer gives from what the base layer does, where the method can; in place or not."""
         raise PeftNotImplementedError(f"{type(self).__name__} transforms weights only")
 
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

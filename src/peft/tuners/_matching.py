@@ -95,7 +95,7 @@ def layer_index(key: str, layers_pattern: str | Collection[str] | None) -> int |
 
 def _layer_is_chosen(config: Any, key: str) -> bool:
     chosen = getattr(config, "layers_to_transform", None)
-    if chosen is None or chosen == []:
+    if chosen is None or chosen == [] or isinstance(config.target_modules, str):  # an expression names layers itself
         return True
     index = layer_index(key, getattr(config, "layers_pattern", None))
     return index is not None and (index == chosen if isinstance(chosen, int) else index in chosen)

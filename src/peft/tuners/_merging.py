@@ -199,11 +199,13 @@ def _merge_other_tensors(state: MergeState, layers: Iterable["BaseTunerLayer"], 
     for layer in layers:
         base = layer.get_base_layer()
         for key, value in layer.merged_tensors(name).items():
-            present = _holder(base, key)[key]
+            path, _, tensor_name = key.rpartition(".")
+            module = base.get_submodule(path)
+            present = _holder(module, tensor_name)[tensor_name]
             if id(present) not in merged:
                 is_parameter = isinstance(present, nn.Parameter)
                 merged[id(present)] = nn.Parameter(value, present.requires_grad) if is_parameter else value
-            state.replace(base, key, merged[id(present)])
+            state.replace(module, tensor_name, merged[id(present)])
 
 
 @contextmanager

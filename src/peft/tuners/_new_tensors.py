@@ -46,7 +46,7 @@ def on_meta() -> bool:
     return _OPTIONS.get().on_meta
 
 
-def new_parameter(weight: torch.Tensor, *shape: int) -> nn.Parameter:
+def new_parameter(weight: torch.Tensor, *shape: int, device: torch.device | str | int | None = None) -> nn.Parameter:
     """
     Make an uninitialised parameter that belongs to a base weight.
 
@@ -56,12 +56,14 @@ def new_parameter(weight: torch.Tensor, *shape: int) -> nn.Parameter:
     Args:
         weight: the base weight.
         shape: shape of the parameter.
+        device: another device, where the weight is offloaded.
     """
     options = _OPTIONS.get()
     dtype = weight.dtype
     if dtype.itemsize < 2 or not dtype.is_floating_point or (options.full_precision and dtype.itemsize < 4):
         dtype = torch.float32
-    return nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta" if options.on_meta else weight.device))
+    device = "meta" if options.on_meta else weight.device if device is None else device
+    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
 
 
 def copy_module(module: nn.Module, instead: Mapping[int, nn.Parameter] | None = None) -> nn.Module:

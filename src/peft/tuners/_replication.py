@@ -78,7 +78,7 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> No
         >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
         >>> replicate_layers(model, [(0, 2), (1, 2)])
         >>> len(model.model.layers), model.config.num_hidden_layers, model.num_parameters()
-        (3, 3, 928)
+        (3, 3, 1064)
     """
     present = _replicated_list(model)
     if present is not None:

@@ -2,11 +2,13 @@
 # peft: the fork in which tied weights stay tied
 """Which tensors of a model belong to an adapter, and under which keys they stand in a checkpoint."""
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from ..tuners._layer import BaseTunerLayer
 from ..tuners._surgery import adapter_modules, base_parameters, is_adapter_module, walk
 
 
@@ -27,6 +29,25 @@ class Place(NamedTuple):
         return tensor.T if self.transposed else tensor
 
 
+class SavedForm(Protocol):
+    """
+    How a tensor is written to a checkpoint as several others, and read back from them.
+
+    Attributes:
+        endings: what is put behind the tensor's key, for each of the others.
+        is_used: whether the tensor is written like that. It is read in either form.
+    """
+
+    endings: tuple[str, ...]
+    is_used: bool
+
+    def write(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Turn the model's tensor into those of the checkpoint, in the order of `endings`."""
+
+    def read(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Turn the tensors of a checkpoint into the model's."""
+
+
 def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:
     """
     List the tensors of an adapter.
@@ -36,22 +57,71 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:
         adapter_name: name.
 
     Returns:
-        Key in a checkpoint -> place in the model. Of modules that share a tensor, the owner comes first.
+        Key in a checkpoint -> place in the model. Of modules that share a tensor, the owner comes first. What all
+        layers share stands there once, under the name that it has in the tuner.
     """
     config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
     followers = set(getattr(config, "modules_to_tie", None) or ())
-    base_name = "base_model.model." if hasattr(model, "get_base_model") else ""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base_name = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
     modules = sorted(adapter_modules(model), key=lambda item: item[0].removeprefix(base_name) in followers)
     prefixes = {id(module): f"{name}." if name else "" for name, module in modules}
     keys = {}
     for _, module in modules:
         prefix = prefixes[id(module)]
-        keys.update((prefix + saved, Place(prefix + live)) for saved, live in module.adapter_keys(adapter_name))
+        saved_prefix = "" if getattr(module, "_keys_at_top", False) else prefix
+        keys.update((saved_prefix + saved, Place(prefix + live)) for saved, live in module.adapter_keys(adapter_name))
+    tuner = base_name.removesuffix("model.")
+    for _, module in modules:
+        for saved, live in module.shared_keys(adapter_name) if isinstance(module, BaseTunerLayer) else ():
+            keys.setdefault(tuner + saved, Place(prefixes[id(module)] + live))
     for _, module in modules:
         for saved, live, transposed in module.adapter_aliases(adapter_name):
             owner = prefixes[id(module.source(adapter_name))]
             keys[prefixes[id(module)] + saved] = Place(owner + live, transposed)
     return keys
+
+
+def _saved_forms(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SavedForm]]:
+    """Yield the key in a checkpoint, and the form, of the tensors that have one."""
+    for name, module in adapter_modules(model):
+        if isinstance(module, BaseTunerLayer) and module.has_adapter(adapter_name):
+            prefix = f"{name}." if name else ""
+            for key, form in module.source(adapter_name).saved_forms(adapter_name).items():
+                yield prefix + key, form
+
+
+def write_forms(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Put tensors into the form in which the adapter's config wants them saved.
+
+    Args:
+        model: a model with adapter modules.
+        adapter_name: name.
+        tensors: key in a checkpoint -> the model's tensor.
+    """
+    written = dict(tensors)
+    for key, form in _saved_forms(model, adapter_name):
+        if form.is_used and key in written:
+            parts = form.write(written.pop(key))
+            written.update((key + ending, part) for ending, part in zip(form.endings, parts, strict=True))
+    return written
+
+
+def read_forms(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Undo `write_forms`, for tensors of which all parts are there.
+
+    Args:
+        model: a model with adapter modules.
+        adapter_name: name.
+        tensors: content of a checkpoint.
+    """
+    read = dict(tensors)
+    for key, form in _saved_forms(model, adapter_name):
+        if all(key + ending in read for ending in form.endings):
+            read[key] = form.read(*(read.pop(key + ending) for ending in form.endings))
+    return read
 
 
 def bias_key_map(model: nn.Module, adapter_name: str, which: str) -> dict[str, Place]:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..tuners._surgery import adapter_modules
-from .adapter_keys import Place, adapter_key_map, bias_key_map, embedding_key_map
+from .adapter_keys import Place, adapter_key_map, bias_key_map, embedding_key_map, read_forms, write_forms
 from .constants import (
     EMBEDDING_LAYER_NAMES,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -105,7 +105,10 @@ def collect_tensors(
         raise PeftKeyError(
             f"the state dict lacks {len(missing)} tensors of adapter {adapter_name!r}, the first is {missing[0]!r}"
         )
-    return {saved: place.read(state_dict[place.key]) for saved, place in keys.items()}
+    tensors = {saved: place.read(state_dict[place.key]) for saved, place in keys.items()}
+    for name, module in adapter_modules(model):
+        tensors.update(module.computed_tensors(adapter_name, state_dict, f"{name}." if name else ""))
+    return write_forms(model, adapter_name, tensors)
 
 
 def _config_of(model: nn.Module, adapter_name: str) -> Any:
@@ -158,14 +161,17 @@ def set_peft_model_state_dict(
         PeftValueError: if a tensor has entries that are not finite.
     """
     config = _config_of(model, adapter_name)
+    for _, module in adapter_modules(model):
+        module.prepare_to_load(adapter_name, peft_model_state_dict)
     keys = adapter_key_map(model, adapter_name)
     own = set(keys)
     keys.update(bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
     for saved, place in embedding_key_map(model).items():
         keys.setdefault(saved, place)
     tensors = _live_tensors(model, {place.key for place in keys.values()})
-    found = {saved: peft_model_state_dict[saved] for saved in keys if saved in peft_model_state_dict}
-    unexpected = [key for key in peft_model_state_dict if key not in keys]
+    content = read_forms(model, adapter_name, peft_model_state_dict)
+    found = {saved: content[saved] for saved in keys if saved in content}
+    unexpected = [key for key in content if key not in keys]
     if peft_model_state_dict and not own & set(found):
         raise PeftRuntimeError(_explain_no_key(adapter_name, list(peft_model_state_dict), list(keys)))
     _refuse_not_finite(found)
@@ -177,9 +183,8 @@ def set_peft_model_state_dict(
     values = _one_value_per_tensor(found, keys, tensors)
     # a tensor that several modules share is loaded under all its names, whichever of them stand in the checkpoint
     filled = {id(tensors[key]) for key in values}
-    loaded = {key for key, tensor in tensors.items() if id(tensor) in filled}
+    missing = [key for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in filled]
     _assign(model, tensors, values)
-    missing = [key for key in model.state_dict() if key not in loaded]
     return _IncompatibleKeys(missing_keys=missing, unexpected_keys=unexpected)
 
 

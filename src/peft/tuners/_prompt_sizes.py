@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""The sizes that a config of prompt learning leaves to the base model."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..config import PromptLearningConfig
+from ..mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from ..utils.error import PeftKeyError, PeftValueError
+from ..utils.peft_types import TaskType
+
+
+# what a size is called in the configs of models
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
+_DECODER_LAYERS = ("decoder_layers", "num_decoder_layers")
+_WIDTH = ("hidden_size", "n_embd", "d_model")
+_HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
+_DECODER_HEADS = ("decoder_attention_heads",)
+_KEY_HEADS = ("num_key_value_heads",)
+_HEAD_WIDTH = ("head_dim", "d_kv")
+
+
+def complete_config(config: PromptLearningConfig, model: nn.Module) -> PromptLearningConfig:
+    """
+    Copy a config and fill in the sizes that it leaves to the base model.
+
+    Args:
+        config: a config of prompt learning.
+        model: the base model.
+
+    Raises:
+        PeftKeyError: if there is no task type.
+        PeftValueError: if a size is not given, and not told by the model either.
+    """
+    config = copy.copy(config)
+    if config.task_type is None:
+        raise PeftKeyError("prompt learning needs task_type, which says what the inputs of the model are")
+    if not config.num_virtual_tokens:
+        raise PeftValueError(f"num_virtual_tokens must be a positive number, found {config.num_virtual_tokens!r}")
+    fills_cache = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].fills_cache
+    model_config = getattr(model, "config", None)
+    if _size(model_config, _WIDTH) is None and hasattr(model_config, "get_text_config"):  # multimodal models
+        model_config = model_config.get_text_config()
+    decoder = fills_cache and getattr(model_config, "is_encoder_decoder", False)
+    sizes = {
+        "num_layers": _size(model_config, (_DECODER_LAYERS if decoder else ()) + _LAYERS),
+        "num_attention_heads": _size(model_config, (_DECODER_HEADS if decoder else ()) + _HEADS),
+        "token_dim": _size(model_config, _WIDTH),
+        "num_transformer_submodules": 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1,
+    }
+    if fills_cache and sizes["num_attention_heads"]:  # keys may have fewer heads, and another width than the model
+        head_width = _size(model_config, _HEAD_WIDTH) or (sizes["token_dim"] or 0) // sizes["num_attention_heads"]
+        sizes["num_attention_heads"] = _size(model_config, _KEY_HEADS) or sizes["num_attention_heads"]
+        sizes["token_dim"] = head_width * sizes["num_attention_heads"]
+    for name, size in sizes.items():
+        if getattr(config, name) is None:
+            setattr(config, name, size)
+    needed = ["token_dim", *(["num_layers", "num_attention_heads"] if fills_cache else [])]
+    missing = [name for name in needed if not getattr(config, name)]
+    if missing:
+        raise PeftValueError(f"the model's config does not tell {', '.join(missing)}; set it in the adapter's config")
+    if getattr(config, "encoder_hidden_size", 0) is None:
+        config.encoder_hidden_size = config.token_dim
+    return config
+
+
+def _size(model_config: Any, names: Sequence[str]) -> int | None:
+    """Read the first of several fields that a model's config has."""
+    found = (getattr(model_config, name, None) for name in names)
+    return next((size for size in found if isinstance(size, int) and size), None)

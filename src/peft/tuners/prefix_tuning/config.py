@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Config of prefix tuning."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ...config import PromptLearningConfig
+from ...utils.peft_types import PeftType
+
+
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """
+    Config of prefix tuning (Li and Liang 2021, arXiv:2101.00190); see `PromptLearningConfig` for further fields.
+
+    Args:
+        init_weights: "zero" to start from keys and values of zero; random ones if left out.
+        encoder_hidden_size: width of the hidden layer of the network that computes the prefix; that of keys if left
+            out.
+        prefix_projection: compute the prefix by a network while it is trained.
+
+    Example:
+
+        >>> from peft import PrefixTuningConfig
+        >>> PrefixTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM").prefix_projection
+        False
+    """
+
+    init_weights: Literal["zero"] | None = field(default=None, metadata={"help": "How keys and values start."})
+    encoder_hidden_size: int | None = field(default=None, metadata={"help": "Width of the network's hidden layer."})
+    prefix_projection: bool = field(default=False, metadata={"help": "Compute the prefix by a network in training."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PREFIX_TUNING
