@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Config of BOFT."""
+
+from dataclasses import dataclass, field
+
+from ...config import PeftConfig, check_layer_selection
+from ...utils.peft_types import PeftType
+
+
+@dataclass
+class BOFTConfig(PeftConfig):
+    """
+    Config of BOFT (Liu et al. 2023, arXiv:2311.06243): W x is replaced by s * W R x, R a product of sparse rotations.
+
+    Args:
+        boft_block_size: features per block; it must divide the number of inputs of each layer. Either this or
+            `boft_block_num` is 0.
+        boft_block_num: number of blocks.
+        boft_n_butterfly_factor: number of factors of R. Each further one joins blocks that lie twice as far apart, so
+            with n of them 2^(n - 1) blocks are mixed. More than one is used only where there is a CUDA device, as in
+            the released package, with a warning elsewhere.
+        target_modules: names of the modules to adapt: a list of names (or their endings, from a dot on), a regular
+            expression that must match the whole name, or "all-linear". Left out, the model type decides.
+        exclude_modules: modules to leave out, as a list or a regular expression.
+        boft_dropout: share of the blocks of one factor, chosen at random, that are left unturned while training.
+        fan_in_fan_out: whether the layer keeps its weight as (in, out).
+        bias: which of the base model's biases to train: "none", "all" or "boft_only".
+        modules_to_save: names of modules that are trained and saved in full.
+        init_weights: True starts without a turn, False at random, for tests.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: name of the list of layers that the indices count.
+
+    Raises:
+        ValueError: for values that cannot work together.
+
+    Example:
+
+        >>> from peft import BOFTConfig
+        >>> BOFTConfig(boft_block_size=8, target_modules=["q_proj"]).boft_block_size
+        8
+    """
+
+    boft_block_size: int = field(default=4, metadata={"help": "Features per block; either this or the number is 0."})
+    boft_block_num: int = field(default=0, metadata={"help": "Number of blocks; either this or their size is 0."})
+    boft_n_butterfly_factor: int = field(default=1, metadata={"help": "Number of sparse factors of the rotation."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the modules to adapt (list), a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out: list or regular expression."}
+    )
+    boft_dropout: float = field(default=0.0, metadata={"help": "Share of blocks left unturned while training."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether weights are stored as (in, out)."})
+    bias: str = field(default="none", metadata={"help": "Biases to train: none, all or boft_only."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Names of modules that are trained and saved in full."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Start without a turn; False starts at random."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that the indices count."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.BOFT
+        check_layer_selection(self, refused_with_pattern=())
+        size, count = self.boft_block_size, self.boft_block_num
+        if min(size, count) < 0 or bool(size) == bool(count):
+            raise ValueError(
+                f"one of boft_block_size and boft_block_num must be positive and the other one 0, found "
+                f"boft_block_size={size} and boft_block_num={count}"
+            )
