@@ -123,3 +123,25 @@ def test_callers_config_is_not_written_to():
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)
     LoraModel(llama(), config, "default")
     assert config.modules_to_tie is None
+
+
+@pytest.mark.parametrize("difference", ["dtype", "shape"])
+def test_a_declared_tie_that_is_none_is_named_with_what_was_found(difference):
+    """Members on other devices, of other types or shapes cannot share a parameter, whatever the model declares."""
+    model = llama()
+    if difference == "dtype":
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().to(torch.bfloat16))
+    else:
+        model.lm_head = nn.Linear(16, 50, bias=False)
+    tuner, texts = inject(model, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+    assert len(texts) == 1
+    found = {"dtype": ("float32", "bfloat16"), "shape": ("(48, 16)", "(50, 16)")}[difference]
+    assert all(part in texts[0] for part in (*found, "lm_head.weight", "embed_tokens.weight", "tie_weights()"))
+
+
+def test_a_regex_that_reaches_half_a_group_is_told_of_the_other_half():
+    tuner, texts = inject(llama(), target_modules=r".*(q_proj|lm_head)")
+    assert len(texts) == 1 and "embed_tokens.weight" in texts[0]
+    tuner, texts = inject(llama(), target_modules=r".*(q_proj|lm_head)", ensure_weight_tying=True)
+    assert texts == []
+    assert tuner.peft_config["default"].target_modules_to_tie == {"lm_head": "model.embed_tokens"}

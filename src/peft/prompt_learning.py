@@ -27,7 +27,7 @@ from .utils.other import (
     check_additional_trainable_modules,
     set_additional_trainable_modules,
 )
-from .utils.tying import describe_loss, describe_no_effect, find_followers, find_reached_ties, find_tied_groups
+from .utils.tying import find_followers, keep_ties
 from .utils.warning import warn
 
 
@@ -132,7 +132,7 @@ class PromptEncoders(nn.ModuleDict):
         encoder_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
         if encoder_cls.fills_cache:
             refuse_checkpointing(model)
-        _record_ties(model, config)
+        config.modules_to_tie = find_followers(keep_ties(model, config))
         check_additional_trainable_modules(model, config)
         active = not self._active_adapter
         with making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype):
@@ -381,16 +381,3 @@ def refuse_checkpointing(model: nn.Module) -> None:
             "prefix tuning does not work with gradient checkpointing, which uses no cache; call "
             "gradient_checkpointing_disable() on the base model, or use prompt tuning"
         )
-
-
-def _record_ties(model: nn.Module, config: PromptLearningConfig) -> None:
-    """Find out what `modules_to_save` does to tied weights, before anything is changed; see `BaseTuner`."""
-    config.modules_to_tie = {}
-    groups = find_tied_groups(model)
-    reached = find_reached_ties(model, config, groups)
-    if config.ensure_weight_tying:
-        if not reached:
-            warn(describe_no_effect(model, groups))
-        config.modules_to_tie = find_followers(reached)
-    elif lost := [tie for tie in reached if tie.comes_apart]:
-        warn(describe_loss(config, lost))

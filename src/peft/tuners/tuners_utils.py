@@ -43,14 +43,11 @@ from ..utils.other import (
 from ..utils.peft_types import TaskType
 from ..utils.tying import (
     ReachedTie,
-    describe_loss,
-    describe_no_effect,
     find_followers,
     find_following_parameters,
-    find_reached_ties,
     find_tied_groups,
+    keep_ties,
     module_of,
-    refuse_two_routes,
     settle_ties,
 )
 from ..utils.warning import warn
@@ -424,16 +421,7 @@ class BaseTuner(nn.Module, ABC):
         Raises:
             PeftValueError: if a tie cannot be kept.
         """
-        groups = find_tied_groups(model)
-        reached = find_reached_ties(model, peft_config, groups)
-        ensure = peft_config.ensure_weight_tying
-        kept = [tie for tie in reached if ensure or self._ties_unasked(peft_config, tie)]
-        lost = [tie for tie in reached if tie not in kept and tie.comes_apart]
-        if lost:
-            warn(describe_loss(peft_config, lost))
-        if ensure and not reached:
-            warn(describe_no_effect(model, groups))
-        refuse_two_routes(kept)
+        kept = keep_ties(model, peft_config, lambda tie: self._ties_unasked(peft_config, tie))
         targeted = [tie for tie in kept if tie.targeted]
         self._check_ties_of_targets(model, peft_config, targeted)
         peft_config.modules_to_tie = find_followers(tie for tie in kept if tie.saved)

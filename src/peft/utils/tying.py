@@ -386,9 +386,77 @@ def describe_no_effect(model: nn.Module, groups: Iterable[TiedGroup]) -> str:
     if groups:
         members = "; ".join(", ".join(repr(member) for member in group.members) for group in groups)
         return f"ensure_weight_tying=True has no effect: the config reaches none of the tied weights ({members})"
+    absent = "; ".join(
+        f"{owner!r} ({_describe(one)}) and {follower!r} ({_describe(other)})"
+        for owner, follower, one, other in declared_but_untied(model)
+    )
+    if absent:
+        return (
+            f"ensure_weight_tying=True has no effect: the model declares ties, but holds tensors of their own there: "
+            f"{absent}. Bring them to one device, type and shape and call model.tie_weights() before adapting it"
+        )
     flag = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
     says = "" if flag is None else f" (its config says tie_word_embeddings={flag})"
     return f"ensure_weight_tying=True has no effect: no two modules of the model share a parameter{says}"
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}, on {tensor.device}"
+
+
+def declared_but_untied(model: nn.Module) -> list[tuple[str, str, nn.Parameter, nn.Parameter]]:
+    """
+    List ties that a transformers model declares while its config asks for them, but that it does not have.
+
+    Args:
+        model: the base model, with or without adapters.
+
+    Returns:
+        Full names of owner and follower, and the parameters that stand there.
+    """
+    declared = getattr(model, "all_tied_weights_keys", None)
+    asked = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if not isinstance(declared, Mapping) or not asked:
+        return []
+    parameters = {
+        f"{name}.{key}": parameter
+        for name, module in bare_modules(model)
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    pairs = [
+        (owner, follower, parameters.get(owner), parameters.get(follower)) for follower, owner in declared.items()
+    ]
+    return [pair for pair in pairs if None not in pair[2:] and pair[2] is not pair[3]]
+
+
+def keep_ties(
+    model: nn.Module, config: PeftConfig, unasked: Callable[[ReachedTie], bool] = lambda tie: False
+) -> list[ReachedTie]:
+    """
+    Sort the ties that a config reaches into those that are kept and those that are lost, of which it warns.
+
+    Args:
+        model: the model, not changed yet by this config.
+        config: a config whose targets are resolved.
+        unasked: says whether a tie is kept although the config does not ask for it.
+
+    Returns:
+        The ties that are kept.
+
+    Raises:
+        PeftValueError: if one cannot be kept.
+    """
+    groups = find_tied_groups(model)
+    reached = find_reached_ties(model, config, groups)
+    kept = [tie for tie in reached if config.ensure_weight_tying or unasked(tie)]
+    lost = [tie for tie in reached if tie not in kept and tie.comes_apart]
+    if lost:
+        warn(describe_loss(config, lost))
+    if config.ensure_weight_tying and not reached:
+        warn(describe_no_effect(model, groups))
+    refuse_two_routes(kept)
+    return kept
 
 
 # ------------------------------------------------------------------------------------------ merge, save, load

@@ -3,7 +3,6 @@
 """The state of a model's ties as a table, and the table that a config would lead to."""
 
 import copy
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..tuners._layer import BaseTunerLayer
-from ..tuners._surgery import adapter_modules, bare_modules
-from .tying import TiedGroup, _containing, _contains_one_of, find_tied_groups, module_of
+from ..tuners._surgery import adapter_modules
+from .tying import TiedGroup, _containing, _contains_one_of, declared_but_untied, find_tied_groups, module_of
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,10 @@ def weight_tying_report(model: nn.Module) -> TyingReport:
             if any(parameter is not group.parameter for parameter in present):
                 rows.append(_row(group.members, adapter, "modules_to_save", present))
             rows += _target_row(base, group, adapter)
-    rows += _declared_but_absent(base, groups)
+    rows += [
+        _row((owner, follower), None, "declared by the model", [one, other])
+        for owner, follower, one, other in declared_but_untied(base)
+    ]
     return TyingReport(tuple(rows))
 
 
@@ -204,23 +206,3 @@ def _target_row(base: nn.Module, group: TiedGroup, adapter: str) -> list[TyingRo
     parameters = {id(p): p for layer in adapted.values() for p in layer.adapter_parameters(adapter)}
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
     return [TyingRow(group.members, group.owner, adapter, route, shared, size)]
-
-
-def _declared_but_absent(base: nn.Module, groups: Iterable[TiedGroup]) -> list[TyingRow]:
-    """List ties that a transformers model declares while its config asks for them, but that it does not have."""
-    declared = getattr(base, "all_tied_weights_keys", None)
-    asked = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
-    if not isinstance(declared, Mapping) or not asked:
-        return []
-    parameters = {
-        f"{name}.{key}": parameter
-        for name, module in bare_modules(base)
-        for key, parameter in module._parameters.items()
-        if parameter is not None
-    }
-    rows = []
-    for follower, owner in declared.items():
-        pair = [parameters.get(owner), parameters.get(follower)]
-        if None not in pair and pair[0] is not pair[1]:
-            rows.append(_row((owner, follower), None, "declared by the model", pair))
-    return rows

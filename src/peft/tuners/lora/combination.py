@@ -434,8 +434,10 @@ def _narrow_targets(model: "LoraModel", config: LoraConfig, layers: set[str], fo
     for name, module in modules.items():
         first.setdefault(id(module), name)
     found = {first[id(modules[name])] for name in find_targets(config, [name for name in modules if name]).names}
-    if found - followers != layers:
-        config.target_modules = layers
+    # the output projection of an attention layer stands inside that layer's base, and comes along with it
+    outer = {name for name in layers if ".base_layer." not in name}
+    if found - followers != outer:
+        config.target_modules = outer
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...utils.warning import warn
 from .._layer import AdditiveLayer, BaseTunerLayer
 from .config import LoraConfig
 
@@ -60,6 +61,8 @@ class OnConvolution:
 
     def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
         base = self.get_base_layer()
+        if base.groups > 1:
+            warn(f"an adapter on a convolution with {base.groups} groups cannot be merged")
         if r % base.groups:
             raise PeftValueError(
                 f"the rank of a convolution with {base.groups} groups must be a multiple of {base.groups}, found r={r}"

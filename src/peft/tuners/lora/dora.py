@@ -287,19 +287,18 @@ def weight_norm(
 def _squares_added(layer: "LoraLayer", adapter: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Compute what B A adds to the squared norms."""
     scaling, groups = layer.scaling[adapter], getattr(layer.get_base_layer(), "groups", 1)
-    left, right = (factor.to(weight.device, dtype) for factor in layer.delta_factors(adapter))
+    b, a = (factor.to(weight.device, dtype) for factor in layer.delta_factors(adapter))
+    if feature_axis(layer.get_base_layer(), of_input=False) == 1:  # each output feature shall be a row
+        b, a = a.T, b.T
     rows = _by_feature(layer, weight)
-    b, a = _turned(layer, left, right)
-    if groups == 1:
-        met = rows @ a.T.to(rows.dtype)
-        return torch.addmm(met.to(dtype), b, a @ a.T, beta=2 * scaling, alpha=scaling**2).mul_(b).sum(1)
-    # B is grouped, and of all inputs, which A meets, the weight has those of the group
-    rows, b, a = rows.unflatten(0, (groups, -1)), b.unflatten(0, (groups, -1)), a.unflatten(0, (groups, -1))
-    met = torch.stack([part.unflatten(1, (groups, -1))[:, i] for i, part in enumerate(a)])
-    met = (rows @ met.mT.to(rows.dtype)).to(dtype)
-    return torch.baddbmm(met, b, a @ a.mT, beta=2 * scaling, alpha=scaling**2).mul_(b).sum(2).flatten()
-
-
-def _turned(layer: "LoraLayer", left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn two factors like `_by_feature` turns their product."""
-    return (right.T, left.T) if feature_axis(layer.get_base_layer(), of_input=False) == 1 else (left, right)
+    if groups > 1:
+        # The delta of a grouped convolution does not have the shape of its weight. In its place, release 0.21.2 takes
+        # the product of the factors in the order of their storage, and adapters are trained with that.
+        b = b.reshape(-1, a.shape[0])
+        rows, a = (
+            matrix.view(len(matrix), -1, rows.shape[1]).transpose(0, 1) for matrix in (rows.view(len(b), -1), a)
+        )
+    gram = a @ a.mT
+    met = (rows @ a.mT.to(rows.dtype)).to(dtype)
+    added = ((2 * scaling * met + scaling**2 * (b @ gram)) * b).sum(-1)
+    return added if groups == 1 else added.T.flatten()

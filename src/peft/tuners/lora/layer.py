@@ -17,8 +17,8 @@ from .._merging import check_adapters_to_merge
 from .config import LoraConfig
 from .conv import OnConvolution
 from .initialization import StartMethods, find_initialization
-from .variants import LoraVariant, make_variant
 from .mixed_batch import MixedBatches
+from .variants import LoraVariant, make_variant
 from .whole_weight import OnAttention, OnOutputProjection, OnParameter, warn_of_dropout
 
 

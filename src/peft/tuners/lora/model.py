@@ -39,9 +39,7 @@ from .variants import attach_variants, detach_variants, variant_field
 
 
 # fields that ask for something that this version does not have
-_NOT_IMPLEMENTED = (
-    "megatron_config",
-)
+_NOT_IMPLEMENTED = ("megatron_config",)
 
 
 class LoraModel(BaseTuner):

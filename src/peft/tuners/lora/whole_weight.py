@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ...utils.error import PeftRuntimeError, PeftValueError
+from ...utils.error import PeftValueError
 from ...utils.warning import warn
 from .._merging import merge_layer
 from .config import LoraConfig
@@ -122,8 +122,22 @@ class OnOutputProjection(OnWholeWeight):
     """
     LoRA on the last projection of `nn.MultiheadAttention`, which reads its weight and never calls it.
 
-    So what the layer gives as its weight is the adapted one.
+    So what the layer gives as its weight is the adapted one. Release 0.21.2 adds this delta twice, once with gradients
+    and once without. Adapters have been trained like that, so it is done here too, and 2 * scaling * B A is the delta.
     """
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Compute what the adapter adds to the base weight; gradients are those of the half of it."""
+        delta = super().get_delta_weight(adapter)
+        return delta + delta.detach()
+
+    def add_delta_(self, adapter: str, weight: torch.Tensor, sign: float) -> None:
+        """Add the delta without ever holding it whole."""
+        super().add_delta_(adapter, weight, 2 * sign)
+
+    def plus_delta(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Give a weight with the delta added; the weight itself stays as it is."""
+        return weight + self.get_delta_weight(adapter).to(weight)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the linear layer with its adapted weight."""
@@ -219,14 +233,16 @@ class OnParameter(OnWholeWeight):
         Raises:
             PeftValueError: in that case.
         """
-        useless = [name for name in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora") if getattr(config, name)]
+        useless = [
+            name for name in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora") if getattr(config, name)
+        ]
         if useless:
             raise PeftValueError(f"{', '.join(useless)} does not work with target_parameters; leave it out")
         plain = self.weight_name == "weight" and type(self.get_base_layer()) not in (nn.Embedding, Conv1D)
         if config.init_lora_weights not in (True, False, None, "gaussian") and not (plain and self.num_experts == 1):
             raise PeftValueError(
-                f"init_lora_weights={config.init_lora_weights!r} does not work for {self.parameter_name!r} as a target "
-                "parameter; use True or 'gaussian'"
+                f"init_lora_weights={config.init_lora_weights!r} does not work for {self.parameter_name!r} in "
+                "target_parameters; use True or 'gaussian'"
             )
         if self.get_base_weight().dim() not in (2, 3):
             raise PeftValueError(
