@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""LoKr on a whole model."""
+
+from torch import nn
+
+from ...utils.constants import TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
+from ..lycoris_utils import LycorisTuner
+from .layer import Conv1d, Conv2d, Linear, LoKrLayer
+
+
+class LoKrModel(LycorisTuner):
+    """
+    A model with LoKr layers in it (Yeh et al. 2023, arXiv:2309.14859).
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: a `LoKrConfig`, or adapter name -> config.
+        adapter_name: name of the adapter to inject.
+        low_cpu_mem_usage: make the factors on the meta device.
+        state_dict: adapter tensors; if given, the modules named by its keys are adapted.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import LoKrConfig, LoKrModel
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> LoKrModel(net, LoKrConfig(r=2, target_modules=["0"]), "default").targeted_module_names
+        ['0']
+    """
+
+    prefix = "lokr_"
+    tuner_layer_cls = LoKrLayer
+    layer_classes = {nn.Linear: Linear, nn.Conv1d: Conv1d, nn.Conv2d: Conv2d}
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
