@@ -625,10 +625,11 @@ class WeightLayer(BaseTunerLayer):
 
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the base layer with the transformed weight, or with transformed inputs where that is the same."""
-        if self.transforms_input and self._owners.keys().isdisjoint(adapters):
+        if self.transforms_input and all(map(self._meets_input_alike, adapters)):
             dtype = x.dtype
             for adapter in reversed(adapters):  # the last to transform the weight is the first to meet the input
-                x = self.transform_input(adapter, x.to(next(self.adapter_parameters(adapter)).dtype))
+                source = self.source(adapter)
+                x = source.transform_input(adapter, x.to(next(source.adapter_parameters(adapter)).dtype))
             result = self.base_layer(x.to(dtype), *args, **kwargs)
             return self._corrected(adapters, x, result) if self.corrects_output else result
         if self.corrects_output and not self.transforms_input:
@@ -638,6 +639,12 @@ class WeightLayer(BaseTunerLayer):
         for adapter in adapters:
             weight = self.source(adapter).forward_weight(adapter, weight)
         return apply_weight(layer, x, weight.to(layer.weight.dtype), getattr(layer, "bias", None))
+
+    def _meets_input_alike(self, adapter: str) -> bool:
+        """Say whether an adapter does to the input of this layer what it does to that of its owner."""
+        if adapter not in self._owners:
+            return True
+        return not self.corrects_output and type(self.source(adapter).get_base_layer()) is type(self.get_base_layer())
 
     def _corrected(self, adapters: list[str], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         for adapter in adapters:
