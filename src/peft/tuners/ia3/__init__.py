@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+IA3: learned factors for keys, values and hidden features.
+
+Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", 2022,
+arXiv:2205.05638.
+"""
+
+from ..._lazy import lazy_exports
+from ...mapping import add_method
+
+
+add_method("IA3", "peft.tuners.ia3.config:IA3Config", "peft.tuners.ia3.model:IA3Model", prefix="ia3_")
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        ".config": ["IA3Config"],
+        ".layer": ["Conv2d", "Conv3d", "IA3Layer", "Linear"],
+        ".model": ["IA3Model"],
+    },
+)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Logits of VB-LoRA in the short form: which vectors are mixed, and with which weights."""
+
+from typing import NamedTuple
+
+import torch
+
+from ...utils.error import PeftRuntimeError, PeftValueError
+
+
+# Logit of a vector that is not mixed, where only the mixed ones were saved: it has no weight, and gets no gradient.
+# It is a number, not minus infinity, so that such logits can be saved and loaded like others.
+NOT_SAVED = -1e30
+
+
+class TopkForm(NamedTuple):
+    """
+    How logits are written as their top-k weights and indices; see `adapter_keys.SavedForm`.
+
+    Attributes:
+        topk: vectors that are mixed.
+        num_vectors: vectors in the bank.
+        is_used: whether the config asks for this form.
+    """
+
+    topk: int
+    num_vectors: int
+    is_used: bool
+
+    endings = ("_topk_weights", "_topk_indices")
+
+    def write(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Keep what inference needs.
+
+        Args:
+            logits: (..., num_vectors).
+
+        Returns:
+            Weights (..., topk - 1), the last one being what is missing to 1, and indices (..., topk) in the smallest
+            type of integer that can count the vectors.
+        """
+        values, indices = logits.topk(self.topk, dim=-1)
+        return values.softmax(dim=-1)[..., :-1].contiguous(), indices.to(self.index_dtype)
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """The type of the indices."""
+        sizes = {torch.uint8: 2**8, torch.int16: 2**15, torch.int32: 2**31}
+        return next((dtype for dtype, size in sizes.items() if self.num_vectors < size), torch.int64)
+
+    def read(self, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """
+        Make logits that give these weights.
+
+        Args:
+            weights: (..., k - 1).
+            indices: (..., k), integers.
+
+        Returns:
+            (..., num_vectors); the logits of vectors that are not mixed are `NOT_SAVED`.
+
+        Raises:
+            PeftRuntimeError: if the two do not belong together.
+            PeftValueError: if an index counts no vector.
+        """
+        if indices.shape[:-1] != weights.shape[:-1] or indices.shape[-1] != weights.shape[-1] + 1:
+            raise PeftRuntimeError(
+                f"top-k weights of shape {tuple(weights.shape)} and indices of shape {tuple(indices.shape)} do not "
+                "belong together; there has to be one weight less than indices. The file is damaged: save it again"
+            )
+        indices = indices.long()
+        if indices.numel() and not 0 <= indices.min() <= indices.max() < self.num_vectors:
+            raise PeftValueError(
+                f"the checkpoint mixes vectors {indices.min()} to {indices.max()} of a bank that has "
+                f"{self.num_vectors}; its num_vectors is another, or the file is damaged"
+            )
+        last = 1 - weights.sum(dim=-1, keepdim=True)
+        # rounding can leave less than nothing for the last one
+        whole = torch.cat([weights, last], dim=-1).clamp(min=torch.finfo(weights.dtype).tiny)
+        logits = whole.new_full((*indices.shape[:-1], self.num_vectors), NOT_SAVED)
+        return logits.scatter(-1, indices, whole.log())

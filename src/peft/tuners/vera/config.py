@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Config of VeRA."""
+
+from dataclasses import dataclass, field
+
+from ...config import PeftConfig, check_layer_selection
+from ...utils.peft_types import PeftType
+from ...utils.warning import warn
+
+
+@dataclass
+class VeraConfig(PeftConfig):
+    """
+    Config of VeRA (Kopiczko et al. 2023, arXiv:2310.11454): W + diag(b) B diag(d) A, of which b and d are trained.
+
+    Args:
+        r: rank of the projections A and B. Only the vectors are trained, so it can be greater than with LoRA.
+        target_modules: names of the modules to adapt: a list of names (or their endings, from a dot on), a regular
+            expression that must match the whole name, or "all-linear". Left out, the model type decides.
+        projection_prng_key: seed from which the projections are drawn; the same for all adapters of a model.
+        save_projection: write the projections to checkpoints. Without them files are smaller, but can be read only
+            where the same seed gives the same numbers.
+        vera_dropout: probability of dropping an input of A, while training.
+        d_initial: what the entries of d start with.
+        fan_in_fan_out: kept for files of the released package; the layers are asked how they store their weights.
+        bias: which of the base model's biases to train: "none", "all" or "vera_only".
+        modules_to_save: names of modules that are trained and saved in full.
+        init_weights: True starts with b at zero, which changes nothing; False at random, for tests.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: name of the list of layers that the indices count.
+
+    Raises:
+        ValueError: for values that cannot work together.
+
+    Example:
+
+        >>> from peft import VeraConfig
+        >>> VeraConfig(r=64, target_modules=["q_proj", "v_proj"]).projection_prng_key
+        0
+    """
+
+    r: int = field(default=256, metadata={"help": "Rank of the projections."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the modules to adapt (list), a regular expression, or 'all-linear'."}
+    )
+    projection_prng_key: int = field(default=0, metadata={"help": "Seed from which the projections are drawn."})
+    save_projection: bool = field(default=True, metadata={"help": "Write the projections to checkpoints."})
+    vera_dropout: float = field(
+        default=0.0, metadata={"help": "Probability of dropping an input of A, while training."}
+    )
+    d_initial: float = field(default=0.1, metadata={"help": "What the entries of d start with."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether layers keep their weights as (in, out)."})
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'vera_only'."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Names of modules that are trained and saved in full."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Start with vectors that change nothing."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that the indices count."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.VERA
+        check_layer_selection(self, refused_with_pattern=("layers_pattern",))
+        if not self.save_projection:
+            warn(
+                "save_projection=False leaves the projections out of checkpoints; they are drawn again from "
+                "projection_prng_key, which may give other numbers with another version of torch"
+            )
