@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tied_models import TIED_MODELS, TiedModel, llama
+from tied_models import ALL_MODELS, TiedModel, llama
 from torch import nn
 
 from peft import (
@@ -63,7 +63,7 @@ def saved(tied: TiedModel, *names: str, **config: Any) -> LoraConfig:
 
 
 def test_1_a_tied_delta_is_merged_once() -> None:
-    tied = TIED_MODELS["llama"]
+    tied = ALL_MODELS["llama"]
     model = adapt(tied, lora(tied, target_modules=["embed_tokens", "lm_head"], init_lora_weights=False))
     expected = outputs(tied, model)
     layer = model.get_base_model().get_input_embeddings()
@@ -85,7 +85,7 @@ def test_1_a_tied_delta_is_merged_once() -> None:
     ids=lambda config: type(config).__name__,
 )
 def test_2_a_head_that_is_adapted_alone_leaves_the_embedding_alone(config: Any, tmp_path: Any) -> None:
-    tied = TIED_MODELS["llama"]
+    tied = ALL_MODELS["llama"]
     with pytest.warns(PeftWarning, match="ensure_weight_tying=True"):
         model = randomised(get_peft_model(tied.build(), config))
     expected = outputs(tied, model)
@@ -104,18 +104,18 @@ def test_2_a_head_that_is_adapted_alone_leaves_the_embedding_alone(config: Any, 
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "mamba", "opt"])
 def test_3_a_saved_head_does_not_land_in_the_base_whatever_its_embedding_is_called(name: str, tmp_path: Any) -> None:
-    tied = TIED_MODELS[name]
+    tied = ALL_MODELS[name]
     model = adapt(tied, saved(tied, tied.outputs))
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tied.build(), tmp_path)
-    torch.testing.assert_close(outputs(tied, again), outputs(tied, model), rtol=0, atol=1e-6)
+    torch.testing.assert_close(outputs(tied, again), outputs(tied, model), rtol=0, atol=1e-5)
     with again.disable_adapter():
-        torch.testing.assert_close(outputs(tied, again), outputs(tied, tied.build()), rtol=0, atol=1e-6)
+        torch.testing.assert_close(outputs(tied, again), outputs(tied, tied.build()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("route", ["modules_to_save", "target_modules"])
 def test_4_a_file_under_a_second_name_computes_the_same_and_is_tied(route: str, tmp_path: Any) -> None:
-    tied = TIED_MODELS["llama"]
+    tied = ALL_MODELS["llama"]
     model = adapt(tied, lora(tied, **{route: ["lm_head"] if route == "modules_to_save" else ["q_proj", "lm_head"]}))
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path, "second")
@@ -129,7 +129,7 @@ def test_4_a_file_under_a_second_name_computes_the_same_and_is_tied(route: str, 
 @pytest.mark.parametrize("side", ["lm_head", "embed_tokens", "shared"])
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_5_every_name_of_a_shared_embedding_trains_what_is_used(name: str, side: str) -> None:
-    tied = TIED_MODELS[name]
+    tied = ALL_MODELS[name]
     model = adapt(tied, saved(tied, side))
     trained = [p for n, p in model.named_parameters() if "modules_to_save" in n and p.shape == (48, 16)]
     assert len(trained) == 1
@@ -141,7 +141,7 @@ def test_5_every_name_of_a_shared_embedding_trains_what_is_used(name: str, side:
 @pytest.mark.parametrize("route", ["tokens", "saved", "targeted"])
 @pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "plain"])
 def test_6_the_bias_of_a_head_is_kept(name: str, route: str) -> None:
-    tied = TIED_MODELS[name]
+    tied = ALL_MODELS[name]
     config = {
         "tokens": lambda: lora(tied, trainable_token_indices={tied.inputs: [3, 5]}),
         "saved": lambda: saved(tied, tied.inputs),
@@ -153,7 +153,7 @@ def test_6_the_bias_of_a_head_is_kept(name: str, route: str) -> None:
 @pytest.mark.parametrize("route", ["modules_to_save", "target_modules", "trainable_token_indices"])
 def test_7_one_parameter_one_gradient_one_count(route: str) -> None:
     """The gradient is that of the base model's one matrix, which is used on both sides."""
-    tied = TIED_MODELS["llama"]
+    tied = ALL_MODELS["llama"]
     value = {"trainable_token_indices": [3, 5]}.get(route, ["embed_tokens", "lm_head"])
     model = adapt(tied, lora(tied, **{route: value}))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -174,7 +174,7 @@ def test_7_one_parameter_one_gradient_one_count(route: str) -> None:
 
 
 def test_8_casting_and_copying_keep_ties() -> None:
-    tied = TIED_MODELS["llama"]
+    tied = ALL_MODELS["llama"]
     for config in (saved(tied, "lm_head"), lora(tied, target_modules=["q_proj", "lm_head"])):
         model = adapt(tied, config)
         count = sum(p.numel() for p in model.parameters())
@@ -186,7 +186,7 @@ def test_8_casting_and_copying_keep_ties() -> None:
 
 @pytest.mark.parametrize("name", ["bert", "bart"])
 def test_9_a_merged_model_is_the_same_after_reloading(name: str, tmp_path: Any) -> None:
-    tied = TIED_MODELS[name]
+    tied = ALL_MODELS[name]
     with pytest.warns(PeftWarning, match="ensure_weight_tying=True"):
         model = randomised(get_peft_model(tied.build(), saved(tied, tied.outputs, ensure_weight_tying=False)))
     expected = outputs(tied, model)
@@ -198,7 +198,7 @@ def test_9_a_merged_model_is_the_same_after_reloading(name: str, tmp_path: Any) 
 
 
 def test_10_layernorm_tuning_with_a_saved_head_leaves_no_wrapper() -> None:
-    tied = TIED_MODELS["llama"]
+    tied = ALL_MODELS["llama"]
     config = LNTuningConfig(target_modules=["norm"], modules_to_save=["lm_head"], ensure_weight_tying=True)
     model = adapt(tied, config)
     expected = outputs(tied, model)
@@ -210,7 +210,7 @@ def test_10_layernorm_tuning_with_a_saved_head_leaves_no_wrapper() -> None:
 
 
 def test_11_a_second_adapter_with_tokens_works_on_a_tied_model() -> None:
-    tied = TIED_MODELS["llama"]
+    tied = ALL_MODELS["llama"]
     model = adapt(tied, TrainableTokensConfig(token_indices=[3, 5]))
     first = outputs(tied, model)
     model.add_adapter("second", TrainableTokensConfig(token_indices=[5, 7, 9]))
@@ -225,14 +225,14 @@ def test_11_a_second_adapter_with_tokens_works_on_a_tied_model() -> None:
 
 @pytest.mark.parametrize("route", ["modules_to_save", "target_modules"])
 def test_12_unload_gives_the_base_model(route: str) -> None:
-    tied = TIED_MODELS["llama"]
+    tied = ALL_MODELS["llama"]
     bare = adapt(tied, lora(tied, **{route: ["lm_head"]})).unload()
     assert torch.equal(outputs(tied, bare), outputs(tied, tied.build()))
     assert bare.lm_head.weight is bare.model.embed_tokens.weight
 
 
 def test_13_a_mixed_model_heeds_the_flag() -> None:
-    tied = TIED_MODELS["llama"]
+    tied = ALL_MODELS["llama"]
     model = randomised(get_peft_model(tied.build(), saved(tied, "lm_head"), mixed=True))
     inner = model.base_model.model
     assert (
@@ -243,12 +243,12 @@ def test_13_a_mixed_model_heeds_the_flag() -> None:
 @pytest.mark.parametrize("ensure", [True, False])
 @pytest.mark.parametrize("tokens", [[3, 5], {"embed_tokens": [3, 5], "lm_head": [3, 5]}], ids=str)
 def test_14_no_warning_where_nothing_is_wrong(tokens: Any, ensure: bool) -> None:
-    tied = TIED_MODELS["llama"]
+    tied = ALL_MODELS["llama"]
     adapt(tied, lora(tied, trainable_token_indices=tokens, ensure_weight_tying=ensure))
 
 
 def test_14_one_warning_for_one_cause() -> None:
-    tied = TIED_MODELS["llama"]
+    tied = ALL_MODELS["llama"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         get_peft_model(llama(tie=False), lora(tied, trainable_token_indices=[3, 5]))
@@ -257,7 +257,7 @@ def test_14_one_warning_for_one_cause() -> None:
 
 
 def test_15_the_tied_matrix_is_held_and_written_once(tmp_path: Any) -> None:
-    tied = TIED_MODELS["llama"]
+    tied = ALL_MODELS["llama"]
     seen: list[int] = []
     copy_of = nn.Parameter.__deepcopy__
 

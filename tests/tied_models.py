@@ -262,16 +262,6 @@ TIED_MODELS = {
         _source_and_target,
         "SEQ_2_SEQ_LM",
     ),
-    "mamba": TiedModel(
-        _hub("MambaForCausalLM", vocab_size=VOCABULARY, hidden_size=WIDTH, state_size=4, num_hidden_layers=1,
-             tie_word_embeddings=True, use_mambapy=False),
-        ["in_proj", "x_proj"],
-        "embeddings",
-        "lm_head",
-        ("backbone.embeddings.weight", "lm_head.weight"),
-        _ids,
-        "CAUSAL_LM",
-    ),
     "modernbert": TiedModel(
         _hub("ModernBertForMaskedLM", **_BERT, decoder_bias=True, bos_token_id=1, eos_token_id=2, cls_token_id=1,
              sep_token_id=2, reference_compile=False),
@@ -311,3 +301,20 @@ TIED_MODELS = {
         _seeded(TwoLinears), ["middle"], "first", "second", ("first.weight", "second.weight"), _vectors
     ),
 }  # fmt: skip
+
+# Models whose outputs may differ in the last bits between two copies with equal weights: Mamba's scan on a CPU depends
+# on where its tensors lie in memory.
+INEXACT_MODELS = {
+    "mamba": TiedModel(
+        _hub("MambaForCausalLM", vocab_size=VOCABULARY, hidden_size=WIDTH, state_size=4, num_hidden_layers=1,
+             tie_word_embeddings=True, use_mambapy=False),
+        ["in_proj", "x_proj"],
+        "embeddings",
+        "lm_head",
+        ("backbone.embeddings.weight", "lm_head.weight"),
+        _ids,
+        "CAUSAL_LM",
+    ),
+}  # fmt: skip
+
+ALL_MODELS = {**TIED_MODELS, **INEXACT_MODELS}
