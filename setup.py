@@ -17,9 +17,11 @@ def read_version() -> str:
     return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE).group(1)
 
 
+EXPORT = ["gguf", "onnx", "onnxruntime", "onnxscript"]
 EXTRAS = {
+    "export": EXPORT,
     "quality": ["ruff"],
-    "test": ["hypothesis", "matplotlib", "pytest", "pytest-xdist", "setuptools>=70.1"],
+    "test": ["hypothesis", "matplotlib", "pytest", "pytest-xdist", "setuptools>=70.1", *EXPORT],
     # The model of the demo comes from two more packages, which the Makefile installs without their dependencies.
     "demo": ["matplotlib"],
 }

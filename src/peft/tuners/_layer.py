@@ -440,6 +440,11 @@ class BaseTunerLayer(ABC):
     ) -> torch.Tensor:
         """Compute each sample with the adapter named for it."""
         result = self.base_layer(x, *args, **kwargs)
+        if not isinstance(result, torch.Tensor):
+            raise PeftNotImplementedError(
+                f"adapter_names does not work on {type(self.get_base_layer()).__name__} layers adapted by "
+                f"{type(self).__name__}, whose output is not one tensor; give each adapter a batch of its own"
+            )
         for name in dict.fromkeys(adapter_names):
             if name == "__base__" or not self.has_adapter(name):
                 continue

@@ -9,7 +9,7 @@
 import copy
 import dataclasses
 from abc import ABC
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +60,7 @@ from ._parameters import check_stacks, find_parameters, stack_of
 from ._prompt_encoder import BasePromptEncoder
 from ._replication import clone_module, replicate_layers
 from ._surgery import Slots, adapter_modules, base_modules, base_parameters, names_of_modules, walk, without_collecting
+from ._switching import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
 from ._tie_weights import shield_tie_weights, unshield_tie_weights
 
 
@@ -862,89 +863,3 @@ def all_linear_names(model: nn.Module, config: PeftConfig) -> set[str]:
     if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
         heads |= {name for name in names if name.rpartition(".")[2] in SEQ_CLS_HEAD_NAMES}
     return names - heads
-
-
-def set_adapter(
-    model: nn.Module,
-    adapter_name: str | list[str],
-    inference_mode: bool = False,
-    layer_cls: type[BaseTunerLayer] = BaseTunerLayer,
-) -> None:
-    """
-    Choose the adapters that a model uses; others are frozen.
-
-    Args:
-        model: a model with adapter layers.
-        adapter_name: one name or several.
-        inference_mode: freeze the chosen ones too.
-        layer_cls: which layers to switch; training wrappers are always switched.
-    """
-    modules = [module for _, module in adapter_modules(model)]
-    wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
-    layers = [module for module in modules if isinstance(module, layer_cls)]
-    for wrapper in wrappers:  # may refuse several names, so they come first
-        wrapper.check_set_adapter(adapter_name)
-    merged = [layer for layer in layers if layer.merged]
-    if merged:
-        warn("adapters are merged; they are unmerged before another one is set")
-        for layer in merged:
-            unmerge_layer(layer)
-    for module in (*layers, *wrappers):
-        module.set_adapter(adapter_name, inference_mode=inference_mode)
-
-
-def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
-    """
-    Freeze adapters or let them be trained.
-
-    Args:
-        model: a model with adapter layers.
-        adapter_names: one name or several.
-        requires_grad: False to freeze.
-    """
-    for _, module in adapter_modules(model):
-        module.set_requires_grad(adapter_names, requires_grad)
-
-
-def delete_adapter(
-    model: nn.Module, adapter_name: str, prefix: str, layer_cls: type[BaseTunerLayer] = BaseTunerLayer
-) -> list[str] | None:
-    """
-    Remove an adapter from a model.
-
-    Args:
-        model: a model with adapter layers.
-        adapter_name: name.
-        prefix: prefix of the method's parameter names (kept for callers of the released package).
-        layer_cls: which layers to remove it from; training wrappers always lose it.
-
-    Returns:
-        Names of the adapters that are active afterwards, None if there is no adapter layer.
-    """
-    active = None
-    for _, module in adapter_modules(model):
-        if isinstance(module, layer_cls):
-            module.delete_adapter(adapter_name)
-            active = module.active_adapters
-    for _, module in adapter_modules(model):
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            module.delete_adapter(adapter_name, new_active_adapters=active)
-    return active
-
-
-def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """
-    Bring an adapter's tensors that are in half precision to float32, in which training is stable.
-
-    Args:
-        model: a model with adapter layers.
-        adapter_name: name.
-        autocast_adapter_dtype: False to leave everything as it is.
-    """
-    if not autocast_adapter_dtype:
-        return
-    for _, module in adapter_modules(model):
-        if isinstance(module, BaseTunerLayer):
-            for parameter in module.adapter_parameters(adapter_name):
-                if parameter.dtype in (torch.float16, torch.bfloat16):
-                    parameter.data = parameter.data.float()
