@@ -18,6 +18,7 @@ from torch import nn
 from ..utils.error import PeftNotImplementedError
 from ..utils.offload import computing_device
 from ..utils.warning import warn
+from ._adapter_module import AdapterModule
 from ._buffer_dict import BufferDict
 from ._kinds import along_axis, along_features, apply_weight, feature_axis, features
 from ._merging import MergeState, check_adapters_to_merge, merge_layer, unmerge_layer
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ..utils.adapter_keys import SavedForm
 
 
-class BaseTunerLayer(ABC):
+class BaseTunerLayer(AdapterModule, ABC):
     """
     A layer that wraps a base layer and holds the tensors of any number of adapters.
 
@@ -44,8 +45,6 @@ class BaseTunerLayer(ABC):
         arguments: for `make_adapter`.
 
     Attributes:
-        adapter_layer_names: attributes that hold trainable tensors by adapter name.
-        other_param_names: attributes that hold other settings by adapter name.
         shared_layer_names: attributes that hold, by adapter name, tensors that all layers of a model share.
         container_classes: class of a container, where it is not `nn.ParameterDict` for tensors or `dict` for settings.
         weight_name: name of the base layer's parameter that is adapted.
@@ -54,11 +53,8 @@ class BaseTunerLayer(ABC):
         base_layer: the wrapped layer.
     """
 
-    _is_adapter_module = True
     _base_names = ("base_layer",)
 
-    adapter_layer_names: tuple[str, ...] = ()
-    other_param_names: tuple[str, ...] = ()
     shared_layer_names: tuple[str, ...] = ()
     container_classes: Mapping[str, Callable[[], Any]] = {}
     weight_name: str = "weight"
@@ -263,32 +259,6 @@ class BaseTunerLayer(ABC):
         """Make an uninitialised parameter for an adapter, where and in the type that the base weight calls for."""
         weight = self.get_base_weight()
         return new_parameter(weight, *shape, device=computing_device(self.get_base_layer(), weight))
-
-    def computed_tensors(
-        self, adapter_name: str, state_dict: Mapping[str, torch.Tensor], prefix: str
-    ) -> dict[str, torch.Tensor]:
-        """
-        Give tensors of a checkpoint that follow from those of the model, instead of standing in it.
-
-        Args:
-            adapter_name: name.
-            state_dict: the model's state dict.
-            prefix: what keys of this module start with in it.
-
-        Returns:
-            Key in a checkpoint -> tensor; they replace what `adapter_keys` tells.
-        """
-        return {}
-
-    def prepare_to_load(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """
-        Make room for the tensors of a checkpoint, where they have another form than those of the model.
-
-        Args:
-            adapter_name: name.
-            tensors: key in a checkpoint -> tensor. They are not checked yet.
-        """
-        return
 
     def fill_missing(self, adapter_name: str, config: Any) -> None:
         """
@@ -625,7 +595,7 @@ class WeightLayer(BaseTunerLayer):
         raise PeftNotImplementedError(f"{type(self).__name__} transforms weights only")
 
     def correct_output(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        """Compute what the adapted layer gives from what the base layer does, where the method can; in place or not."""
+        """Compute what the adapted layer gives from what the base layer does, where the method can."""
         raise PeftNotImplementedError(f"{type(self).__name__} transforms weights only")
 
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

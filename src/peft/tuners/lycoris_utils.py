@@ -15,6 +15,7 @@ from ..utils.error import PeftValueError
 from ..utils.warning import warn
 from ._kinds import CONVOLUTIONS, along_axis, apply_weight
 from ._layer import AdditiveLayer
+from ._scaling import Scaled
 from .tuners_utils import BaseTuner
 
 
@@ -55,7 +56,7 @@ class LycorisConfig(PeftConfig):
             check_layer_selection(self, refused_with_pattern=("layers_pattern",))
 
 
-class LycorisLayer(AdditiveLayer):
+class LycorisLayer(Scaled, AdditiveLayer):
     """
     What the layers of LyCORIS methods share.
 
@@ -228,39 +229,8 @@ class LycorisLayer(AdditiveLayer):
         return all(p.dtype == dtype and p.device == base.weight.device for p in parameters)
 
     # ----------------------------------------------------------------------------------------------------- scaling
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """
-        Set an adapter's scaling to a multiple of the one that its config says.
-
-        Args:
-            adapter: name; a layer that does not have it stays as it is.
-            scale: multiple.
-        """
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
-
-    def scale_layer(self, scale: float) -> None:
-        """
-        Multiply the scaling of the active adapters.
-
-        Args:
-            scale: factor.
-        """
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:  # the settings of adapters that follow are the owner's to change
-                self.scaling[adapter] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """
-        Undo `scale_layer` for the active adapters.
-
-        Args:
-            scale: factor to divide by; left out, the scaling becomes the one that the config says.
-        """
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:
-                configured = self.alpha[adapter] / self.r[adapter]
-                self.scaling[adapter] = configured if scale is None else self.scaling[adapter] / scale
+    def _configured_scaling(self, adapter: str) -> float:
+        return self.alpha[adapter] / self.r[adapter]
 
 
 class LycorisTuner(BaseTuner):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
+from ..tuners._adapter_module import AdapterModule
 from ..tuners._new_tensors import copy_module
 from ..tuners.trainable_tokens.config import TrainableTokensConfig
 from ..tuners.trainable_tokens.layer import TrainableTokensLayer
@@ -16,7 +17,7 @@ from .error import PeftTypeError, PeftValueError
 from .integrations import gather_params_ctx
 
 
-class AuxiliaryTrainingWrapper(nn.Module):
+class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
     """
     A module of the base model together with what adapters train in its place.
 
@@ -28,11 +29,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         kwargs: for `update`.
     """
 
-    _is_adapter_module = True
     _base_names = ("original_module",)
-
-    adapter_layer_names: tuple[str, ...] = ()
-    other_param_names: tuple[str, ...] = ()
 
     def __init__(self, module_to_save: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__()
@@ -180,31 +177,6 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     def fill_missing(self, adapter_name: str, config: PeftConfig) -> None:
         """Start tensors of an adapter that a checkpoint has left without storage."""
-
-    def computed_tensors(
-        self, adapter_name: str, state_dict: Mapping[str, torch.Tensor], prefix: str
-    ) -> dict[str, torch.Tensor]:
-        """
-        Give tensors of a checkpoint that follow from those of the model, instead of standing in it.
-
-        Args:
-            adapter_name: name.
-            state_dict: the model's state dict.
-            prefix: what keys of this module start with in it.
-
-        Returns:
-            Key in a checkpoint -> tensor; they replace what `adapter_keys` tells.
-        """
-        return {}
-
-    def prepare_to_load(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """
-        Make room for the tensors of a checkpoint, where they have another form than those of the model.
-
-        Args:
-            adapter_name: name.
-            tensors: key in a checkpoint -> tensor. They are not checked yet.
-        """
 
     def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
         """Yield nothing: what follows another wrapper holds that one's parameters themselves."""

@@ -92,8 +92,8 @@ class OnConvolution:
         groups = getattr(owner.get_base_layer(), "groups", 1)
         if groups not in (1, self._groups):
             raise PeftValueError(
-                f"a convolution with {self._groups} groups cannot stay tied to one with {groups}: factors that fit the "
-                "one do not fit the other; set ensure_weight_tying=False"
+                f"a convolution with {self._groups} groups cannot stay tied to one with {groups}: factors that fit "
+                "the one do not fit the other; set ensure_weight_tying=False"
             )
         super().follow(adapter_name, owner)
 

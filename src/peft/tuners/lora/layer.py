@@ -14,6 +14,7 @@ from ...utils.error import PeftRuntimeError, PeftValueError
 from .._kinds import embed, stores_weight_transposed
 from .._layer import AdditiveLayer, BaseTunerLayer, unwrapped
 from .._merging import check_adapters_to_merge
+from .._scaling import Scaled
 from .config import LoraConfig
 from .conv import OnConvolution
 from .initialization import StartMethods, find_initialization
@@ -133,7 +134,7 @@ class _NoFactors(Mapping):
 NO_FACTORS = _NoFactors()
 
 
-class LoraLayer(StartMethods, MixedBatches, AdditiveLayer):
+class LoraLayer(StartMethods, MixedBatches, Scaled, AdditiveLayer):
     """
     What LoRA's layers share: W + scaling * B A, with A (r, in) and B (out, r).
 
@@ -473,40 +474,6 @@ class LoraLayer(StartMethods, MixedBatches, AdditiveLayer):
         return {self.bias_name: self.merged_bias(adapter, getattr(self.get_base_layer(), self.bias_name))}
 
     # ------------------------------------------------------------------------------------------------------- scaling
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """
-        Set an adapter's scaling to a multiple of the one that its config says.
-
-        Args:
-            adapter: name; a layer that does not have it stays as it is.
-            scale: multiple.
-        """
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._configured_scaling(adapter)
-
-    def scale_layer(self, scale: float) -> None:
-        """
-        Multiply the scaling of the active adapters.
-
-        Args:
-            scale: factor.
-        """
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:  # the settings of adapters that follow are the owner's to change
-                self.scaling[adapter] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """
-        Undo `scale_layer` for the active adapters.
-
-        Args:
-            scale: factor to divide by; left out, the scaling becomes the one that the config says.
-        """
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:
-                configured = self._configured_scaling(adapter)
-                self.scaling[adapter] = configured if scale is None else self.scaling[adapter] / scale
-
     def _configured_scaling(self, adapter: str) -> float:
         r = self.r[adapter]
         return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
