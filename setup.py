@@ -48,4 +48,5 @@ setup(
         "transformers>=4.53",
     ],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["peft = peft.cli:main"]},
 )

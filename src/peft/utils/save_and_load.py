@@ -30,6 +30,7 @@ from .constants import (
 from .error import PeftKeyError, PeftPathError, PeftRuntimeError, PeftValueError
 from .files import write_atomically
 from .other import AuxiliaryTrainingWrapper, infer_device
+from .tensor_hashes import hashes_to_header
 from .tying import aliases_to_header, restore_aliases, split_aliases
 from .vocabulary import vocabulary_has_grown
 from .warning import warn
@@ -320,6 +321,7 @@ def write_peft_weights(
         # the format has no notion of two names for one tensor
         kept.update((alias, place.read(kept[place.key]).detach().clone()) for alias, place in aliases.items())
     whole = {key: tensor.detach().contiguous() for key, tensor in kept.items()}
+    header.update(hashes_to_header(whole))
     write_atomically(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), lambda path: save_file(whole, path, header))
 
 
