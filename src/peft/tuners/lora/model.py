@@ -79,10 +79,17 @@ class LoraModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     pattern_fields = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         """Stack layers if the config says so, and put the adapter in; see `BaseTuner.inject_adapter`."""
         with replicated(model, self.peft_config[adapter_name].layer_replication):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         attach_variants(model, adapter_name, self.peft_config[adapter_name])
 
     def delete_adapter(self, adapter_name: str) -> None:

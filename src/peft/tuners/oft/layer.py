@@ -172,7 +172,10 @@ class OFTRotationModule(nn.Module):
         # every entry stands in its matrix twice, and each block has an equal part in the sum of squares
         radius = self.eps / math.sqrt(2 * len(self.weight))
         norms = torch.linalg.vector_norm(self.weight.data, dim=1, keepdim=True)
-        self.weight.data.mul_((radius / norms).clamp(max=1.0).nan_to_num(1.0))
+        shrink = (radius / norms).nan_to_num(1.0)
+        # what lies on the surface but for rounding stays as it is, or each forward pass would give something else
+        is_outside = shrink < 1 - 8 * torch.finfo(shrink.dtype).eps
+        self.weight.data.mul_(torch.where(is_outside, shrink, 1.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""AdaLoRA's layers: B diag(E) A, with ranks that can be taken away one by one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...utils.error import PeftValueError
+from .._kinds import stores_weight_transposed
+from .._layer import AdditiveLayer, BaseTunerLayer, unwrapped
+from ..lora.layer import Linear, LoraLayer
+from .allocation import RankAllocator
+from .config import AdaLoraConfig
+
+
+__all__ = ["AdaLoraConfig", "AdaLoraLayer", "LoraLayer", "RankAllocator", "SVDConv2d", "SVDLinear"]
+
+# the dimension of a factor that counts ranks
+RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_E": 0}
+
+
+class RanksLeft:
+    """
+    How a factor is saved once it is settled which ranks are left: without the others.
+
+    Args:
+        mask: for each rank of the model's tensor, whether it is left.
+        axis: dimension of the factor that counts ranks.
+    """
+
+    endings = ("",)
+
+    def __init__(self, mask: Sequence[bool], axis: int) -> None:
+        self.rows, self.axis = len(mask), axis
+        self.index = torch.tensor(mask, dtype=torch.bool).nonzero().flatten()
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the model has more ranks than are left."""
+        return len(self.index) < self.rows
+
+    def write(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Leave the others out."""
+        return (tensor.index_select(self.axis, self.index.to(tensor.device)),)
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Put zeros in their place."""
+        if tensor.shape[self.axis] != len(self.index):
+            return tensor
+        shape = list(tensor.shape)
+        shape[self.axis] = self.rows
+        return tensor.new_zeros(shape).index_copy(self.axis, self.index.to(tensor.device), tensor)
+
+
+class AdaLoraLayer(LoraLayer):
+    """
+    What AdaLoRA's layers share: W + scaling / ranknum * B diag(E) A, with A (r, in), E (r, 1) and B (out, r).
+
+    Args:
+        base_layer: the layer to adapt.
+
+    Attributes:
+        ranknum: number of ranks that the adapter had at first, (1,), by adapter name.
+        ranks_made: number of the rank, among those, that each rank of the tensors is, by adapter name.
+        ranks_left: for each rank that there was at first, whether it is left, by adapter name, once that is settled.
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum", "ranks_made", "ranks_left")
+
+    # factors are bare tensors, and those of another layer are used through that layer: as the base has it
+    has_views_of_owner = False
+    follow = BaseTunerLayer.follow
+    adapter_aliases = BaseTunerLayer.adapter_aliases
+    merged_tensors = BaseTunerLayer.merged_tensors
+    _mixed_batch_forward = BaseTunerLayer._mixed_batch_forward
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        del self.__dict__["lora_E"]
+        self._modules.update({name: nn.ParameterDict() for name in (*RANK_AXIS, "ranknum")})
+        self.__dict__.update(ranks_made={}, ranks_left={})
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: AdaLoraConfig, **kwargs: Any) -> None:
+        """
+        Make the tensors of an adapter.
+
+        Args:
+            adapter_name: name.
+            r: number of ranks at first, positive.
+            lora_alpha: numerator of the scaling; r in its place if it is not positive.
+            config: the adapter's config.
+            kwargs: `owner`, the layer to follow; `ranks_left`, one truth value per rank, to make only those.
+
+        Raises:
+            PeftValueError: if `r` is not positive.
+        """
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        if kwargs.get("owner") is not None:
+            self.follow(adapter_name, kwargs["owner"])
+            return
+        mask = kwargs.get("ranks_left")
+        r = r if mask is None else len(mask)
+        if not isinstance(r, int) or r <= 0:
+            raise PeftValueError(f"the rank init_r must be a positive integer, found {r!r}")
+        # a setting that stands among the parameters, since the released package has it there
+        self.ranknum[adapter_name] = nn.Parameter(
+            torch.full((1,), float(r), device=self.get_base_weight().device), requires_grad=False
+        )
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha if lora_alpha > 0 else float(r)
+        self.ranks_made[adapter_name] = [rank for rank in range(r) if mask is None or mask[rank]]
+        if mask is not None:
+            self.ranks_left[adapter_name] = [bool(value) for value in mask]
+        self.r[adapter_name] = r = len(self.ranks_made[adapter_name])
+        rows, columns = self._matrix_shape()
+        self.lora_A[adapter_name] = self.new_parameter(r, columns)
+        self.lora_E[adapter_name] = self.new_parameter(r, 1)
+        self.lora_B[adapter_name] = self.new_parameter(rows, r)
+        self.reset_adapter(adapter_name, config)
+        self._trainable_adapters.add(adapter_name)
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        """Give the size of the matrix that is adapted: outputs, inputs."""
+        return self.out_features, self.in_features
+
+    def reset_adapter(self, adapter_name: str, config: AdaLoraConfig) -> None:
+        """Start an adapter's factors anew, as the config says."""
+        if config.init_lora_weights:
+            self.reset_lora_parameters(adapter_name)
+            return
+        with torch.no_grad():
+            for name in RANK_AXIS:
+                getattr(self, name)[adapter_name].normal_()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, adapter_name: str) -> None:
+        """
+        Start an adapter's factors anew, with E at zero, so that it changes nothing.
+
+        Args:
+            adapter_name: name.
+        """
+        self.lora_E[adapter_name].zero_()
+        self.lora_A[adapter_name].normal_(std=0.02)
+        self.lora_B[adapter_name].normal_(std=0.02)
+
+    @torch.no_grad()
+    def resize(self, adapter_name: str, mask: Sequence[bool]) -> None:
+        """
+        Take ranks away from an adapter's tensors for good.
+
+        Args:
+            adapter_name: name.
+            mask: one truth value for each rank that the tensors have now; False takes it away.
+        """
+        kept = torch.tensor(mask, dtype=torch.bool).nonzero().flatten()
+        for name, axis in RANK_AXIS.items():
+            factor = getattr(self, name)[adapter_name]
+            if factor.shape[axis] != len(mask):
+                raise PeftValueError(f"the pattern has {len(mask)} ranks, the adapter has {factor.shape[axis]}")
+            smaller = factor.index_select(axis, kept.to(factor.device))
+            getattr(self, name)[adapter_name] = nn.Parameter(smaller, requires_grad=factor.requires_grad)
+        self.settle_ranks(adapter_name, mask)
+        self.ranks_made[adapter_name] = [self.ranks_made[adapter_name][rank] for rank in kept.tolist()]
+        self.r[adapter_name] = len(kept)
+
+    def settle_ranks(self, adapter_name: str, mask: Sequence[bool]) -> list[bool]:
+        """
+        Note which ranks are left in the end.
+
+        Args:
+            adapter_name: name.
+            mask: one truth value for each rank that the tensors have now.
+
+        Returns:
+            One for each rank that there was at first.
+        """
+        left = {rank for rank, is_left in zip(self.ranks_made[adapter_name], mask, strict=True) if is_left}
+        self.ranks_left[adapter_name] = [rank in left for rank in range(int(self.ranknum[adapter_name]))]
+        return self.ranks_left[adapter_name]
+
+    def saved_forms(self, adapter_name: str) -> dict[str, RanksLeft]:
+        """Save what is left; see `BaseTunerLayer.saved_forms`."""
+        if adapter_name not in self.ranks_left:
+            return {}
+        left = [self.ranks_left[adapter_name][rank] for rank in self.ranks_made[adapter_name]]
+        return {name: RanksLeft(left, axis) for name, axis in RANK_AXIS.items()}
+
+    def _factor(self, name: str, adapter: str) -> torch.Tensor:
+        """Give a factor of the delta, without its scaling: B, or diag(E) A / ranknum."""
+        factor = getattr(self, name)[adapter]
+        if name == "lora_B":
+            return factor
+        # the summand is part of the interface: it keeps outputs equal to those of the released package
+        return factor * (self.lora_E[adapter] / (self.ranknum[adapter].to(factor.dtype) + 1e-5))
+
+    def _configured_scaling(self, adapter: str) -> float:
+        alpha = self.lora_alpha[adapter]
+        return alpha if alpha > 0 else float(self.ranknum[adapter])
+
+
+class SVDLinear(AdaLoraLayer, nn.Module):
+    """
+    AdaLoRA on `nn.Linear` and on transformers' `Conv1D`.
+
+    Args:
+        base_layer: the layer to adapt.
+        adapter_name: adapter to start with.
+        config: its config.
+        r: number of its ranks at first.
+        lora_alpha: numerator of its scaling.
+        kwargs: see `AdaLoraLayer.update_layer`.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: AdaLoraConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.fan_in_fan_out = stores_weight_transposed(unwrapped(base_layer))
+        AdaLoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+
+    factor_layout = Linear.factor_layout
+
+    def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """Compute scaling / ranknum * B diag(E) A x."""
+        a, b = self._factor("lora_A", adapter), self._factor("lora_B", adapter)
+        hidden = F.linear(self.lora_dropout[adapter](x.to(a.dtype)), a)
+        return F.linear(hidden * self.scaling[adapter], b)
+
+
+class SVDConv2d(AdaLoraLayer, nn.Module):
+    """
+    AdaLoRA on `nn.Conv2d`, whose weight counts as a matrix with one row per output channel.
+
+    Args:
+        base_layer: the layer to adapt.
+        adapter_name: adapter to start with.
+        config: its config.
+        r: number of its ranks at first.
+        lora_alpha: numerator of its scaling.
+        kwargs: see `AdaLoraLayer.update_layer`.
+    """
+
+    factor_layout = (("lora_B", False), ("lora_A", False))
+    add_delta_ = AdditiveLayer.add_delta_
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: AdaLoraConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        AdaLoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        weight = self.get_base_weight()
+        return weight.shape[0], weight[0].numel()
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """
+        Compute the delta, (out, in / groups, height, width).
+
+        Args:
+            adapter: name.
+        """
+        return super().get_delta_weight(adapter).view(self.get_base_weight().shape)
+
+    def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """Convolve with the delta."""
+        return AdditiveLayer.delta_forward(self, adapter, self.lora_dropout[adapter](x))
