@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""What the methods need to fit tiny layers, in one place for all tests that run over every registered method."""
+
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+
+
+# fields of the config, for layers that are 16 wide
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"init_r": 2, "target_r": 1, "total_step": 10},
+    "BOFT": {"boft_block_size": 4},
+    "HRA": {"r": 2},
+    "IA3": {"feedforward_modules": []},
+    "LOHA": {"r": 2},
+    "LOKR": {"r": 2},
+    "LORA": {"r": 2},
+    "OFT": {"r": 0, "oft_block_size": 4},
+    "TRAINABLE_TOKENS": {"token_indices": [3, 5, 7]},
+    "VBLORA": {"r": 2, "num_vectors": 8, "vector_length": 4},
+    "VERA": {"r": 4},
+}
+# what a second adapter of the same model needs to be otherwise
+SECOND: dict[str, dict[str, Any]] = {
+    "ADALORA": {"inference_mode": True},
+    "TRAINABLE_TOKENS": {"token_indices": [4, 6]},
+}
+
+
+def layered_methods() -> list[str]:
+    """Name every registered method that puts layers into a model."""
+    found = [str(getattr(key, "value", key)) for key in PEFT_TYPE_TO_TUNER_MAPPING]
+    return [name for name in found if issubclass(PEFT_TYPE_TO_TUNER_MAPPING[name], BaseTuner)]
