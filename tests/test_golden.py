@@ -69,11 +69,8 @@ FEATURES_NOT_IMPLEMENTED = {
     "LoRA: MiCA": uses("init_lora_weights", "mica"),
     "LoRA: EVA, CorDA, LoRA-GA": uses("init_lora_weights", "eva", "corda", "lora_ga"),
     "LoRA: fused experts by their old names": named("mixtral/lora_all_linear", "mixtral/lora_w1w2w3"),
-    "layer and model status": named("ops/layer_status"),
     "convert_to_lora": named("ops/convert_to_lora_f*", "ops/convert_to_lora_threshold"),
-    "hotswap": named("ops/hotswap_*"),
     "create_loraplus_optimizer": named("ops/loraplus_*"),
-    "PeftMixedModel": named("ops/mixed_*"),
     "X-LoRA": named("ops/xlora_*"),
 }
 

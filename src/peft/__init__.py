@@ -14,6 +14,15 @@ __version__ = "0.21.2+tied.1"
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        ".auto": [
+            "AutoPeftModel",
+            "AutoPeftModelForCausalLM",
+            "AutoPeftModelForFeatureExtraction",
+            "AutoPeftModelForQuestionAnswering",
+            "AutoPeftModelForSeq2SeqLM",
+            "AutoPeftModelForSequenceClassification",
+            "AutoPeftModelForTokenClassification",
+        ],
         ".config": ["PeftConfig", "PromptLearningConfig"],
         ".mapping": [
             "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -32,6 +41,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "PeftModelForSeq2SeqLM",
             "PeftModelForSequenceClassification",
             "PeftModelForTokenClassification",
+            "get_layer_status",
+            "get_model_status",
         ],
         ".tuners.adalora.config": ["AdaLoraConfig"],
         ".tuners.adalora.model": ["AdaLoraModel"],
@@ -76,6 +87,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.trainable_tokens.config": ["TrainableTokensConfig"],
         ".tuners.trainable_tokens.model": ["TrainableTokensModel"],
         ".utils.error": ["NoMatchingPeftModuleError", "PeftError"],
+        ".utils.other": ["cast_mixed_precision_params"],
         ".utils.peft_types": ["PeftType", "TaskType"],
         ".utils.save_and_load": [
             "get_base_model_state_dict",

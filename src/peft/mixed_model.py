@@ -1,32 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""`PeftMixedModel`: several adapters active at once, for inference."""
+"""`PeftMixedModel`: adapters of several methods in one model, several of them active at once."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils.hub import PushToHubMixin
 
 from .config import PeftConfig
-from .mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+from .model_status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .peft_model import PeftModel
+from .tuners._new_tensors import making_tensors
+from .tuners.mixed import MixedModel
 from .utils.error import PeftNotImplementedError, PeftValueError
+from .utils.other import set_additional_trainable_modules
 
 
-__all__ = ["PeftMixedModel"]
+__all__ = ["MixedModel", "PeftConfig", "PeftMixedModel", "PeftModel"]
 
 
 class PeftMixedModel(PushToHubMixin, nn.Module):
     """
-    A base model of whose adapters several can be active at once.
+    A base model whose adapters may be of several methods, several of them active at once.
 
-    In this version all adapters are of one method.
+    The methods are LoRA, LoHa, LoKr, AdaLoRA, OFT and SHiRA, as far as this version has them. It is meant for
+    inference with adapters that were trained one by one; each is saved by the `PeftModel` that trained it.
 
     Args:
         model: the base model; it is changed in place.
-        peft_config: what to adapt and how.
+        peft_config: what to adapt and how; it is not changed.
         adapter_name: name of the adapter.
 
     Raises:
@@ -35,29 +41,38 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
     Example:
 
         >>> import torch
-        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft import LoHaConfig, LoraConfig, get_peft_model
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4))
         >>> model = get_peft_model(net, LoraConfig(target_modules=["0"]), adapter_name="a", mixed=True)
-        >>> model.add_adapter("b", LoraConfig(target_modules=["0"]))
+        >>> model.add_adapter("b", LoHaConfig(target_modules=["0"]))
         >>> model.set_adapter(["a", "b"])
         >>> model.active_adapters
         ['a', 'b']
+        >>> type(model.merge_and_unload()[0]).__name__
+        'Linear'
     """
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> None:
         super().__init__()
-        self._check_method(peft_config)
-        self.base_model = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_config.peft_type](
-            model, {adapter_name: peft_config}, adapter_name
-        )
+        self.base_model = MixedModel(model, {adapter_name: peft_config}, adapter_name)
 
-    @staticmethod
-    def _check_method(peft_config: PeftConfig) -> None:
-        if peft_config.peft_type not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:
-            raise PeftValueError(
-                f"adapters of method {peft_config.peft_type} cannot be active beside others; methods that can: "
-                f"{', '.join(getattr(key, 'value', key) for key in PEFT_TYPE_TO_MIXED_MODEL_MAPPING)}"
+    @classmethod
+    def _make(
+        cls,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+    ) -> "PeftMixedModel":
+        """Do what the constructor does, with its arguments and those of other models' constructors."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        with making_tensors(full_precision=autocast_adapter_dtype):
+            made.base_model = MixedModel(
+                model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
             )
+        return made
 
     def __getattr__(self, name: str) -> Any:
         """Forward what the wrapper lacks to the tuner and the base model."""
@@ -85,14 +100,31 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
 
     get_nb_trainable_parameters = PeftModel.get_nb_trainable_parameters
     print_trainable_parameters = PeftModel.print_trainable_parameters
+    _fill_adapter = PeftModel._fill_adapter
+
+    def get_base_model(self) -> nn.Module:
+        """Give the base model, with adapter layers in it."""
+        return self.base_model.model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model."""
+        """
+        Call the base model.
+
+        Args:
+            args: passed on.
+            kwargs: likewise.
+        """
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the base model."""
-        return self.base_model.model.generate(*args, **kwargs)
+        """
+        Generate with the base model.
+
+        Args:
+            args: for the base model's `generate`.
+            kwargs: likewise.
+        """
+        return self.base_model.generate(*args, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -112,47 +144,159 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
 
         Args:
             adapter_name: its name.
-            peft_config: what to adapt and how.
+            peft_config: what to adapt and how; it is not changed.
             low_cpu_mem_usage: make its tensors on the meta device.
             autocast_adapter_dtype: keep them in float32 where the base is in half precision.
 
         Raises:
-            PeftNotImplementedError: for a method other than that of the first adapter.
+            PeftValueError: if the name is taken, or the method cannot be active beside others; the model stays as it
+                was.
         """
-        self._check_method(peft_config)
-        if any(config.peft_type != peft_config.peft_type for config in self.peft_config.values()):
-            raise PeftNotImplementedError("adapters of different methods on one model are not part of this version")
         if adapter_name in self.peft_config:
             raise PeftValueError(f"there is an adapter named {adapter_name!r} already; delete it or use another name")
         self.base_model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+
+    def set_modules_to_save(self, peft_config: PeftConfig, adapter_name: str) -> None:
+        """
+        Let an adapter train further modules in full.
+
+        Args:
+            peft_config: config whose `modules_to_save` names them; without any, nothing is done.
+            adapter_name: name of an adapter of the model.
+        """
+        self._check_names([adapter_name])
+        base = self.get_base_model()
+        active = adapter_name in self.active_adapters
+        set_additional_trainable_modules(
+            base, peft_config, self.base_model.get_model_config(base), adapter_name, active
+        )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """
         Choose the adapters that are used; others are frozen.
 
         Args:
-            adapter_name: one name or several.
+            adapter_name: one name or several, of any methods.
             inference_mode: freeze the chosen ones too.
 
         Raises:
             PeftValueError: for a name that the model does not have.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self._check_names([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """
+        Remove adapters.
+
+        Args:
+            adapter_name: one name or several.
+
+        Raises:
+            PeftValueError: for a name that the model does not have; then none is removed.
+        """
+        self._check_names([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        self.base_model.delete_adapter(adapter_name)
+
+    def _check_names(self, names: list[str]) -> None:
         unknown = sorted(set(names) - set(self.peft_config))
         if unknown:
             raise PeftValueError(
-                f"there is no adapter {', '.join(unknown)}; the model has {', '.join(self.peft_config)}"
+                f"there is no adapter {', '.join(map(repr, unknown))}; the model has "
+                f"{', '.join(map(repr, self.peft_config))}"
             )
-        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter."""
-        self.base_model.delete_adapter(adapter_name)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Merge the active adapters and give the base model back; see `BaseTuner.merge_and_unload`."""
+        """
+        Merge adapters and give the base model back; see `BaseTuner.merge_and_unload`.
+
+        Args:
+            args: see there.
+            kwargs: likewise.
+        """
         return self.base_model.merge_and_unload(*args, **kwargs)
 
     def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Give the base model back as it was."""
+        """
+        Give the base model back as it was; see `BaseTuner.unload`.
+
+        Args:
+            args: none.
+            kwargs: none.
+        """
         return self.base_model.unload(*args, **kwargs)
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """Say in which state each adapter layer and training wrapper is; see `peft.get_layer_status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """Say in which state the adapters are; see `peft.get_model_status`."""
+        return get_model_status(self)
+
+    def load_adapter(
+        self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> _IncompatibleKeys:
+        """
+        Put an adapter from a folder or from the hub beside those that the model has. It is not active at first.
+
+        Args:
+            model_id: folder, or hub id.
+            adapter_name: name to give the adapter; if there is one of that name, its tensors are replaced.
+            args: see `PeftModel.load_adapter`.
+            kwargs: likewise.
+        """
+        return PeftModel.load_adapter(self, model_id, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> "PeftMixedModel":
+        """
+        Put an adapter from a folder or from the hub into a base model.
+
+        Args:
+            model: the base model; it is changed in place.
+            model_id: folder, or hub id.
+            adapter_name: name to give the adapter.
+            is_trainable: let it be trained; otherwise it is frozen and the model is in eval mode.
+            config: config to use instead of the one in the folder.
+            kwargs: see `PeftModel.from_pretrained`.
+        """
+        load = PeftModel.from_pretrained.__func__
+        return load(cls._make, model, model_id, adapter_name, is_trainable, config, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """
+        Refuse to write a model card.
+
+        Raises:
+            PeftNotImplementedError: always; the adapters have cards of their own.
+        """
+        raise PeftNotImplementedError(
+            "a PeftMixedModel has no model card; each adapter has one, written by the PeftModel that trained it"
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str,
+        safe_serialization: bool = False,
+        selected_adapters: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Refuse to save.
+
+        Raises:
+            PeftNotImplementedError: always; adapters are saved by the `PeftModel` that trained them.
+        """
+        raise PeftNotImplementedError(
+            "a PeftMixedModel cannot be saved; save each adapter with the PeftModel that trained it, or save the "
+            "merged model: merge_and_unload().save_pretrained(...)"
+        )

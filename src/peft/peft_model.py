@@ -17,6 +17,7 @@ from transformers.utils.hub import PushToHubMixin
 from .config import PeftConfig
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from .model_card import write_model_card
+from .model_status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .prompt_inputs import call_with_prompt, generate_with_prompt
 from .prompt_learning import PromptEncoders
 from .tuners._new_tensors import making_tensors
@@ -68,6 +69,10 @@ __all__ = [
     "PeftConfig",
     "PeftModel",
     "PeftType",
+    "TunerLayerStatus",
+    "TunerModelStatus",
+    "get_layer_status",
+    "get_model_status",
     *_TASK_MODELS,
 ]
 
@@ -363,15 +368,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         Returns:
             Trainable parameters, all parameters.
         """
-        trainable = total = 0
-        for parameter in self.parameters():
-            # ZeRO-3 keeps the whole size apart; 4-bit weights hold two values per byte
-            count = getattr(parameter, "ds_numel", 0) or parameter.numel()
-            if type(parameter).__name__ == "Params4bit":
-                count *= 2 * getattr(getattr(parameter, "quant_storage", torch.uint8), "itemsize", 1)
-            total += count
-            trainable += count if parameter.requires_grad else 0
-        return trainable, total
+        return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """
@@ -388,6 +385,14 @@ class PeftModel(PushToHubMixin, nn.Module):
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """Say in which state each adapter layer and training wrapper is; see `peft.get_layer_status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """Say in which state the adapters are; see `peft.get_model_status`."""
+        return get_model_status(self)
 
     # -------------------------------------------------------------------------------------------------- adapter names
     def add_adapter(

@@ -35,6 +35,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "VeloraConfig",
         ],
         ".lora.model": ["LoraModel"],
+        ".mixed.model": ["MixedModel"],
         ".multitask_prompt_tuning.config": ["MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"],
         ".multitask_prompt_tuning.model": ["MultitaskPromptEmbedding"],
         ".oft.config": ["OFTConfig"],

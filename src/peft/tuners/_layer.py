@@ -128,6 +128,22 @@ class BaseTunerLayer(AdapterModule, ABC):
         """Give the weight of the base layer that is adapted; None for normalisation layers without one."""
         return getattr(self.get_base_layer(), self.weight_name, None)
 
+    def inner_weight(self) -> torch.Tensor:
+        """Give the weight that this layer's adapters meet: the base weight as adapter layers inside leave it."""
+        inner = self.base_layer
+        if isinstance(inner, BaseTunerLayer) and inner.weight_name == self.weight_name:
+            return inner.effective_weight()
+        return self.get_base_weight()
+
+    def effective_weight(self) -> torch.Tensor:
+        """Compute the weight with what the active adapters do to it, here and in adapter layers inside."""
+        weight = self.inner_weight()
+        if not (self._disable_adapters or self.merged):
+            for adapter in self.active_adapters:
+                if self.has_adapter(adapter):
+                    weight = self.source(adapter).weight_with(adapter, weight)
+        return weight
+
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
         """Replace the values of the base weight; the parameter object stays, and with it every tie."""
         self.get_base_weight().data = weight_data
@@ -481,6 +497,13 @@ class BaseTunerLayer(AdapterModule, ABC):
     def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Apply an adapter to a weight of the base layer's layout, in place. Supplied by the rule."""
 
+    def weight_with(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Compute what merging an adapter would give; the weight itself stays as it is."""
+        changed = weight.clone()
+        self.prepare_merge(adapter)
+        self.merge_weight_(adapter, changed)
+        return changed
+
     @abstractmethod
     def unmerge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Undo `merge_weight_`. Supplied by the rule."""
@@ -610,9 +633,12 @@ class WeightLayer(BaseTunerLayer):
         if self.corrects_output and not self.transforms_input:
             return self._corrected(adapters, x, self.base_layer(x, *args, **kwargs))
         layer = self.get_base_layer()
-        weight = layer.weight
+        weight = inner = self.inner_weight()
         for adapter in adapters:
             weight = self.source(adapter).forward_weight(adapter, weight)
+        if self.base_layer is not layer:  # adapter layers inside may change more than the weight
+            change = apply_weight(layer, x, (weight - inner).to(layer.weight.dtype))
+            return self.base_layer(x, *args, **kwargs) + change
         return apply_weight(layer, x, weight.to(layer.weight.dtype), getattr(layer, "bias", None))
 
     def _meets_input_alike(self, adapter: str) -> bool:
@@ -629,6 +655,10 @@ class WeightLayer(BaseTunerLayer):
     def can_unmerge(self, adapter: str) -> bool:
         """Say whether the method has an inverse."""
         return type(self).inverse_weight is not WeightLayer.inverse_weight
+
+    def weight_with(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Compute the transformed weight, as the forward pass has it."""
+        return self.forward_weight(adapter, weight)
 
     def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Replace the weight by the transformed one."""
@@ -734,6 +764,10 @@ class ReplacementLayer(BaseTunerLayer):
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the copy."""
         return self._copies()[adapters[-1]](x, *args, **kwargs)
+
+    def weight_with(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Give the weight of the copy."""
+        return getattr(self._copies()[adapter], self.weight_name)
 
     def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """The weight is replaced like the other tensors, see `merged_tensors`."""

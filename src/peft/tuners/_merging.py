@@ -311,18 +311,31 @@ def _merge_weight(
     for layer in reversed(layers):  # where several layers are around one base layer, the innermost comes first
         around.setdefault((id(layer.get_base_layer()), layer.weight_name), []).append(layer)
     parts: dict[tuple, tuple[list, list]] = {}
+    anew = False
     for stack in reversed(around.values()):
         wanted = [(layer.source(name), name) for layer in stack for name in _wanted(layer, adapter_names)]
-        contributions = list(dict.fromkeys([*stack[0]._merge_state.contributions, *wanted]))
+        merged = stack[0]._merge_state.contributions
+        contributions = _from_inside(stack, dict.fromkeys([*merged, *wanted]))
+        anew |= contributions[: len(merged)] != merged  # something comes before what is merged already
         key = tuple((id(source), name) for source, name in contributions)
         parts.setdefault(key, (contributions, []))[1].extend(stack)
     apart = len(parts) > 1 or len(around) < holders
-    if apart:  # what was merged in place for all of them may now belong to some only
+    if apart or anew:  # what was merged in place for all of them may now belong to some only
         for layer in layers:
             unmerge_layer(layer)
     for contributions, sharing in parts.values():
         if contributions:
             _merge_sharing(sharing, contributions, apart, for_good)
+
+
+def _from_inside(stack: Sequence["BaseTunerLayer"], contributions: Iterable["Contribution"]) -> list["Contribution"]:
+    """Sort contributions by the place of their layer in a stack, of which the innermost layer comes first."""
+
+    def place(contribution: "Contribution") -> int:
+        source, name = contribution
+        return next((i for i, layer in enumerate(stack) if layer.source(name) is source), 0)
+
+    return sorted(contributions, key=place)
 
 
 def _holders(model: nn.Module) -> dict[int, int]:

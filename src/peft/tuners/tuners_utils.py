@@ -102,7 +102,7 @@ class BaseTuner(nn.Module, ABC):
 
     Args:
         model: the base model; it is changed in place.
-        peft_config: config, or adapter name -> config.
+        peft_config: config, or adapter name -> config; without any, nothing is injected yet.
         adapter_name: name of the adapter to inject now.
         low_cpu_mem_usage: make the adapter's tensors on the meta device, to be filled by loading a checkpoint.
         state_dict: adapter tensors; if given, the modules named by its keys are adapted.
@@ -148,7 +148,7 @@ class BaseTuner(nn.Module, ABC):
         self.targeted_parameter_names: list[str] = []
         # an earlier injection into the same model has left its configs on it
         present = model.__dict__.get("peft_config")
-        if present:
+        if present and new:
             warn(
                 f"the model holds adapters already ({', '.join(present)}); {', '.join(new)} is put beside them. Call "
                 "unload() first to start from the base model"
@@ -157,8 +157,9 @@ class BaseTuner(nn.Module, ABC):
         # model too, is left alone
         self.peft_config = {**(present or {}), **{name: copy.copy(config) for name, config in new.items()}}
         self.active_adapter: str | list[str] = adapter_name
-        self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
-        if present:
+        if new:
+            self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        if present and new:
             self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
         model.peft_config = self.peft_config
 
@@ -534,9 +535,11 @@ class BaseTuner(nn.Module, ABC):
 
     def _present_layer(self, module: nn.Module, parameter: str | None) -> BaseTunerLayer | None:
         """Find the layer that adapts a module, or a parameter of it, for other adapters already."""
-        if parameter is None:
-            return module if isinstance(module, self.tuner_layer_cls) else None
-        return next((layer for layer in stack_of(module) if layer.parameter_name == parameter), None)
+        if parameter is not None:
+            return next((layer for layer in stack_of(module) if layer.parameter_name == parameter), None)
+        # one method's layers may derive from another's, as AdaLoRA's do from LoRA's
+        kinds = tuple(self.layer_classes.values()) or self.tuner_layer_cls
+        return next((layer for layer in stack_of(module) if isinstance(layer, kinds)), None)
 
     def _mark_tied_bases(self, model: nn.Module) -> None:
         """Tell layers whose base weight other modules hold too, so that merging one of them alone leaves those be."""

@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "TrainableTokensWrapper",
             "_get_submodules",
             "_set_trainable",
+            "cast_mixed_precision_params",
             "get_pattern_key",
             "infer_device",
             "set_additional_trainable_modules",

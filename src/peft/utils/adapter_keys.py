@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """Which tensors of a model belong to an adapter, and under which keys they stand in a checkpoint."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -66,10 +66,11 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:
     base_name = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
     modules = sorted(adapter_modules(model), key=lambda item: item[0].removeprefix(base_name) in followers)
     prefixes = {id(module): f"{name}." if name else "" for name, module in modules}
+    saved_prefixes = _saved_prefixes(modules)
     keys = {}
     for _, module in modules:
         prefix = prefixes[id(module)]
-        saved_prefix = "" if getattr(module, "_keys_at_top", False) else prefix
+        saved_prefix = "" if getattr(module, "_keys_at_top", False) else saved_prefixes[id(module)]
         keys.update((saved_prefix + saved, Place(prefix + live)) for saved, live in module.adapter_keys(adapter_name))
     tuner = base_name.removesuffix("model.")
     for _, module in modules:
@@ -78,15 +79,39 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:
     for _, module in modules:
         for saved, live, transposed in module.adapter_aliases(adapter_name):
             owner = prefixes[id(module.source(adapter_name))]
-            keys[prefixes[id(module)] + saved] = Place(owner + live, transposed)
+            keys[saved_prefixes[id(module)] + saved] = Place(owner + live, transposed)
     return keys
+
+
+def _saved_prefixes(modules: Sequence[tuple[str, nn.Module]]) -> dict[int, str]:
+    """
+    Find what the keys of each adapter module start with in a checkpoint: a file knows of one method only.
+
+    So layers of other methods around a layer leave no trace. The wrappers for several parameters of a module do, since
+    nothing else tells their tensors apart.
+    """
+    by_name = dict(modules)
+    prefixes = {}
+    for name, module in modules:
+        outer, _, key = name.rpartition(".")
+        while key == "base_layer" and _adapts_whole_module(by_name.get(outer)) and _adapts_whole_module(module):
+            name = outer
+            outer, _, key = name.rpartition(".")
+        prefixes[id(module)] = f"{name}." if name else ""
+    return prefixes
+
+
+def _adapts_whole_module(module: nn.Module | None) -> bool:
+    return isinstance(module, BaseTunerLayer) and module.parameter_name is None
 
 
 def _saved_forms(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SavedForm]]:
     """Yield the key in a checkpoint, and the form, of the tensors that have one."""
-    for name, module in adapter_modules(model):
+    modules = list(adapter_modules(model))
+    prefixes = _saved_prefixes(modules)
+    for _, module in modules:
         if isinstance(module, BaseTunerLayer) and module.has_adapter(adapter_name):
-            prefix = f"{name}." if name else ""
+            prefix = prefixes[id(module)]
             for key, form in module.source(adapter_name).saved_forms(adapter_name).items():
                 yield prefix + key, form
 

@@ -48,6 +48,8 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
     "TrainableTokensWrapper",
+    "cast_mixed_precision_params",
+    "check_file_exists_on_hf_hub",
     "get_pattern_key",
     "infer_device",
     "match_target_against_key",
@@ -279,3 +281,52 @@ def infer_device() -> str:
 def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
     """Transpose a weight if it is stored as (in, out)."""
     return weight.T if fan_in_fan_out else weight
+
+
+def check_file_exists_on_hf_hub(repo_id: str, filename: str, **kwargs: Any) -> bool | None:
+    """
+    Say whether a repository on the hub has a file.
+
+    Args:
+        repo_id: id of the repository.
+        filename: name of the file.
+        kwargs: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only`; others have no effect.
+
+    Returns:
+        None if it cannot be known, because the hub is not there to ask and the file is not in the cache.
+    """
+    from huggingface_hub import file_exists, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    path = "/".join(part for part in (kwargs.get("subfolder"), filename) if part)
+    revision = kwargs.get("revision")
+    if isinstance(try_to_load_from_cache(repo_id, path, cache_dir=kwargs.get("cache_dir"), revision=revision), str):
+        return True
+    if HF_HUB_OFFLINE or kwargs.get("local_files_only"):
+        return None
+    try:
+        return file_exists(repo_id, path, revision=revision, token=kwargs.get("token"))
+    except Exception as error:  # the hub's client has dozens of classes for 'cannot be had'
+        warn(f"the hub could not be asked whether {repo_id} has {path}: {error}")
+        return None
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """
+    Bring parameters to the types for mixed precision: float32 for what is trained, another one for what is frozen.
+
+    Args:
+        model: any model.
+        dtype: type for frozen parameters, such as `torch.bfloat16`.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import LoraConfig, cast_mixed_precision_params, get_peft_model
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+        >>> cast_mixed_precision_params(model, torch.bfloat16)
+        >>> sorted({(parameter.requires_grad, str(parameter.dtype)) for parameter in model.parameters()})
+        [(False, 'torch.bfloat16'), (True, 'torch.float32')]
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""An adapter together with the base model that its config names."""
+
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+from .config import PeftConfig
+from .peft_model import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from .utils.constants import TOKENIZER_CONFIG_NAME
+from .utils.error import PeftError, PeftPathError, PeftValueError
+from .utils.other import check_file_exists_on_hf_hub
+
+
+# where the file of an adapter is; the base model is looked for elsewhere
+_PLACE_OF_ADAPTER = ("subfolder",)
+# how files are had from the hub, which goes for both
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+_ADAPTER_OPTIONS = (
+    "autocast_adapter_dtype",
+    "ephemeral_gpu_offload",
+    "ignore_mismatched_sizes",
+    "key_mapping",
+    "low_cpu_mem_usage",
+)
+
+
+class _InstantiatedError(PeftError, OSError):
+    """A class that only loads models was called."""
+
+
+def get_default_import_allowlist() -> list[str]:
+    """
+    List the libraries from which a config may have the class of its base model imported.
+
+    Example:
+
+        >>> from peft.auto import get_default_import_allowlist
+        >>> "transformers" in get_default_import_allowlist()
+        True
+    """
+    return ["diffusers", "lerobot", "megatron-core", "transformers"]
+
+
+def check_import_allowlist(allowlist: Sequence[str], parent_name: str) -> bool:
+    """
+    Say whether a module belongs to a library that may be imported.
+
+    Args:
+        allowlist: names of libraries or modules; what lies inside them belongs to them.
+        parent_name: full name of the module.
+
+    Example:
+
+        >>> from peft.auto import check_import_allowlist
+        >>> check_import_allowlist(["transformers"], "transformers.models.llama")
+        True
+        >>> check_import_allowlist(["transformers"], "transformers_of_somebody_else")
+        False
+    """
+    return any(parent_name == allowed or parent_name.startswith(f"{allowed}.") for allowed in allowlist)
+
+
+class _BaseAutoPeftModel:
+    _target_class: type | None = None
+    _target_peft_class: type[PeftModel] = PeftModel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        name = type(self).__name__
+        raise _InstantiatedError(f"{name} only loads models; call {name}.from_pretrained(folder of the adapter)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        import_allowlist: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """
+        Load an adapter and the base model that its config names.
+
+        If a tokenizer was saved with the adapter that has more tokens than the base model, the base model's
+        vocabulary is grown to it.
+
+        Args:
+            pretrained_model_name_or_path: folder of the adapter, or hub id.
+            adapter_name: name to give the adapter.
+            is_trainable: let it be trained; otherwise it is frozen and the model is in eval mode.
+            config: config to use instead of the one in the folder.
+            revision: revision of the adapter on the hub. That of the base model stands in the config.
+            import_allowlist: libraries from which the class of a base model without a task may be imported; those of
+                `get_default_import_allowlist` if left out.
+            kwargs: for the base model's `from_pretrained` (`dtype`, `device_map`, ...); `subfolder` of the adapter;
+                `token`, `cache_dir`, ... for the hub; `autocast_adapter_dtype`, `low_cpu_mem_usage`, `key_mapping`,
+                ... as in `PeftModel.from_pretrained`.
+
+        Returns:
+            A `PeftModel` of the class that belongs to the task.
+
+        Raises:
+            PeftValueError: if the adapter has another task, or does not say its base model; if the class of the base
+                model would be imported from a library that is not allowed.
+            PeftPathError: if there is no adapter.
+
+        Example:
+
+            >>> import tempfile
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+            >>> base, adapter = tempfile.mkdtemp(), tempfile.mkdtemp()
+            >>> GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16)).save_pretrained(base)
+            >>> config = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+            >>> get_peft_model(GPT2LMHeadModel.from_pretrained(base), config).save_pretrained(adapter)
+            >>> type(AutoPeftModelForCausalLM.from_pretrained(adapter)).__name__
+            'PeftModelForCausalLM'
+        """
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        place = {name: kwargs.pop(name) for name in _PLACE_OF_ADAPTER if name in kwargs}
+        if revision is not None:
+            place["revision"] = revision
+        options = {name: kwargs.pop(name) for name in _ADAPTER_OPTIONS if name in kwargs}
+        name = os.fspath(pretrained_model_name_or_path)
+        if config is None:
+            config = PeftConfig.from_pretrained(name, **place, **hub)
+        cls._check_task(config)
+        if config.base_model_name_or_path is None:
+            raise PeftPathError(
+                f"the config of {name!r} does not say its base model (base_model_name_or_path); load the base model "
+                "yourself, and use PeftModel.from_pretrained(base, adapter)"
+            )
+        target = cls._target_class or _class_from_mapping(config, import_allowlist)
+        base = target.from_pretrained(config.base_model_name_or_path, revision=config.revision or "main", **kwargs)
+        _grow_vocabulary(base, name, {**place, **hub}, bool(kwargs.get("trust_remote_code", False)))
+        return cls._target_peft_class.from_pretrained(
+            base, name, adapter_name, is_trainable, config=config, **options, **place, **hub
+        )
+
+    @classmethod
+    def _check_task(cls, config: PeftConfig) -> None:
+        """Refuse an adapter whose task is another one."""
+        if config.task_type is None:
+            return
+        expected = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
+        if cls._target_peft_class is not expected:
+            raise PeftValueError(
+                f"the adapter's task is {getattr(config.task_type, 'value', config.task_type)}; use "
+                f"Auto{expected.__name__} instead of {cls.__name__}"
+            )
+
+
+def _class_from_mapping(config: PeftConfig, import_allowlist: Sequence[str] | None) -> type:
+    """Find the class of a base model without a task, from a library that is allowed."""
+    mapping = config.auto_mapping or {}
+    library, class_name = mapping.get("parent_library"), mapping.get("base_model_class")
+    if not isinstance(library, str) or not isinstance(class_name, str):
+        raise PeftValueError(
+            "the adapter has neither a task nor a note on the class of its base model (auto_mapping); load the base "
+            "model yourself, and use PeftModel.from_pretrained(base, adapter)"
+        )
+    allowed = get_default_import_allowlist() if import_allowlist is None else import_allowlist
+    if not check_import_allowlist(allowed, library):
+        raise PeftValueError(
+            f"the adapter's config wants {class_name} imported from {library!r}, which is none of "
+            f"{', '.join(allowed)}. Importing runs code: if you trust it, pass import_allowlist=[{library!r}]"
+        )
+    found = getattr(importlib.import_module(library), class_name, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "from_pretrained")):
+        raise PeftValueError(f"{library}.{class_name} is no class of models that can be loaded")
+    return found
+
+
+def _grow_vocabulary(base: nn.Module, name: str, place: dict[str, Any], trust_remote_code: bool) -> None:
+    """Give a base model room for the tokens that a tokenizer has which was saved with the adapter."""
+    if not hasattr(base, "resize_token_embeddings") or not _has_tokenizer(name, place):
+        return
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **place)
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer))
+
+
+def _has_tokenizer(name: str, place: dict[str, Any]) -> bool:
+    if os.path.isdir(name):
+        return os.path.isfile(os.path.join(name, place.get("subfolder") or "", TOKENIZER_CONFIG_NAME))
+    return bool(check_file_exists_on_hf_hub(name, TOKENIZER_CONFIG_NAME, **place))
+
+
+class AutoPeftModel(_BaseAutoPeftModel):
+    """An adapter without a task, and its base model; see `from_pretrained`."""
+
+
+class AutoPeftModelForCausalLM(_BaseAutoPeftModel):
+    """An adapter for generating text, and its base model; see `from_pretrained`."""
+
+    _target_class = AutoModelForCausalLM
+    _target_peft_class = PeftModelForCausalLM
+
+
+class AutoPeftModelForSeq2SeqLM(_BaseAutoPeftModel):
+    """An adapter for generating text from text, and its base model; see `from_pretrained`."""
+
+    _target_class = AutoModelForSeq2SeqLM
+    _target_peft_class = PeftModelForSeq2SeqLM
+
+
+class AutoPeftModelForSequenceClassification(_BaseAutoPeftModel):
+    """An adapter for classifying texts, and its base model; see `from_pretrained`."""
+
+    _target_class = AutoModelForSequenceClassification
+    _target_peft_class = PeftModelForSequenceClassification
+
+
+class AutoPeftModelForTokenClassification(_BaseAutoPeftModel):
+    """An adapter for classifying tokens, and its base model; see `from_pretrained`."""
+
+    _target_class = AutoModelForTokenClassification
+    _target_peft_class = PeftModelForTokenClassification
+
+
+class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel):
+    """An adapter for finding answers in texts, and its base model; see `from_pretrained`."""
+
+    _target_class = AutoModelForQuestionAnswering
+    _target_peft_class = PeftModelForQuestionAnswering
+
+
+class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
+    """An adapter for a model that gives features, and its base model; see `from_pretrained`."""
+
+    _target_class = AutoModel
+    _target_peft_class = PeftModelForFeatureExtraction
