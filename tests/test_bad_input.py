@@ -192,7 +192,7 @@ def test_head_of_a_task_that_the_model_does_not_have() -> None:
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("name", ["WARP", "IA3"])
+@pytest.mark.parametrize("name", ["WARP", "ROAD"])
 def test_unknown_method_in_a_file(saved: Path, name: str, refuses: Refusal) -> None:
     change_config(saved, peft_type=name)
     refuses(saved, KeyError, repr(name), "LORA")
