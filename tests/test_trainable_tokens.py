@@ -11,7 +11,7 @@ from tied_models import TIED_MODELS, TiedModel, llama
 from torch import nn
 
 from peft import LoraConfig, PeftModel, PeftWarning, TrainableTokensConfig, get_peft_model
-from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.trainable_tokens.layer import AddColumns, TrainableTokensLayer
 from peft.utils import TrainableTokensWrapper
 from peft.utils.error import PeftError
 
@@ -328,6 +328,15 @@ def test_tokens_of_a_module_that_is_trained_in_full_are_left_out_with_one_warnin
     model, texts = wrap(llama(tie=False), lora(TOKENS, modules_to_save=["embed_tokens"]))
     assert len(texts) == 1 and "no effect" in texts[0] and "embed_tokens" in texts[0]
     assert deltas(model) == []
+
+
+def test_gradients_of_added_columns() -> None:
+    """Numerically, in float64; the function writes to its input, so it gets a copy."""
+    indices = torch.tensor([4, 1])
+    result, columns = torch.randn(2, 3, 6).double().requires_grad_(), torch.randn(2, 3, 2).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda r, c: AddColumns.apply(r.clone(), c, indices), (result, columns))
+    expected = result.index_add(-1, indices, columns)
+    torch.testing.assert_close(AddColumns.apply(result.clone(), columns, indices), expected)
 
 
 def test_layer_can_be_made_by_hand() -> None:

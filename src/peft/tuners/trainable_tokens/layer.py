@@ -133,9 +133,30 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
         # what is added, not what is put in their place: so the gradient of the logits need not be copied
         difference = rows - base.weight[indices].detach().to(rows.dtype)
         columns = F.linear(x.to(rows.dtype), difference).to(result.dtype)
-        if result.is_leaf and result.requires_grad:
+        if torch.compiler.is_compiling() or (result.is_leaf and result.requires_grad):
             return result.index_add(-1, indices, columns)
-        return result.index_add_(-1, indices, columns)
+        return AddColumns.apply(result, columns, indices)
+
+
+class AddColumns(torch.autograd.Function):
+    """
+    Add to some columns of a tensor that nobody else looks at, in its own memory.
+
+    An in-place operation would do, were it not that the output of a linear layer is a view to autograd, for which the
+    gradient would be copied twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, result: torch.Tensor, columns: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Add `columns` (..., n) to the columns `indices` (n,) of `result` (..., width)."""
+        ctx.save_for_backward(indices)
+        return result.detach().index_add_(-1, indices, columns)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Pass the gradient on, and pick its columns."""
+        (indices,) = ctx.saved_tensors
+        return gradient, gradient.index_select(-1, indices), None
 
 
 def check_token_indices(layer: nn.Module, name: str, indices: Sequence[int]) -> None:
