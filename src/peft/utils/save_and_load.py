@@ -7,6 +7,7 @@ Every adapter module says which of its tensors belong to an adapter, and under w
 (see `adapter_keys.py`). Saving reads that table from right to left, loading from left to right.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -322,7 +323,20 @@ def write_peft_weights(
         kept.update((alias, place.read(kept[place.key]).detach().clone()) for alias, place in aliases.items())
     whole = {key: tensor.detach().contiguous() for key, tensor in kept.items()}
     header.update(hashes_to_header(whole))
-    write_atomically(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), lambda path: save_file(whole, path, header))
+    write_atomically(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), lambda path: _save_sorted(whole, path, header))
+
+
+def _save_sorted(tensors: dict[str, torch.Tensor], path: str, metadata: dict[str, str]) -> None:
+    """Write safetensors with the metadata in alphabetical order, so that equal adapters give equal files."""
+    save_file(tensors, path, metadata)
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # the order has no influence on the length; only another way of escaping could have
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def load_peft_weights(
