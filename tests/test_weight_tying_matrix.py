@@ -399,7 +399,7 @@ def merge_twice(patch: pytest.MonkeyPatch) -> None:
                         layer.source(name).merge_weight_(name, layer.get_base_weight())
             layer._merge_state.contributions.extend((layer.source(n), n) for n in layer.active_adapters)
 
-    patch.setattr(_merging, "_merge_weight", merge_each)
+    patch.setattr(_merging, "merge_weight", merge_each)
 
 
 def merge_into_copies(patch: pytest.MonkeyPatch) -> None:

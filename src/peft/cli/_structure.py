@@ -8,7 +8,6 @@ merged with the arithmetic taken out, which shows what the merged model holds un
 everything that merging would refuse. What is left to do is arithmetic, for one base weight after the other.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from torch import nn
 
 from ..peft_model import PeftModel
 from ..tuners._layer import BaseTunerLayer
-from ..tuners._merging import _holders, _merge_weight
+from ..tuners._merging import layers_by_weight, merge_weight
 from ..tuners._surgery import adapter_modules, bare_modules, base_modules
 from ..utils.error import PeftNotImplementedError
+from ..utils.tying_report import copy_without_storage
 
 
 Holder = tuple[dict[str, torch.Tensor | None], str]
@@ -76,7 +76,7 @@ class Structure:
             self._names.setdefault(id(tensor), []).append(name)
         _refuse_missing(model, {id(tensor) for tensor in self.base.values()})
         self.units = {name: unit for unit in self._find_units() for name in unit.names}
-        copied, originals = _copy_without_storage(model)
+        copied, originals = copy_without_storage(model)
         for layer in _layers(copied):
             _leave_out_arithmetic(layer)
         merged = copied.merge_and_unload()
@@ -94,19 +94,14 @@ class Structure:
 
     def _find_units(self) -> Iterator[Unit]:
         base = self.model.get_base_model()
-        holders = _holders(base)
-        by_weight: dict[int, list[BaseTunerLayer]] = {}
-        for layer in _layers(base):
-            weight = layer.get_base_weight()
-            by_weight.setdefault(id(layer.get_base_layer() if weight is None else weight), []).append(layer)
-        for key, layers in by_weight.items():
+        for layers, holders in layers_by_weight(base, _layers(base)):
             tensors = [
                 tensor
                 for layer in layers
                 for tensor in (*layer.get_base_layer().parameters(), *layer.get_base_layer().buffers())
             ]
             names = dict.fromkeys(name for tensor in tensors for name in self._names.get(id(tensor), ()))
-            yield Unit(layers, holders.get(key, 1), tuple(names))
+            yield Unit(layers, holders, tuple(names))
 
     @torch.no_grad()
     def compute(self, unit: Unit, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -122,7 +117,7 @@ class Structure:
             Name -> merged tensor, for all names of the unit.
         """
         with self._filled(unit, values):
-            _merge_weight(unit.layers, None, unit.holders, for_good=True)
+            merge_weight(unit.layers, None, unit.holders, for_good=True)
             return {name: held[key].detach() for name, (held, key) in self._of(unit).items()}
 
     def _of(self, unit: Unit) -> dict[str, Holder]:
@@ -162,18 +157,6 @@ def _refuse_missing(model: PeftModel, base: set[int]) -> None:
             f"{len(missing)} tensors of the adapter do not stand in its file, the first is {missing[0]!r}; merge it "
             "in memory, with PeftModel.from_pretrained(...).merge_and_unload(), and save the result"
         )
-
-
-def _copy_without_storage(model: nn.Module) -> tuple[nn.Module, dict[int, torch.Tensor]]:
-    """Copy a model, ties and all, to the meta device; also give what each new tensor stands for."""
-    instead: dict[int, torch.Tensor] = {}
-    originals: dict[int, torch.Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        instead[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-        originals[id(instead[id(tensor)])] = tensor
-    return copy.deepcopy(model, instead), originals
 
 
 def _leave_out_arithmetic(layer: BaseTunerLayer) -> None:

@@ -294,16 +294,30 @@ def merge_layers(
             layer.check_mergeable(name)
     if safe_merge:
         check_merge_is_finite(layers, adapter_names)
+    for sharing, holders in tqdm(layers_by_weight(model, layers), desc="merging", disable=not progressbar):
+        merge_weight(sharing, adapter_names, holders, for_good)
+
+
+def layers_by_weight(model: nn.Module, layers: Iterable["BaseTunerLayer"]) -> list[tuple[list["BaseTunerLayer"], int]]:
+    """
+    Put layers together that use one base weight.
+
+    Args:
+        model: the model that they are in.
+        layers: adapter layers.
+
+    Returns:
+        For each weight its layers, and the number of modules that hold it, adapted or not.
+    """
     holders = _holders(model)
     by_weight: dict[int, list[BaseTunerLayer]] = {}
     for layer in layers:
         weight = layer.get_base_weight()
         by_weight.setdefault(id(layer.get_base_layer() if weight is None else weight), []).append(layer)
-    for weight_id, sharing in tqdm(by_weight.items(), desc="merging", disable=not progressbar):
-        _merge_weight(sharing, adapter_names, holders.get(weight_id, 1), for_good)
+    return [(sharing, holders.get(key, 1)) for key, sharing in by_weight.items()]
 
 
-def _merge_weight(
+def merge_weight(
     layers: list["BaseTunerLayer"], adapter_names: Sequence[str] | None, holders: int, for_good: bool
 ) -> None:
     """Merge into one weight: in place if all its holders are adapted alike, into copies if they are not."""

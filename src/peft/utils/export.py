@@ -22,7 +22,7 @@ from torch import nn
 from ..tuners._surgery import adapter_modules
 from .error import PeftNotImplementedError, PeftRuntimeError, PeftValueError
 from .files import write_atomically
-from .tying import _configs_that_tie, aliases_to_header, find_tied_groups, split_aliases
+from .tying import aliases_to_header, configs_that_tie, find_tied_groups, split_aliases
 from .tying_report import weight_tying_report
 
 
@@ -243,7 +243,7 @@ def _refuse_contradiction(model: nn.Module) -> None:
             "tie_word_embeddings=False in the model's config to keep both, or call tie_weights() to keep the first"
         )
     groups = find_tied_groups(model)
-    if groups and not any(_configs_that_tie(module) for module in model.modules()):
+    if groups and not any(configs_that_tie(module) for module in model.modules()):
         raise PeftValueError(
             f"{' and '.join(map(repr, groups[0].members))} are one tensor, but the config says "
             "tie_word_embeddings=False, so a reader would find only one of them and draw the others at random; set it "

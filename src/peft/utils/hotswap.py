@@ -19,7 +19,7 @@ from ..tuners.lora.layer import LoraLayer, ParamWrapper
 from .adapter_keys import adapter_key_map, read_forms
 from .error import PeftRuntimeError, PeftValueError
 from .peft_types import PeftType
-from .save_and_load import _live_tensors, _one_value_per_tensor, _refuse_not_finite, load_peft_weights
+from .save_and_load import live_tensors, load_peft_weights, one_value_per_tensor, refuse_not_finite
 from .warning import warn
 
 
@@ -312,13 +312,13 @@ def _values(
             "nothing was changed. The first adapter of a model that is to be swapped must have all targets of those "
             "to come"
         )
-    _refuse_not_finite(content)
-    held = _live_tensors(model, {place.key for place in places.values()})
+    refuse_not_finite(content)
+    held = live_tensors(model, {place.key for place in places.values()})
     first: dict[int, str] = {}  # tied modules hold one tensor under several keys
     for place in places.values():
         first.setdefault(id(held[place.key]), place.key)
     found = {saved: content[saved] for saved in places if saved in content}
-    values = _one_value_per_tensor(found, places, held)
+    values = one_value_per_tensor(found, places, held)
     return {first[id(held[key])]: value for key, value in values.items()}, {key: held[key] for key in first.values()}
 
 

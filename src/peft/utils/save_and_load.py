@@ -170,19 +170,19 @@ def set_peft_model_state_dict(
     keys.update(bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
     for saved, place in embedding_key_map(model).items():
         keys.setdefault(saved, place)
-    tensors = _live_tensors(model, {place.key for place in keys.values()})
+    tensors = live_tensors(model, {place.key for place in keys.values()})
     content = read_forms(model, adapter_name, peft_model_state_dict)
     found = {saved: content[saved] for saved in keys if saved in content}
     unexpected = [key for key in content if key not in keys]
     if peft_model_state_dict and not own & set(found):
         raise PeftRuntimeError(_explain_no_key(adapter_name, list(peft_model_state_dict), list(keys)))
-    _refuse_not_finite(found)
+    refuse_not_finite(found)
     expected = {saved: keys[saved].read(tensors[keys[saved].key]).shape for saved in found}
     mismatched = {saved: value.shape for saved, value in found.items() if value.shape != expected[saved]}
     if mismatched:
         _report_mismatch(mismatched, expected, ignore_mismatched_sizes)
     found = {saved: value for saved, value in found.items() if saved not in mismatched}
-    values = _one_value_per_tensor(found, keys, tensors)
+    values = one_value_per_tensor(found, keys, tensors)
     # a tensor that several modules share is loaded under all its names, whichever of them stand in the checkpoint
     filled = {id(tensors[key]) for key in values}
     missing = [key for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in filled]
@@ -190,7 +190,7 @@ def set_peft_model_state_dict(
     return _IncompatibleKeys(missing_keys=missing, unexpected_keys=unexpected)
 
 
-def _live_tensors(model: nn.Module, keys: set[str]) -> dict[str, torch.Tensor]:
+def live_tensors(model: nn.Module, keys: set[str]) -> dict[str, torch.Tensor]:
     """Find parameters and buffers by their key in the state dict."""
     tensors = {}
     for key in keys:
@@ -200,7 +200,7 @@ def _live_tensors(model: nn.Module, keys: set[str]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _one_value_per_tensor(
+def one_value_per_tensor(
     found: Mapping[str, torch.Tensor], keys: Mapping[str, Place], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """
@@ -236,7 +236,7 @@ def _explain_no_key(adapter_name: str, found: list[str], expected: list[str]) ->
     )
 
 
-def _refuse_not_finite(found: Mapping[str, torch.Tensor]) -> None:
+def refuse_not_finite(found: Mapping[str, torch.Tensor]) -> None:
     broken = [key for key, value in found.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if broken:
         raise PeftValueError(

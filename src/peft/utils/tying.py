@@ -177,7 +177,7 @@ def find_reached_ties(model: nn.Module, config: PeftConfig, groups: Iterable[Tie
     token_modules = find_token_modules(model, getattr(config, "trainable_token_indices", None))
     reached = []
     for group in groups:
-        saved = {m: name for m in group.members if (name := _containing(saved_modules, module_of(m))) is not None}
+        saved = {m: name for m in group.members if (name := containing(saved_modules, module_of(m))) is not None}
         targeted = tuple(
             member
             for member in group.members
@@ -244,7 +244,7 @@ def _names_matching(model: nn.Module, entries: Collection[str]) -> list[str]:
     return [name for name, _ in bare_modules(model) if name and matching_entry(wanted, name) is not None]
 
 
-def _containing(modules: Iterable[str], name: str) -> str | None:
+def containing(modules: Iterable[str], name: str) -> str | None:
     """Find the module that is, or contains, the module of that name."""
     return next((module for module in modules if name == module or name.startswith(f"{module}.")), None)
 
@@ -310,7 +310,7 @@ def _wrappable_modules(tie: ReachedTie) -> list[str]:
     """
     group = tie.group
     modules = {member: tie.saved.get(member, module_of(member)) for member in group.members}
-    containers = [member for member, module in modules.items() if _contains_one_of(module, modules.values())]
+    containers = [member for member, module in modules.items() if contains_one_of(module, modules.values())]
     if containers and group.parameter.dim() >= 2:
         raise PeftValueError(_explain_not_wrappable(containers[0], group))
     return list(dict.fromkeys(module for member, module in modules.items() if member not in containers))
@@ -339,7 +339,7 @@ def refuse_two_routes(reached: Iterable[ReachedTie]) -> None:
             )
 
 
-def _contains_one_of(module: str, others: Iterable[str]) -> bool:
+def contains_one_of(module: str, others: Iterable[str]) -> bool:
     prefix = f"{module}." if module else ""
     return any(other != module and other.startswith(prefix) for other in others)
 
@@ -479,7 +479,7 @@ def settle_ties(model: nn.Module, groups: Iterable[TiedGroup], kept: Collection[
         trained = {id(p): p for p in present if p is not group.parameter}
         if len({id(p) for p in present}) == 1:
             continue
-        if len(trained) == 1 and any(_containing(kept, module_of(member)) for member in group.members):
+        if len(trained) == 1 and any(containing(kept, module_of(member)) for member in group.members):
             (parameter,) = trained.values()
             for member in group.members:
                 _set_parameter(model, member, parameter)
@@ -501,7 +501,7 @@ def _set_parameter(model: nn.Module, member: str, parameter: nn.Parameter) -> No
 
 def _declare_untied(model: nn.Module, apart: Iterable[TiedGroup]) -> None:
     """Make a model whose members were adapted apart survive saving and loading with transformers."""
-    configs = [config for module in model.modules() for config in _configs_that_tie(module)]
+    configs = [config for module in model.modules() for config in configs_that_tie(module)]
     for config in configs:
         config.tie_word_embeddings = False
     if configs:
@@ -518,7 +518,7 @@ def _declare_untied(model: nn.Module, apart: Iterable[TiedGroup]) -> None:
     )
 
 
-def _configs_that_tie(module: nn.Module) -> list[Any]:
+def configs_that_tie(module: nn.Module) -> list[Any]:
     """Give the configs of a module, nested ones too, that say that embeddings are tied."""
     config = getattr(module, "config", None)
     text = getattr(config, "text_config", None)

@@ -12,7 +12,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..tuners._layer import BaseTunerLayer
 from ..tuners._surgery import adapter_modules
-from .tying import TiedGroup, _containing, _contains_one_of, declared_but_untied, find_tied_groups, module_of
+from .tying import TiedGroup, containing, contains_one_of, declared_but_untied, find_tied_groups, module_of
 
 
 @dataclass(frozen=True)
@@ -158,12 +158,27 @@ def without_storage(model: nn.Module) -> nn.Module:
     Args:
         model: any model.
     """
+    return copy_without_storage(model)[0]
+
+
+def copy_without_storage(model: nn.Module) -> tuple[nn.Module, dict[int, torch.Tensor]]:
+    """
+    Do what `without_storage` does, and say what each tensor of the copy stands for.
+
+    Args:
+        model: any model.
+
+    Returns:
+        The copy; id of one of its tensors -> tensor of the model.
+    """
     instead: dict[int, torch.Tensor] = {}
-    for parameter in model.parameters():
-        instead[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    for buffer in model.buffers():
-        instead[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, instead)
+    originals: dict[int, torch.Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        instead[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        originals[id(instead[id(tensor)])] = tensor
+    return copy.deepcopy(model, instead), originals
 
 
 def _row(members: tuple[str, ...], adapter: str | None, route: str, present: list[torch.Tensor]) -> TyingRow:
@@ -178,9 +193,9 @@ def _in_place_of(base: nn.Module, group: TiedGroup, adapter: str) -> list[nn.Par
     present = []
     for member in group.members:
         module = module_of(member)
-        if _contains_one_of(module, wrappers):  # stands there for the sake of its name; see _wrappable_modules
+        if contains_one_of(module, wrappers):  # stands there for the sake of its name; see _wrappable_modules
             continue
-        wrapper = wrappers.get(_containing(wrappers, module))
+        wrapper = wrappers.get(containing(wrappers, module))
         if wrapper is None or adapter not in wrapper.modules_to_save:
             present.append(group.parameter)
         else:
