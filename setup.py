@@ -18,12 +18,16 @@ def read_version() -> str:
 
 
 EXPORT = ["gguf", "onnx", "onnxruntime", "onnxscript"]
+QUANTIZATION = ["bitsandbytes", "hqq", "torchao"]  # those that a CPU can run
+CLIENTS = ["datasets", "diffusers", "sentence-transformers", "trl"]
+TEST = ["hypothesis", "matplotlib", "pytest", "pytest-xdist", "scikit-learn", "setuptools>=70.1"]
 EXTRAS = {
     "export": EXPORT,
+    "quantization": QUANTIZATION,
     "quality": ["ruff"],
-    "test": ["hypothesis", "matplotlib", "pytest", "pytest-xdist", "setuptools>=70.1", *EXPORT],
+    "test": [*TEST, *EXPORT, *QUANTIZATION, *CLIENTS],
     # The model of the demo comes from two more packages, which the Makefile installs without their dependencies.
-    "demo": ["matplotlib"],
+    "demo": ["matplotlib", "scikit-learn"],
 }
 
 setup(
