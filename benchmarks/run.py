@@ -3,13 +3,15 @@
 """
 Compare this package with the released one, side by side.
 
-    python benchmarks/run.py [--only REGEX] [--rounds N] [--released PYTHON] [--json FILE] [--plot FILE] [--list]
+    python benchmarks/run.py [--only REGEX] [--rounds N] [--device DEVICE] [--released PYTHON]
+                             [--json FILE] [--plot FILE] [--list]
 
 Both are measured in turn, each in a process of its own with one thread; README.md beside this file says more.
 """
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -28,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare this package with the released one, side by side.")
     parser.add_argument("--only", metavar="REGEX", default="", help="run the cases whose names match")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds of every case, instead of its own number")
+    parser.add_argument("--device", default="cpu", help="where tensors are, such as cuda (default: cpu)")
     parser.add_argument(
         "--released",
         type=Path,
@@ -65,6 +68,7 @@ def main() -> int:
         return 0
     start = time.perf_counter()
     pythons = {OURS: Path(sys.executable), RELEASED: arguments.released or released_python()}
+    os.environ["PEFT_BENCHMARK_DEVICE"] = arguments.device
     before = machine()
     with Workers(pythons) as workers:
         versions = {package: workers.of(package).versions for package in pythons}

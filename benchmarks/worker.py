@@ -53,6 +53,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    torch.set_default_device(os.environ["PEFT_BENCHMARK_DEVICE"])
     torch.manual_seed(0)
     print(json.dumps(versions()), file=answers)
     running: dict[str, Iterator[dict[str, float]]] = {}

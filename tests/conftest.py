@@ -19,6 +19,11 @@ pytest.register_assert_rewrite("helpers")
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
+# Where models and inputs are made unless a test says otherwise, as in `PEFT_TEST_DEVICE=cuda pytest tests/test_methods.py`.
+if "PEFT_TEST_DEVICE" in os.environ:
+    torch.set_default_device(os.environ["PEFT_TEST_DEVICE"])
+    torch.backends.cudnn.allow_tf32 = False
+
 # The models are tiny: more threads cost more than they bring, and fight with the other worker.
 torch.set_num_threads(1)
 

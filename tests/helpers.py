@@ -36,7 +36,7 @@ VOCABULARY, WIDTH, LAYERS = 32, 16, 2
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
     """Draw the same random numbers inside, and leave those outside alone."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
@@ -210,16 +210,16 @@ def differs(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def assert_equal(a: torch.Tensor, b: torch.Tensor) -> None:
     """Fail if two tensors differ at all, with the largest difference."""
-    torch.testing.assert_close(a, b, atol=0.0, rtol=0.0)
+    torch.testing.assert_close(a, b, check_device=False, atol=0.0, rtol=0.0)
 
 
 def assert_close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-5) -> None:
     """Fail with the largest difference."""
-    torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
+    torch.testing.assert_close(a, b, check_device=False, atol=atol, rtol=1e-4)
 
 
 def _fingerprint(tensor: torch.Tensor) -> tuple:
-    content = None if tensor.is_meta else hashlib.sha1(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    content = None if tensor.is_meta else hashlib.sha1(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy())
     return id(tensor), tensor.requires_grad, tensor.shape, tensor.dtype, content and content.hexdigest()
 
 

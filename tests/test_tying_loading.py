@@ -44,7 +44,7 @@ def adapted(tied: TiedModel, route: str, ensure: bool = True, base: nn.Module | 
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1)
+                parameter.add_(torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter) * 0.1)
     return model
 
 
