@@ -7,13 +7,25 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..utils.quantization_utils import resolve_quantization_backend
+
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def is_quantized_linear(layer: nn.Module) -> bool:
+    """Say whether a layer is linear and quantised, be it of a class of torch or not."""
+    return not isinstance(layer, (nn.Embedding, *CONVOLUTIONS)) and resolve_quantization_backend(layer) is not None
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Say whether a layer is linear, quantised or not."""
+    return isinstance(layer, (nn.Linear, Conv1D)) or is_quantized_linear(layer)
+
+
 def can_use_weight(layer: nn.Module) -> bool:
     """Say whether `apply_weight` can compute this kind of layer."""
-    return isinstance(layer, (nn.Linear, nn.Embedding, Conv1D, *CONVOLUTIONS))
+    return is_linear(layer) or isinstance(layer, (nn.Embedding, *CONVOLUTIONS))
 
 
 def stores_weight_transposed(layer: nn.Module) -> bool:
@@ -47,6 +59,9 @@ def features(layer: nn.Module) -> tuple[int | None, int | None]:
         return shape[0], shape[1]
     if isinstance(layer, CONVOLUTIONS):
         return layer.in_channels, layer.out_channels
+    backend = resolve_quantization_backend(layer)
+    if backend is not None:
+        return backend.features(layer)
     return getattr(layer, "in_features", None), getattr(layer, "out_features", None)
 
 
@@ -120,7 +135,7 @@ def along_axis(layer: nn.Module, values: torch.Tensor, axis: int) -> torch.Tenso
         values: (features,)
         axis: axis of the weight that counts these features.
     """
-    shape = [1] * layer.weight.dim()
+    shape = [1] * (2 + len(getattr(layer, "kernel_size", ())))
     groups = getattr(layer, "groups", 1)
     if axis == 1 and groups > 1:
         shape[0] = layer.weight.shape[0]

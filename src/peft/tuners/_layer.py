@@ -17,11 +17,12 @@ from torch import nn
 
 from ..utils.error import PeftNotImplementedError
 from ..utils.offload import computing_device
+from ..utils.quantization_utils import QuantizationBackend, quantization_extra_repr, resolve_quantization_backend
 from ..utils.warning import warn
 from ._adapter_module import AdapterModule
 from ._buffer_dict import BufferDict
 from ._kinds import along_axis, along_features, apply_weight, feature_axis, features
-from ._merging import MergeState, check_adapters_to_merge, merge_layer, unmerge_layer
+from ._merging import MergeState, check_adapters_to_merge, merge_layer, original_weights, unmerge_layer
 from ._new_tensors import copy_module, new_parameter
 
 
@@ -51,6 +52,7 @@ class BaseTunerLayer(AdapterModule, ABC):
         parameter_name: the same for layers that adapt a named parameter, whatever their base layer does with it.
         supports_mixed_batch: whether each sample of a batch can have an adapter of its own.
         base_layer: the wrapped layer.
+        quantization_backend: what the base layer's weight is quantised by; None if it is not.
     """
 
     _base_names = ("base_layer",)
@@ -60,7 +62,7 @@ class BaseTunerLayer(AdapterModule, ABC):
     weight_name: str = "weight"
     parameter_name: str | None = None
     supports_mixed_batch: bool = True
-    quantization_backend: str | None = None
+    quantization_backend: QuantizationBackend | None = None
 
     _owners: dict[str, "BaseTunerLayer"]
     _trainable_adapters: set[str]
@@ -91,7 +93,13 @@ class BaseTunerLayer(AdapterModule, ABC):
     def _wrap(self, base_layer: nn.Module) -> None:
         """Take the base layer in; to be called once, after `nn.Module.__init__`."""
         self._modules["base_layer"] = base_layer
-        in_features, out_features = features(self.get_base_layer())
+        base = self.get_base_layer()
+        in_features, out_features = features(base)
+        backend = resolve_quantization_backend(base)
+        if backend is not None:
+            self.__dict__["quantization_backend"] = backend
+            if self.weight_name == "weight":
+                self.__dict__["weight_name"] = backend.stored_name
         # nn.Module looks at every attribute that is set, which is slow for models with thousands of layers
         self.__dict__.update(
             in_features=in_features,
@@ -124,9 +132,14 @@ class BaseTunerLayer(AdapterModule, ABC):
             layer = layer._modules["base_layer"]
         return layer
 
-    def get_base_weight(self) -> torch.Tensor:
-        """Give the weight of the base layer that is adapted; None for normalisation layers without one."""
+    def stored_weight(self) -> torch.Tensor:
+        """Give the tensor that holds the base layer's weight, quantised or not; None for layers without one."""
         return getattr(self.get_base_layer(), self.weight_name, None)
+
+    def get_base_weight(self) -> torch.Tensor:
+        """Give the weight of the base layer that is adapted; if it is quantised, as a dense matrix of its own."""
+        backend = self.quantization_backend
+        return self.stored_weight() if backend is None else backend.get_base_weight(self.get_base_layer())
 
     def inner_weight(self) -> torch.Tensor:
         """Give the weight that this layer's adapters meet: the base weight as adapter layers inside leave it."""
@@ -145,18 +158,32 @@ class BaseTunerLayer(AdapterModule, ABC):
         return weight
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
-        """Replace the values of the base weight; the parameter object stays, and with it every tie."""
-        self.get_base_weight().data = weight_data
+        """
+        Replace the values of the base weight; the parameter object stays, and with it every tie.
+
+        A quantised weight is quantised anew and replaced.
+
+        Args:
+            weight_data: of the shape that `get_base_weight` gives.
+        """
+        if self.quantization_backend is None:
+            self.stored_weight().data = weight_data
+        else:
+            self.quantization_backend.set_base_weight(self, weight_data)
 
     @property
     def weight(self) -> torch.Tensor:
-        """Weight of the base layer."""
-        return self.get_base_weight()
+        """Weight of the base layer, as it is stored."""
+        return self.stored_weight()
 
     @property
     def bias(self) -> torch.Tensor | None:
         """Bias of the base layer, None for layers without one."""
         return getattr(self.get_base_layer(), "bias", None)
+
+    def extra_repr(self) -> str:
+        """Say how the base layer is quantised, if it is."""
+        return quantization_extra_repr(self)
 
     # ----------------------------------------------------------------------------------------- adapters and tensors
     def update_layer(
@@ -273,7 +300,7 @@ class BaseTunerLayer(AdapterModule, ABC):
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """Make an uninitialised parameter for an adapter, where and in the type that the base weight calls for."""
-        weight = self.get_base_weight()
+        weight = self.stored_weight()
         return new_parameter(weight, *shape, device=computing_device(self.get_base_layer(), weight))
 
     def fill_missing(self, adapter_name: str, config: Any) -> None:
@@ -289,7 +316,7 @@ class BaseTunerLayer(AdapterModule, ABC):
                 self._owners[adapter_name].fill_missing(adapter_name, config)
                 self.follow(adapter_name, self._owners[adapter_name])
             return
-        device = computing_device(self.get_base_layer(), self.get_base_weight())
+        device = computing_device(self.get_base_layer(), self.stored_weight())
         loaded = []
         for _, container in self._containers():
             if adapter_name not in container:
@@ -487,11 +514,8 @@ class BaseTunerLayer(AdapterModule, ABC):
 
     def weight_before_merge(self) -> torch.Tensor:
         """Give the base weight without what is merged, where a copy of it was kept; else as it is."""
-        base = self.get_base_layer()
-        for original in self._merge_state.originals:
-            if original.module is base and original.name == self.weight_name:
-                return original.tensor
-        return self.get_base_weight()
+        with original_weights([self]):
+            return self.get_base_weight()
 
     @abstractmethod
     def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
@@ -636,10 +660,14 @@ class WeightLayer(BaseTunerLayer):
         weight = inner = self.inner_weight()
         for adapter in adapters:
             weight = self.source(adapter).forward_weight(adapter, weight)
+        bias, dtype = getattr(layer, "bias", None), self.stored_weight().dtype
+        if self.quantization_backend is not None:  # the layer would bring inputs and bias to a type of its own
+            dtype = x.dtype if x.is_floating_point() else weight.dtype
+            bias = None if bias is None else bias.to(dtype)
         if self.base_layer is not layer:  # adapter layers inside may change more than the weight
-            change = apply_weight(layer, x, (weight - inner).to(layer.weight.dtype))
+            change = apply_weight(layer, x, (weight - inner).to(dtype))
             return self.base_layer(x, *args, **kwargs) + change
-        return apply_weight(layer, x, weight.to(layer.weight.dtype), getattr(layer, "bias", None))
+        return apply_weight(layer, x, weight.to(dtype), bias)
 
     def _meets_input_alike(self, adapter: str) -> bool:
         """Say whether an adapter does to the input of this layer what it does to that of its owner."""

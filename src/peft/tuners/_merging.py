@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..utils.error import PeftTypeError, PeftValueError
+from ..utils.error import PeftRuntimeError, PeftTypeError, PeftValueError
 from ..utils.offload import refuse_merge_into_offloaded
 from ..utils.warning import warn
 from ._surgery import adapter_modules, base_modules
@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Original:
-    """A tensor of the base model in whose place a module holds another one while something is merged."""
+    """
+    A tensor of the base model in whose place a module holds another one while something is merged.
+
+    Quantised layers also have attributes that go with the tensor.
+    """
 
     module: nn.Module
     name: str
@@ -73,7 +77,8 @@ class MergeState:
 
 
 def _holder(module: nn.Module, name: str) -> dict[str, torch.Tensor | None]:
-    return module._parameters if name in module._parameters else module._buffers
+    holders = (module._parameters, module._buffers, module.__dict__)
+    return next(held for held in holders if name in held)
 
 
 def check_adapters_to_merge(module: "BaseTunerLayer", adapter_names: Sequence[str] | None = None) -> list[str]:
@@ -133,12 +138,40 @@ def merge_layer(layer: "BaseTunerLayer", adapter_names: Sequence[str] | None, sa
         PeftValueError: if `safe_merge` finds entries that are not finite; the layer stays as it was.
     """
     names = _wanted(layer, adapter_names)
-    for name in names:
-        refuse_merge_into_offloaded(layer.get_base_layer())
-        layer.check_mergeable(name)
+    _check_mergeable([layer], names)
     if safe_merge:
         check_merge_is_finite([layer], names)
     _merge_sharing([layer], [(layer.source(name), name) for name in names], apart=layer.base_is_tied)
+
+
+def _check_mergeable(layers: Iterable["BaseTunerLayer"], adapter_names: Sequence[str] | None) -> None:
+    """Refuse what cannot be merged, before anything is changed, and warn of weights that are rounded by it."""
+    quantised: dict[str, None] = {}
+    for layer in layers:
+        base, backend = layer.get_base_layer(), layer.quantization_backend
+        for name in _wanted(layer, adapter_names):
+            refuse_merge_into_offloaded(base)
+            _refuse_without_storage(layer, name)
+            layer.check_mergeable(name)
+            if backend is not None:
+                backend.check_mergeable(base)
+                quantised[backend.name] = None
+    if quantised:
+        warn(
+            f"merging into weights that are quantised ({', '.join(quantised)}) rounds them anew, so outputs differ a "
+            "little from those of the adapter beside the weights; unmerging brings the weights back as they were"
+        )
+
+
+def _refuse_without_storage(layer: "BaseTunerLayer", name: str) -> None:
+    """Refuse adapters that were made on the meta device and got no values yet."""
+    stored = layer.stored_weight()
+    parameters = layer.source(name).adapter_parameters(name)
+    if stored is not None and not stored.is_meta and any(parameter.is_meta for parameter in parameters):
+        raise PeftRuntimeError(
+            f"adapter {name!r} is on the meta device and has no content; an adapter that was made with "
+            "low_cpu_mem_usage=True has to be loaded before it can be merged"
+        )
 
 
 @torch.no_grad()
@@ -159,9 +192,12 @@ def _merge_sharing(
     if not new:
         return
     everything = [*state.contributions, *new]
-    needs_original = not all(source.can_unmerge(name) for source, name in everything)
-    copied = apart or (needs_original and not for_good)
-    if state.contributions and (copied or needs_original) and not state.replaces(layers[0].weight_name):
+    backend = layers[0].quantization_backend
+    needs_original = backend is not None or not all(source.can_unmerge(name) for source, name in everything)
+    copied = backend is None and (apart or (needs_original and not for_good))
+    # what is rounded each time that it is changed is merged anew, from the original
+    not_replaced = backend is not None or not state.replaces(layers[0].weight_name)
+    if state.contributions and (copied or needs_original) and not_replaced:
         unmerge_layer(layers[0])
         new = everything
     if not layers[0]._merge_state.contributions:
@@ -171,10 +207,13 @@ def _merge_sharing(
     state = layers[0]._merge_state
     for source, name in new:
         source.prepare_merge(name)
+    weight = layers[0].get_base_weight()
     for source, name in new:
-        source.merge_weight_(name, layers[0].get_base_weight())
+        source.merge_weight_(name, weight)
         _merge_other_tensors(state, [layer for layer in layers if layer.source(name) is source], name)
         state.contributions.append((source, name))
+    if backend is not None:
+        _store_quantized(layers, weight, keep=apart or not for_good)
 
 
 def _join(layers: Iterable["BaseTunerLayer"]) -> None:
@@ -191,6 +230,16 @@ def _replace_weight(layers: Sequence["BaseTunerLayer"]) -> None:
     copied = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     for layer in layers:
         layer._merge_state.replace(layer.get_base_layer(), layer.weight_name, copied)
+
+
+def _store_quantized(layers: Sequence["BaseTunerLayer"], weight: torch.Tensor, keep: bool) -> None:
+    """Quantise a merged weight, and give it to the layers that share it; what they had can be kept."""
+    for name, value in layers[0].quantization_backend.requantize(layers[0].get_base_layer(), weight).items():
+        for layer in layers:
+            if keep:
+                layer._merge_state.replace(layer.get_base_layer(), name, value)
+            else:
+                _holder(layer.get_base_layer(), name)[name] = value
 
 
 def _merge_other_tensors(state: MergeState, layers: Iterable["BaseTunerLayer"], name: str) -> None:
@@ -252,10 +301,9 @@ def check_merge_is_finite(layers: Iterable["BaseTunerLayer"], adapter_names: Seq
     """
     for layer in layers:
         names = [name for name in _wanted(layer, adapter_names) if name not in layer.merged_adapters]
-        weight = layer.get_base_weight()
-        if not names or weight is None:
+        if not names or layer.stored_weight() is None:
             continue
-        tensors = {layer.weight_name: weight.clone()}
+        tensors = {layer.weight_name: layer.get_base_weight().clone()}
         for name in names:
             layer.source(name).merge_weight_(name, tensors[layer.weight_name])
             tensors.update(layer.merged_tensors(name))
@@ -288,10 +336,7 @@ def merge_layers(
     refuse_string(adapter_names)
     layers = [module for _, module in adapter_modules(model) if hasattr(module, "_merge_state")]
     _warn_if_merged(layers, adapter_names)
-    for layer in layers:
-        for name in _wanted(layer, adapter_names):
-            refuse_merge_into_offloaded(layer.get_base_layer())
-            layer.check_mergeable(name)
+    _check_mergeable(layers, adapter_names)
     if safe_merge:
         check_merge_is_finite(layers, adapter_names)
     for sharing, holders in tqdm(layers_by_weight(model, layers), desc="merging", disable=not progressbar):
@@ -312,7 +357,7 @@ def layers_by_weight(model: nn.Module, layers: Iterable["BaseTunerLayer"]) -> li
     holders = _holders(model)
     by_weight: dict[int, list[BaseTunerLayer]] = {}
     for layer in layers:
-        weight = layer.get_base_weight()
+        weight = layer.stored_weight()
         by_weight.setdefault(id(layer.get_base_layer() if weight is None else weight), []).append(layer)
     return [(sharing, holders.get(key, 1)) for key, sharing in by_weight.items()]
 

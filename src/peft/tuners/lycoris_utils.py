@@ -220,6 +220,8 @@ class LycorisLayer(Scaled, AdditiveLayer):
         base = self.base_layer
         if type(base) not in (nn.Linear, *CONVOLUTIONS) or "forward" in base.__dict__:
             return False
+        if self.quantization_backend is not None:
+            return False
         if base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks:
             return False
         dtype = base.weight.dtype

@@ -4,10 +4,30 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+
+from .quantization_utils import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
+
+
+__all__ = [
+    "changes_weights_while_loading",
+    "check_deepspeed_zero3_enabled",
+    "dequantize_bnb_weight",
+    "dequantize_module_weight",
+    "gather_params_ctx",
+    "get_bnb_param_type",
+    "init_empty_weights",
+    "skip_init_on_device",
+]
+
+
+def changes_weights_while_loading() -> bool:
+    """Say whether this version of transformers lays weights of checkpoints out anew; version 5 does."""
+    return find_spec("transformers.core_model_loading") is not None
 
 
 def check_deepspeed_zero3_enabled() -> bool:

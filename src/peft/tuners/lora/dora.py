@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers.pytorch_utils import Conv1D
 
 from ...utils.error import PeftRuntimeError, PeftValueError
 from ...utils.integrations import gather_params_ctx
-from .._kinds import CONVOLUTIONS, along_features, feature_axis
+from .._kinds import along_features, can_use_weight, feature_axis
 from .initialization import changes_base
 from .variants import LoraVariant
 from .whole_weight import OnWholeWeight
@@ -26,6 +25,9 @@ from .whole_weight import OnWholeWeight
 if TYPE_CHECKING:
     from .config import LoraConfig
     from .layer import LoraLayer
+
+# whether norms are kept where that is safe; `peft.helpers.DoraCaching` changes it
+ENABLE_DORA_CACHING = True
 
 # numbers of a weight in half precision that are merged at a time
 _MERGED_AT_A_TIME = 1 << 22
@@ -65,8 +67,10 @@ class Kept:
 
     @staticmethod
     def is_possible(tensors: tuple[torch.Tensor, ...]) -> bool:
-        """Say whether changes of tensors are counted."""
-        return not (torch.compiler.is_compiling() or any(t.is_inference() or t.is_meta for t in tensors))
+        """Say whether something is to be kept at all, and changes of tensors are counted."""
+        if not ENABLE_DORA_CACHING or torch.compiler.is_compiling():
+            return False
+        return not any(tensor.is_inference() or tensor.is_meta for tensor in tensors)
 
 
 class Dora(LoraVariant):
@@ -89,19 +93,18 @@ class Dora(LoraVariant):
     @classmethod
     def supports(cls, layer: "LoraLayer") -> bool:
         """Say whether the layer is one of the kinds that apply their weight to an input."""
-        kinds = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
-        return isinstance(layer.get_base_layer(), kinds) and not isinstance(layer, OnWholeWeight)
+        return can_use_weight(layer.get_base_layer()) and not isinstance(layer, OnWholeWeight)
 
     def make(self, layer: "LoraLayer", adapter: str, config: "LoraConfig") -> None:
         """Make the magnitudes."""
-        dimensions = layer.get_base_weight().dim()
+        dimensions = 2 + len(getattr(layer.get_base_layer(), "kernel_size", ()))
         shape = (1, layer.out_features, *[1] * (dimensions - 2)) if dimensions > 2 else (layer.out_features,)
         layer.container("lora_magnitude_vector")[adapter] = Magnitude(layer.new_parameter(*shape))
 
     def start(self, layer: "LoraLayer", adapter: str, init_lora_weights: bool | str) -> None:
         """Start the factors, and the magnitudes so that the weight is W + scaling * B A at first."""
         magnitude = layer.lora_magnitude_vector[adapter].weight
-        is_known = not (magnitude.is_meta or layer.get_base_weight().is_meta)
+        is_known = not (magnitude.is_meta or layer.stored_weight().is_meta)
         # where the start takes B A out of W, the sum is what W was
         norm = weight_norm(layer, None) if is_known and changes_base(init_lora_weights) else None
         layer.start_factors(adapter, init_lora_weights)
@@ -134,28 +137,29 @@ class Dora(LoraVariant):
 
     def _norm_of(self, layer: "LoraLayer", adapter: str) -> torch.Tensor:
         """Compute the norm, or take the one that was kept; it is kept in evaluation only."""
-        weight = layer.get_base_weight()
         if layer.training:  # optimisers may write through .data
-            return weight_norm(layer, adapter, self._squares_of(weight, layer))
-        tensors, scaling = (weight, *layer.delta_factors(adapter)), layer.scaling[adapter]
+            return self._new_norm(layer, adapter)
+        tensors, scaling = (layer.stored_weight(), *layer.delta_factors(adapter)), layer.scaling[adapter]
         if not Kept.is_possible(tensors):
             return weight_norm(layer, adapter)
         kept = self._norm
         norm = kept.get(tensors, scaling) if kept is not None else None
         if norm is None:
-            norm = weight_norm(layer, adapter, self._squares_of(weight, layer))
+            norm = self._new_norm(layer, adapter)
             self._norm = Kept(norm, tensors, scaling)
         return norm
 
-    def _squares_of(self, weight: torch.Tensor, layer: "LoraLayer") -> torch.Tensor:
-        if not Kept.is_possible((weight,)):
-            return base_squares(layer, weight)
+    def _new_norm(self, layer: "LoraLayer", adapter: str) -> torch.Tensor:
+        """Compute the norm; that of the base weight alone is kept."""
+        stored, weight = layer.stored_weight(), layer.get_base_weight()
+        if not Kept.is_possible((stored,)):
+            return weight_norm(layer, adapter, weight=weight)
         kept = self._base_squares
-        squares = kept.get((weight,), 0.0) if kept is not None else None
+        squares = kept.get((stored,), 0.0) if kept is not None else None
         if squares is None:
             squares = base_squares(layer, weight)
-            self._base_squares = Kept(squares, (weight,), 0.0)
-        return squares
+            self._base_squares = Kept(squares, (stored,), 0.0)
+        return weight_norm(layer, adapter, squares, weight)
 
     # ------------------------------------------------------------------------------------------------------- forward
     def forward(

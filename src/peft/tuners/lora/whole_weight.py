@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ...utils.error import PeftValueError
+from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
 from .._merging import merge_layer
 from .config import LoraConfig
@@ -233,6 +233,11 @@ class OnParameter(OnWholeWeight):
         Raises:
             PeftValueError: in that case.
         """
+        if self.quantization_backend is not None:
+            raise PeftNotImplementedError(
+                f"target_parameters cannot adapt {self.parameter_name!r} of a {type(self.get_base_layer()).__name__}, "
+                f"which is quantised ({self.quantization_backend.name}); name the module in target_modules instead"
+            )
         useless = [
             name for name in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora") if getattr(config, name)
         ]
