@@ -18,9 +18,10 @@ from helpers import bert_classifier, gpt2, llama, opt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification, MixtralConfig
 
 from peft import (
+    AdaLoraConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -146,6 +147,16 @@ class TestPlan:
         captured = capsys.readouterr()
         assert "'v_porj' matches nothing" in captured.out
         assert captured.err.startswith("warning: ")
+
+    def test_layers_of_experts_stand_for_parameters(self, tmp_path, capsys):
+        MixtralConfig(hidden_size=64, intermediate_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
+        targets = ["w1", "w2", "w3", "w4", "q_proj"]
+        LoraConfig(target_modules=targets, task_type="CAUSAL_LM").save_pretrained(tmp_path)
+        status, found = peft(capsys, "plan", str(tmp_path), str(tmp_path))
+        assert status == 0
+        experts = "model.layers.0.mlp.experts"
+        assert found["target_parameters"] == [f"{experts}.gate_up_proj", f"{experts}.down_proj"]
+        assert list(found["near_misses"]) == ["w4"]
 
     def test_what_would_be_refused_is_status_2(self, tmp_path, capsys):
         llama().config.save_pretrained(tmp_path)
@@ -286,6 +297,7 @@ CASES = {
     "loha": (llama, LoHaConfig(r=4, target_modules=TARGETS)),
     "oft": (llama, OFTConfig(oft_block_size=4, target_modules=["q_proj"])),
     "vera": (llama, VeraConfig(r=4, target_modules=["q_proj"])),
+    "adalora": (llama, AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=TARGETS)),
     "norms": (llama, LNTuningConfig(target_modules=["input_layernorm"])),
 }
 

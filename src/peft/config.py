@@ -11,15 +11,25 @@ import dataclasses
 import json
 import os
 import re
+import reprlib
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any
 
 from .utils.constants import CONFIG_NAME
 from .utils.error import PeftConfigError, PeftError, PeftKeyError, PeftPathError, PeftTypeError, PeftValueError
+from .utils.files import config_path, read_json, write_atomically
+from .utils.near_names import FEW, did_you_mean, nearest
+from .utils.patterns import compiled
 from .utils.peft_types import PeftType, TaskType
 from .utils.warning import warn
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
@@ -27,7 +37,8 @@ MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
 # fields that choose layers by index
 LAYER_FIELDS = ("layers_to_transform", "layers_pattern")
 
-_HUB_KWARGS = {"cache_dir", "force_download", "local_files_only", "repo_type", "revision", "token", "etag_timeout"}
+# what finding a file on the hub takes beside its name
+HUB_KWARGS = {"cache_dir", "force_download", "local_files_only", "repo_type", "revision", "token", "etag_timeout"}
 
 
 def interface_version() -> str:
@@ -50,6 +61,16 @@ class _AcceptsTying(type):
     """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return cls._make(*args, **kwargs)
+        except TypeError as error:
+            wrong = re.match(r"\w+\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+            if wrong is None:
+                raise
+            near = nearest(wrong[1], cls.__dataclass_fields__, most=1)
+            raise TypeError(f"{cls.__name__} has no field {wrong[1]!r}{did_you_mean(near)}") from error
+
+    def _make(cls, *args: Any, **kwargs: Any) -> Any:
         if "ensure_weight_tying" in getattr(cls, "__dataclass_fields__", ()):
             return super().__call__(*args, **kwargs)
         ensure = kwargs.pop("ensure_weight_tying", False)
@@ -89,6 +110,10 @@ class PeftConfigMixin(metaclass=_AcceptsTying):
         known = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in known:
             raise ValueError(f"unknown task_type {self.task_type!r}; choose one of {', '.join(known)} or None")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name.endswith("dropout") and isinstance(value, (int, float)) and not 0 <= value <= 1:
+                raise ValueError(f"{f.name} is a probability and must lie between 0 and 1, found {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -119,10 +144,24 @@ class PeftConfigMixin(metaclass=_AcceptsTying):
         content = {**self.to_dict(), "peft_version": interface_version()}
         if kwargs.get("auto_mapping_dict") is not None:
             content["auto_mapping"] = kwargs["auto_mapping_dict"]
-        from .utils.files import write_atomically
-
         text = json.dumps(content, indent=2, sort_keys=True, default=_to_json)
         write_atomically(os.path.join(save_directory, CONFIG_NAME), lambda path: _write_text(path, text))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> "CommitInfo":
+        """
+        Upload `adapter_config.json` to the hub.
+
+        Args:
+            repo_id: id of the repository; it is made if it is missing.
+            kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision` and `create_pr`; others are
+                for `save_pretrained`.
+
+        Returns:
+            The commit; as a string it is its address.
+        """
+        from .utils.hub import push_folder
+
+        return push_folder(self, repo_id, **kwargs)
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> "PeftConfigMixin":
@@ -143,9 +182,12 @@ class PeftConfigMixin(metaclass=_AcceptsTying):
         names.add("ensure_weight_tying")
         unknown = sorted(set(kwargs) - names)
         if unknown:
+            near = {name: None for field in unknown[:FEW] for name in nearest(field, names, most=1)}
+            written_by = kwargs.get("peft_version")
             warn(
-                f"fields that {config_cls.__name__} of this version does not know are ignored: {', '.join(unknown)}; "
-                "they may come from a newer version"
+                f"fields that {config_cls.__name__} of this version does not know are ignored: {', '.join(unknown)}. "
+                f"They may come from a newer version (this is {interface_version()}, the file is from "
+                f"{written_by or 'an unknown one'}){did_you_mean(near)}"
             )
         values = {name: value for name, value in kwargs.items() if name in names}
         values.pop("peft_type", None)
@@ -164,7 +206,8 @@ class PeftConfigMixin(metaclass=_AcceptsTying):
         Args:
             pretrained_model_name_or_path: folder with `adapter_config.json`, or hub id.
             subfolder: folder below it.
-            kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, ... for the hub; others replace fields.
+            kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, ... for the hub; names of fields replace what
+                the file says; others are ignored.
 
         Returns:
             A config of the class that belongs to the file's `peft_type`.
@@ -183,10 +226,26 @@ class PeftConfigMixin(metaclass=_AcceptsTying):
             >>> PeftConfig.from_pretrained(folder).r
             4
         """
-        hub_kwargs = {name: value for name, value in kwargs.items() if name in _HUB_KWARGS}
-        overrides = {name: value for name, value in kwargs.items() if name not in _HUB_KWARGS}
-        path = _find_config_file(os.fspath(pretrained_model_name_or_path), subfolder, hub_kwargs)
-        values = {**cls.from_json_file(path), **overrides}
+        hub_kwargs = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
+        overrides = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
+        path = find_config_file(os.fspath(pretrained_model_name_or_path), subfolder, hub_kwargs)
+        return cls.from_file(path, **overrides)
+
+    @classmethod
+    def from_file(cls, path: str, **overrides: Any) -> "PeftConfigMixin":
+        """
+        Build a config from a file, which may come from anywhere.
+
+        Args:
+            path: the file.
+            overrides: values to take instead of those in the file.
+
+        Raises:
+            PeftKeyError: if `peft_type` is missing or unknown.
+            PeftValueError: if the file is not a config.
+        """
+        from_file = cls.from_json_file(path)
+        values = {**from_file, **overrides}
         missing = MIN_EXPECTED_CONFIG_KEYS - set(values)
         if missing:
             raise PeftKeyError(
@@ -198,12 +257,21 @@ class PeftConfigMixin(metaclass=_AcceptsTying):
         if not isinstance(values["peft_type"], str):
             found = values["peft_type"]
             raise PeftKeyError(f"{path!r} has peft_type {found!r}, expected the name of a method such as 'LORA'")
+        from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[values["peft_type"]]
+        # callers pass on what other loaders take (`proxies`, `trust_remote_code`): that says nothing about the file
+        known = {*from_file, *config_cls.__dataclass_fields__, "ensure_weight_tying"}
+        values = {name: value for name, value in values.items() if name in known}
         try:
-            return cls.from_peft_type(**values)
+            _check_fields_of_file(config_cls, {name: from_file[name] for name in from_file if name not in overrides})
+            config = cls.from_peft_type(**values)
         except PeftError:
             raise
         except (TypeError, ValueError) as error:
             raise PeftConfigError(f"{path!r} does not hold a valid config: {error}") from error
+        config.loaded_from = os.path.dirname(path)
+        return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -211,16 +279,9 @@ class PeftConfigMixin(metaclass=_AcceptsTying):
         Read a JSON file that holds one object.
 
         Raises:
-            PeftValueError: if it is not JSON, or not an object.
+            PeftValueError: if it is not JSON, or not an object; if a field stands there twice, or holds no number.
         """
-        try:
-            with open(path_json_file, encoding="utf-8") as file:
-                values = json.load(file)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise PeftValueError(f"{path_json_file!r} is not valid JSON ({error}); save the adapter again") from error
-        if not isinstance(values, dict):
-            raise PeftValueError(f"{path_json_file!r} holds a {type(values).__name__}, expected an object with fields")
-        return values
+        return read_json(path_json_file, object_pairs_hook=_without_doubles, parse_constant=_refuse_constant)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -264,6 +325,7 @@ class PeftConfig(PeftConfigMixin):
         target_modules_to_tie: the same for modules that follow a target.
         token_modules_to_tie: the same for modules that follow one of which single tokens are trained.
         target_parameters_to_tie: the same for parameters, by their full names.
+        loaded_from: folder of the file that the config was read from, never saved.
     """
 
     # how the config applies to one model: found out while injecting, never written to a file
@@ -271,6 +333,7 @@ class PeftConfig(PeftConfigMixin):
     target_modules_to_tie = None
     token_modules_to_tie = None
     target_parameters_to_tie = None
+    loaded_from = None
 
     base_model_name_or_path: str | None = field(default=None, metadata={"help": "Where the base model is from."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the hub."})
@@ -363,11 +426,67 @@ def check_types(config: PeftConfig, expected: dict[str, tuple[type, ...]]) -> No
 
 
 def check_pattern(name: str, pattern: str) -> None:
-    """Check that a field holds a regular expression that compiles."""
+    """Check that a field holds a regular expression that compiles, and that can be matched in bounded time."""
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name}={pattern!r} is not a valid regular expression: {error}") from error
+        compiled(pattern)
+    except PeftValueError as error:
+        raise ValueError(f"{name}={error}") from error
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Take the fields of a JSON object, each of which may stand there once."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in values if names.count(name) > 1)!r} stands there twice")
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number that a config can have")
+
+
+def _check_fields_of_file(config_cls: type, values: dict[str, Any]) -> None:
+    """Check that what a file says has the types that the fields are declared with."""
+    for f in dataclasses.fields(config_cls):
+        value = values.get(f.name, f.default)
+        # classes of users may have annotations that are texts
+        if value is f.default or isinstance(f.type, str):
+            continue
+        if not _fits(value, float if "alpha" in f.name and f.type is int else f.type):
+            names = getattr(f.type, "__name__", None) or str(f.type).replace("typing.", "")
+            raise TypeError(f"{f.name} must be {names}, found {reprlib.repr(value)}")
+    options = values.get("tokenizer_kwargs")
+    if isinstance(options, dict) and options.get("trust_remote_code"):
+        raise ValueError(
+            "tokenizer_kwargs asks for trust_remote_code, which would run code of somebody else; if you trust it, set "
+            "tokenizer_kwargs in Python"
+        )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Say whether a value that was read from JSON can be one of an annotation."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:  # which of them it is, the config checks itself
+        return isinstance(value, type(arguments[0]))
+    if origin in (list, tuple, set):
+        return isinstance(value, list) and all(_fits(entry, arguments[0]) for entry in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(entry, arguments[1]) for entry in value.values())
+    if dataclasses.is_dataclass(hint):
+        types = {f.name: f.type for f in dataclasses.fields(hint)}
+        return isinstance(value, dict) and all(
+            entry is None or _fits(entry, types[name]) for name, entry in value.items() if name in types
+        )
+    if hint is int or hint is float:
+        numbers = int if hint is int else (int, float)
+        # what goes beyond is no size, and no factor either
+        return isinstance(value, numbers) and not isinstance(value, bool) and abs(value) < 2**63
+    if hint is bool and value is None:  # no switch that is on
+        return True
+    return isinstance(value, str if issubclass(hint, Enum) else hint) if isinstance(hint, type) else True
 
 
 def _to_json(value: Any) -> Any:
@@ -384,14 +503,17 @@ def _write_text(path: str, text: str) -> None:
         file.write(text)
 
 
-def _find_config_file(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str:
+def find_config_file(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str:
     folder = os.path.join(name_or_path, subfolder) if subfolder else name_or_path
-    path = os.path.join(folder, CONFIG_NAME)
-    if os.path.isfile(path):
+    path, waiting = config_path(folder)
+    if waiting:
+        warn(
+            f"saving into {folder!r} was cut short after the weights were replaced; {path!r} is the config that "
+            f"belongs to them and is used. Save again, or rename it to {CONFIG_NAME}"
+        )
+    if path is not None:
         return path
-    if os.path.isdir(name_or_path):
-        found = sorted(os.listdir(folder))[:10] if os.path.isdir(folder) else "no such folder"
-        raise PeftPathError(f"no {CONFIG_NAME} in {folder!r} (found: {found}); save_pretrained writes one")
+    refuse_local(name_or_path, folder, CONFIG_NAME)
     from huggingface_hub import hf_hub_download
 
     try:
@@ -400,3 +522,28 @@ def _find_config_file(name_or_path: str, subfolder: str | None, hub_kwargs: dict
         raise PeftPathError(
             f"no {CONFIG_NAME} at {name_or_path!r}: it is no local folder, and the hub answered: {error}"
         ) from error
+
+
+def refuse_local(name_or_path: str, folder: str, wanted: str) -> None:
+    """
+    Refuse a path that exists here, but lacks a file of an adapter.
+
+    Args:
+        name_or_path: what the user gave: a path, or a hub id.
+        folder: the folder that is meant.
+        wanted: name of the file.
+
+    Raises:
+        PeftPathError: if there is such a path.
+    """
+    if os.path.isfile(name_or_path):
+        raise PeftPathError(f"{name_or_path!r} is a file; give the folder that it is in")
+    if not os.path.isdir(name_or_path):
+        return
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    inner = [name for name in names if os.path.isfile(os.path.join(folder, name, wanted))]
+    hint = "save_pretrained writes one"
+    if inner:
+        hint = f"there is one in its subfolder {inner[0]!r}: give that folder, or subfolder={inner[0]!r}"
+    found = names[:10] if os.path.isdir(folder) else "no such folder"
+    raise PeftPathError(f"no {wanted} in {folder!r} (found: {found}); {hint}")

@@ -6,6 +6,7 @@ The prompts of a model: making, saving, switching and deleting them, once for al
 Where they go when the model is called is told in `prompt_inputs.py`.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,19 +17,19 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from .config import PeftConfig, PromptLearningConfig
 from .mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from .tuners._new_tensors import making_tensors, on_meta
+from .tuners._new_tensors import check_size, making_tensors, on_meta
 from .tuners._prompt_encoder import BasePromptEncoder
 from .tuners._prompt_sizes import complete_config
 from .tuners._surgery import adapter_modules, base_modules
 from .tuners.tuners_utils import check_adapter_name, set_adapter
-from .utils.error import PeftKeyError, PeftValueError
+from .utils.error import PeftError, PeftKeyError, PeftValueError
 from .utils.other import (
     AuxiliaryTrainingWrapper,
     check_additional_trainable_modules,
     set_additional_trainable_modules,
 )
 from .utils.tying import find_followers, keep_ties
-from .utils.warning import warn
+from .utils.warning import PeftWarning, warn
 
 
 class PromptEncoders(nn.ModuleDict):
@@ -150,10 +151,20 @@ class PromptEncoders(nn.ModuleDict):
 
     def _make_encoder(self, encoder_cls: type[BasePromptEncoder], config: PromptLearningConfig) -> BasePromptEncoder:
         """Make a prompt in float32, in which training is stable, beside the base model's embedding."""
-        embedding = self.word_embeddings
-        if on_meta():
-            with torch.device("meta"):
-                return encoder_cls.for_model(config, embedding).float()
+        embedding, on_meta_already = self.word_embeddings, on_meta()
+        with torch.device("meta"), making_tensors(on_meta=True), warnings.catch_warnings():
+            if not on_meta_already:
+                warnings.simplefilter("ignore", PeftWarning)  # what there is to say is said when the prompt is made
+            try:
+                encoder = encoder_cls.for_model(config, embedding).float()
+            except PeftError:
+                raise
+            except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+                raise PeftValueError(f"the config asks for a prompt that cannot be made: {error}") from error
+        for parameter in encoder.parameters():
+            check_size(tuple(parameter.shape), embedding.weight, torch.float32, "cpu", times_base=64)
+        if on_meta_already:
+            return encoder
         return encoder_cls.for_model(config, embedding).to(embedding.weight.device, torch.float32)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:

@@ -38,13 +38,9 @@ def read_adapter_config(path: str) -> PeftConfig:
     """
     if os.path.isdir(path):
         return PeftConfig.from_pretrained(path)
-    values = read_json(path)
-    if "peft_type" not in values:
-        raise PeftValueError(f"{path!r} has no field peft_type, so it is not the config of an adapter")
-    try:
-        return PeftConfig.from_peft_type(**values)
-    except (TypeError, ValueError) as error:
-        raise PeftValueError(f"{path!r} does not hold a valid config: {error}") from error
+    if not os.path.isfile(path):
+        raise PeftPathError(f"there is no file {path!r}")
+    return PeftConfig.from_file(path)
 
 
 def build_skeleton(path: str, config: PeftConfig) -> nn.Module:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..utils import files
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..utils.error import PeftPathError, PeftValueError
 
@@ -239,15 +240,9 @@ def read_json(path: str) -> dict[str, Any]:
         PeftValueError: if it holds something else.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        return files.read_json(path)
     except FileNotFoundError as error:
         raise PeftPathError(f"there is no file {path!r}") from error
-    except (ValueError, RecursionError) as error:
-        raise PeftValueError(f"{path!r} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise PeftValueError(f"{path!r} holds a {type(content).__name__}, expected an object")
-    return content
 
 
 class TensorWriter:

@@ -26,10 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Read the config and the header of the weights; no tensor is read."""
-    import json
-
     from ..utils.tensor_hashes import hashes_from_header
-    from ..utils.tying import ALIASES_HEADER
+    from ..utils.tying import aliases_from_header
     from ._skeleton import read_adapter_config
     from ._tensor_files import open_adapter
 
@@ -46,7 +44,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         "settings": settings(config),
         "parameters": sum(entry.count for entry in file.entries.values()),
         "bytes": sum(entry.size for entry in file.entries.values()),
-        "written_once": sorted(json.loads(file.metadata.get(ALIASES_HEADER, "{}"))),
+        "written_once": sorted(aliases_from_header(file.metadata)),
         "hashed": len(hashes_from_header(file.metadata) or {}),
         "tensors": tensors,
         "_list_tensors": arguments.tensors,

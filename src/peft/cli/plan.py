@@ -36,11 +36,12 @@ def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     config.inference_mode = False
     skeleton = build_skeleton(arguments.model, config)
     names = [name for name in names_of_modules(skeleton) if name]
+    model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
     near = {}
     if isinstance(getattr(config, "target_modules", None), (list, tuple, set)):
-        unmatched = find_targets(config, names).unmatched
+        # names of experts' layers stand for parameters by now
+        unmatched = find_targets(model.peft_config["default"], names).unmatched
         near = {entry: near_names(entry, names) for entry in sorted(unmatched)}
-    model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
     trainable, total = model.get_nb_trainable_parameters()
     tensors = collect_tensors(model, None, "default", save_embedding_layers="auto")
     report = weight_tying_report(model)

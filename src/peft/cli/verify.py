@@ -74,7 +74,7 @@ def _check_fit(file: "TensorFile", skeleton: "nn.Module", config: Any) -> list[t
     from ..mapping_func import get_peft_model
     from ..tuners._surgery import adapter_modules
     from ..utils.adapter_keys import adapter_key_map, bias_key_map, embedding_key_map, read_forms
-    from ..utils.save_and_load import live_tensors
+    from ..utils.save_and_load import live_tensors, under_new_names
     from ..utils.tying import restore_aliases
 
     model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
@@ -86,7 +86,7 @@ def _check_fit(file: "TensorFile", skeleton: "nn.Module", config: Any) -> list[t
     keys.update(bias_key_map(model, "default", getattr(config, "bias", "none")))
     optional = {key: place for key, place in embedding_key_map(model).items() if key not in keys}
     keys.update(optional)
-    content = read_forms(model, "default", found)
+    content = read_forms(model, "default", under_new_names(model, found, "default", keys))
     live = live_tensors(model, {place.key for place in keys.values()})
     problems = [(key, "belongs to nothing in the base model") for key in content if key not in keys]
     # what stands under several keys, because modules are tied, has to be there under one of them

@@ -2,13 +2,18 @@
 # peft: the fork in which tied weights stay tied
 """Which modules a config targets: pure functions from names and patterns to names. No model is touched here."""
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
+from ..utils.error import PeftValueError
+from ..utils.near_names import nearest
+from ..utils.patterns import BoundedPattern, compiled
+
+
+# each is matched against the names of all modules
+MOST_EXPRESSIONS = 10_000
 
 Names = str | Collection[str] | None
 
@@ -44,7 +49,7 @@ def matching_entry(names: Names, key: str) -> str | None:
     if names is None:
         return None
     if isinstance(names, str):
-        return names if _compiled(names).fullmatch(key) else None
+        return names if compiled(names).fullmatch(key) else None
     lookup = names if isinstance(names, (set, frozenset, dict)) else set(names)
     return next((ending for ending in dotted_endings(key) if ending in lookup), None)
 
@@ -65,11 +70,6 @@ def outermost(names: Iterable[str]) -> list[str]:
     ]
 
 
-@lru_cache(maxsize=256)
-def _compiled(pattern: str) -> re.Pattern:
-    return re.compile(pattern)
-
-
 def layer_index(key: str, layers_pattern: str | Collection[str] | None) -> int | None:
     """
     Read the index of the layer that a module lies in.
@@ -87,7 +87,7 @@ def layer_index(key: str, layers_pattern: str | Collection[str] | None) -> int |
     else:
         patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern)
     for pattern in patterns:
-        found = _compiled(rf"(?:.*\.)?(?:{pattern})\.(\d+)\.").match(key)
+        found = compiled(rf"(?:.*\.)?(?:{pattern})\.(\d+)\.").match(key)
         if found:
             return int(found.group(1))
     return None
@@ -124,11 +124,13 @@ class Targets:
         names: full names of the targeted modules, in the order of the model.
         excluded: names that `exclude_modules` took out.
         unmatched: entries of the `target_modules` list that match no module at all.
+        absent_layers: entries of `layers_to_transform` beyond the last layer, and the index of that.
     """
 
     names: list[str] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    absent_layers: tuple[list[int], int] | None = None
 
 
 def find_targets(config: Any, names: Collection[str]) -> Targets:
@@ -157,7 +159,33 @@ def find_targets(config: Any, names: Collection[str]) -> Targets:
             # an entry may be the ending of a name that a longer entry has claimed already
             endings = {ending for name in names for ending in dotted_endings(name)}
             targets.unmatched = [entry for entry in targets.unmatched if entry not in endings]
+    targets.absent_layers = _absent_layers(config, names)
     return targets
+
+
+def _absent_layers(config: Any, names: Iterable[str]) -> tuple[list[int], int] | None:
+    """Find indices of layers that no module lies in, and the last index that there is."""
+    chosen = getattr(config, "layers_to_transform", None)
+    if chosen is None or isinstance(config.target_modules, str):
+        return None
+    indices = {layer_index(name, getattr(config, "layers_pattern", None)) for name in names} - {None}
+    absent = [i for i in ([chosen] if isinstance(chosen, int) else chosen) if indices and not 0 <= i <= max(indices)]
+    return (absent, max(indices)) if absent else None
+
+
+def names_in_text(text: str) -> list[str]:
+    """
+    Read the names from a text in which somebody has written a list; other texts have none.
+
+    Example:
+
+        >>> names_in_text('["q_proj", "v_proj"]')
+        ['q_proj', 'v_proj']
+        >>> names_in_text("q_proj")
+        []
+    """
+    looks_like_a_list = re.fullmatch(r"[\w.\s,'\"\[\]-]+", text) and re.search(r"[,\s\[]", text)
+    return re.findall(r"[\w.-]+", text) if looks_like_a_list else []
 
 
 def near_names(wanted: str, names: Iterable[str], most: int = 3) -> list[str]:
@@ -172,8 +200,7 @@ def near_names(wanted: str, names: Iterable[str], most: int = 3) -> list[str]:
     literal = re.sub(r"[^\w.]", "", wanted).strip(".")
     candidates = dict.fromkeys(ending for name in names for ending in dotted_endings(name) if not ending.isdigit())
     dots = literal.count(".")
-    same_depth = [name for name in candidates if name.count(".") == dots]
-    return difflib.get_close_matches(literal, same_depth, n=most, cutoff=0.5)
+    return nearest(literal, [name for name in candidates if name.count(".") == dots], most)
 
 
 def pattern_lookup(patterns: Mapping[str, Any] | None) -> Callable[[str | Collection[str], Any], Any]:
@@ -192,8 +219,7 @@ def pattern_lookup(patterns: Mapping[str, Any] | None) -> Callable[[str | Collec
         matches.
     """
     order = {pattern: position for position, pattern in enumerate(patterns or {})}
-    plain = {pattern for pattern in order if re.fullmatch(r"[\w.\-]+", pattern)}
-    expressions = [(pattern, _pattern_expression(pattern)) for pattern in order if pattern not in plain]
+    plain, expressions = _plain_and_expressions(order)
 
     def lookup(key: str | Collection[str], default: Any) -> Any:
         keys = [key] if isinstance(key, str) else key
@@ -204,10 +230,34 @@ def pattern_lookup(patterns: Mapping[str, Any] | None) -> Callable[[str | Collec
     return lookup
 
 
-def _pattern_expression(pattern: str) -> re.Pattern:
+def _plain_and_expressions(patterns: Iterable[str]) -> tuple[set[str], list[tuple[str, BoundedPattern]]]:
+    plain = {pattern for pattern in patterns if re.fullmatch(r"[\w.\-]+", pattern)}
+    if len(expressions := [pattern for pattern in patterns if pattern not in plain]) > MOST_EXPRESSIONS:
+        raise PeftValueError(
+            f"a mapping such as rank_pattern has {len(expressions):,d} regular expressions, at most "
+            f"{MOST_EXPRESSIONS:,d} are matched; give plain names, of which there may be any number"
+        )
+    return plain, [(pattern, _pattern_expression(pattern)) for pattern in expressions]
+
+
+def patterns_without_use(patterns: Mapping[str, Any] | None, keys: Collection[str]) -> list[str]:
+    """
+    Find the patterns that match none of some modules; see `pattern_lookup` for what matches.
+
+    Args:
+        patterns: name or regular expression -> value.
+        keys: full names of modules.
+    """
+    plain, expressions = _plain_and_expressions(patterns or {})
+    endings = {ending for key in keys for ending in dotted_endings(key)} if plain else set()
+    used = {pattern for pattern, expression in expressions if any(expression.match(key) for key in keys)} | endings
+    return [pattern for pattern in patterns or {} if pattern not in used]
+
+
+def _pattern_expression(pattern: str) -> BoundedPattern:
     if pattern.startswith("^"):
-        return re.compile(rf"(?:{pattern})$")
-    return re.compile(rf"(?:.*\.)?(?:{pattern})$")
+        return compiled(rf"(?:{pattern})$")
+    return compiled(rf"(?:.*\.)?(?:{pattern})$")
 
 
 def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
@@ -226,4 +276,4 @@ def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match | None:
     """Match a regular expression against a whole name."""
-    return _compiled(target_pattern).fullmatch(key)
+    return compiled(target_pattern).fullmatch(key)

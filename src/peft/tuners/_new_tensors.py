@@ -3,13 +3,22 @@
 """Where and in which type the tensors of a new adapter are made."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import nn
+
+from ..utils.error import PeftTypeError, PeftValueError
+
+
+# A tensor of an adapter is smaller than the weight that it belongs to, unless the weight is tiny or the rank absurd:
+# entries that are always allowed, and how many times those of the weight else. Some starts take the rank squared.
+SMALL, TIMES_BASE = 2**16, 8
 
 
 @dataclass(frozen=True)
@@ -57,13 +66,62 @@ def new_parameter(weight: torch.Tensor, *shape: int, device: torch.device | str 
         weight: the base weight.
         shape: shape of the parameter.
         device: another device, where the weight is offloaded.
+
+    Raises:
+        PeftTypeError: if a size is no integer.
+        PeftValueError: if the size is absurd; see `check_size`.
     """
     options = _OPTIONS.get()
     dtype = weight.dtype
     if dtype.itemsize < 2 or not dtype.is_floating_point or (options.full_precision and dtype.itemsize < 4):
         dtype = torch.float32
     device = "meta" if options.on_meta else weight.device if device is None else device
+    check_size(shape, weight, dtype, device)
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+
+
+def check_size(
+    shape: tuple[int, ...],
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device | str | int,
+    times_base: int = TIMES_BASE,
+) -> None:
+    """
+    Refuse a tensor of an adapter before it is allocated, if no adapter can be meant.
+
+    Args:
+        shape: its shape.
+        weight: the base weight that it belongs to.
+        dtype: its type.
+        device: where it would be.
+        times_base: how many times the entries of the base weight it may have.
+
+    Raises:
+        PeftTypeError: if a size is no integer.
+        PeftValueError: if a size is negative, or the tensor is many times as large as the base weight, or larger than
+            what memory is left.
+    """
+    if not all(isinstance(size, int) and not isinstance(size, bool) for size in shape):
+        raise PeftTypeError(f"sizes of an adapter's tensors are integers, found {shape}; check the config's numbers")
+    if min(shape, default=0) < 0:
+        raise PeftValueError(f"sizes of an adapter's tensors cannot be negative, found {shape}; check the config")
+    count = math.prod(shape)
+    if count <= SMALL:
+        return
+    bytes_needed = count * dtype.itemsize
+    base_count = getattr(weight, "ds_numel", weight.numel())  # DeepSpeed leaves an empty tensor behind
+    if count > max(times_base * base_count, max(weight.shape, default=0) ** 2):
+        raise PeftValueError(
+            f"a tensor of the adapter would have the shape {shape} and take {bytes_needed:,d} bytes, "
+            f"more than {times_base} times as many entries as the base weight, which has the shape "
+            f"{tuple(weight.shape)}; check the config's rank and other sizes"
+        )
+    if torch.device(device).type == "cpu" and bytes_needed > (left := psutil.virtual_memory().available):
+        raise PeftValueError(
+            f"a tensor of the adapter would have the shape {shape} and take {bytes_needed:,d} bytes, and {left:,d} "
+            "bytes of memory are left; check the config's rank and other sizes"
+        )
 
 
 def copy_module(module: nn.Module, instead: Mapping[int, nn.Parameter] | None = None) -> nn.Module:

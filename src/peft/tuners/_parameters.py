@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from torch import nn
 
 from ..utils.error import NoMatchingPeftModuleError, PeftValueError
+from ..utils.near_names import FEW
 from ..utils.warning import warn
 from ._layer import BaseTunerLayer, unwrapped
 from ._matching import matching_entry, near_names
@@ -50,7 +51,7 @@ def find_parameters(modules: Mapping[str, nn.Module], wanted: Collection[str], o
                 )
             if first_visit:
                 found[full] = module
-    near = {entry: near_names(entry, names) for entry in sorted(unmatched)}
+    near = {entry: near_names(entry, names) for entry in sorted(unmatched)[:FEW]}
     hints = "; ".join(f"{entry!r}" + (f" (near: {', '.join(n)})" if n else "") for entry, n in near.items())
     if wanted and not found and not others:
         raise NoMatchingPeftModuleError(f"no parameter to adapt: target_parameters matches nothing: {hints}")

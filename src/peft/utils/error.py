@@ -6,9 +6,22 @@ Exceptions of the package.
 Each derives from `PeftError` and from the built-in class that callers of the released package catch.
 """
 
+# characters; what was found may come from a file, and be as long as that
+LONGEST_MESSAGE = 4_000
+
+
+def shortened(message: str) -> str:
+    """Leave out the middle of a message that nobody could read: its end says what to do."""
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    return f"{message[: LONGEST_MESSAGE * 3 // 4]} [...] {message[-LONGEST_MESSAGE // 4 :]}"
+
 
 class PeftError(Exception):
     """Base class of every exception that the package raises on purpose."""
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())
 
 
 class PeftValueError(PeftError, ValueError):
@@ -32,7 +45,7 @@ class PeftKeyError(PeftError, KeyError):
 
     def __str__(self) -> str:
         # KeyError shows the repr of its argument, which makes sentences unreadable
-        return str(self.args[0]) if self.args else ""
+        return shortened(str(self.args[0])) if self.args else ""
 
 
 class PeftIndexError(PeftValueError, IndexError):

@@ -8,6 +8,8 @@ import os
 import sys
 import warnings
 
+from .error import shortened
+
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 # frames between the caller and this package: dataclasses, context managers and decorators
@@ -28,4 +30,4 @@ def warn(message: str) -> None:
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PASSED_OVER):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, PeftWarning, stacklevel=level)
+    warnings.warn(shortened(message), PeftWarning, stacklevel=level)

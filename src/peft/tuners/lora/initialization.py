@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ...utils.error import PeftNotImplementedError, PeftRuntimeError, PeftTypeError, PeftValueError
+from ...utils.quantization_utils import resolve_quantization_backend
 from .._base_changes import change_base
 from .._kinds import stores_weight_transposed
 from .._layer import BaseTunerLayer
@@ -36,6 +37,8 @@ _PLANNED = ("eva", "corda", "loftq", "mica", "lora_ga")
 
 # singular vectors beyond those wanted that a randomised decomposition computes (Halko et al. 2011 advise 5 to 10)
 _OVERSAMPLING = 8
+# a subspace has long been found by then
+_MOST_ITERATIONS = 1_000
 
 
 # ------------------------------------------------------------------------------------------ at random
@@ -139,7 +142,7 @@ def _leading_singular_vectors(
     the base weight what it took out when it was trained.
     """
     wanted = min(count + _OVERSAMPLING, *weight.shape)
-    numbers = torch.randn(weight.shape[1], wanted, generator=torch.Generator().manual_seed(0))
+    numbers = torch.randn(weight.shape[1], wanted, generator=torch.Generator().manual_seed(0), device="cpu")
     basis = torch.linalg.qr(weight @ numbers.to(weight)).Q
     for _ in range(iterations):
         basis = torch.linalg.qr(weight.T @ basis).Q
@@ -173,6 +176,11 @@ def _find_factorisation(name: bool | str | None) -> Factorisation | None:
         return principal_factors
     if isinstance(name, str) and (found := re.fullmatch(r"pissa_niter_(\d+)", name)):
         iterations = int(found[1])
+        if iterations > _MOST_ITERATIONS:
+            raise PeftValueError(
+                f"init_lora_weights={name!r} asks for {iterations:,d} iterations; a few are enough, and at most "
+                f"{_MOST_ITERATIONS} are done"
+            )
         return lambda weight, rank, scaling: principal_factors(weight, rank, scaling, iterations)
     return None
 
@@ -260,6 +268,12 @@ def why_base_cannot_change(
     """
     weight = getattr(base, "weight", None)
     kind = type(base).__name__
+    backend = resolve_quantization_backend(base)
+    if backend is not None:
+        return lambda name: PeftTypeError(
+            f"init_lora_weights={name!r} changes the base weight, which is quantised here ({backend.name}); start the "
+            "adapter before the model is quantised, or use another initialisation"
+        )
     if weight is None or weight.dim() != 2:
         return lambda name: PeftValueError(
             f"init_lora_weights={name!r} works for matrices, not for the weight of a {kind}; use True or 'gaussian'"

@@ -9,6 +9,10 @@ from ...config import PeftConfig, check_layer_selection
 from ...utils.peft_types import PeftType
 
 
+# the series has long converged, or never will
+MOST_TERMS = 1_000
+
+
 def _option(default: Any, text: str) -> Any:
     """A dataclass field with a help text."""
     return field(default=default, metadata={"help": text})
@@ -77,6 +81,11 @@ class OFTConfig(PeftConfig):
             raise ValueError(
                 f"one of r (number of blocks) and oft_block_size must be positive and the other one 0, found "
                 f"r={self.r} and oft_block_size={self.oft_block_size}"
+            )
+        if self.num_cayley_neumann_terms > MOST_TERMS:
+            raise ValueError(
+                f"num_cayley_neumann_terms={self.num_cayley_neumann_terms} is more than {MOST_TERMS}; "
+                "use_cayley_neumann=False computes the inverse exactly"
             )
 
     @classmethod

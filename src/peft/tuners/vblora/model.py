@@ -8,7 +8,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
-from .._new_tensors import new_parameter
+from ...utils.quantization_utils import stored_weight
+from .._new_tensors import check_size, new_parameter
 from ..tuners_utils import BaseTuner
 from .config import VBLoRAConfig
 from .layer import Linear, VBLoRALayer
@@ -70,10 +71,12 @@ class VBLoRAModel(BaseTuner):
             config: the adapter's config.
             targets: full name -> layer of the base model.
         """
-        weight = next((layer.weight for layer in targets.values() if self._layer_class(layer) is not None), None)
-        if weight is None:  # none of the targets can be adapted, which is refused when their turn comes
+        layers = [layer for layer in targets.values() if self._layer_class(layer) is not None]
+        if not layers:  # none of the targets can be adapted, which is refused when their turn comes
             return
+        weight = stored_weight(layers[0])
         like, bound = new_parameter(weight, 0), config.init_vector_bank_bound
+        check_size((config.num_vectors, config.vector_length), weight, like.dtype, weight.device)
         bank = torch.empty(config.num_vectors, config.vector_length, dtype=like.dtype, device=weight.device)
         self.vblora_vector_bank[adapter_name] = nn.Parameter(nn.init.uniform_(bank, -bound, bound))
 

@@ -63,8 +63,15 @@ class TopkForm(NamedTuple):
 
         Raises:
             PeftRuntimeError: if the two do not belong together.
-            PeftValueError: if an index counts no vector.
+            PeftValueError: if an index counts no vector, or the types are not those of weights and indices.
         """
+        integers = not (indices.is_floating_point() or indices.dtype == torch.bool)
+        if not (integers and indices.dim() and weights.is_floating_point()):
+            raise PeftValueError(
+                f"top-k weights and indices are {weights.dtype} and {indices.dtype} of {indices.dim()} dimensions, "
+                "expected floating point numbers and integers. The file is damaged: save it again"
+            )
+        weights = weights.float() if weights.dtype.itemsize < 4 else weights
         if indices.shape[:-1] != weights.shape[:-1] or indices.shape[-1] != weights.shape[-1] + 1:
             raise PeftRuntimeError(
                 f"top-k weights of shape {tuple(weights.shape)} and indices of shape {tuple(indices.shape)} do not "

@@ -10,8 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.quantization_utils import stored_weight
 from .._kinds import features
-from .._new_tensors import new_parameter
+from .._new_tensors import check_size, new_parameter
 from ..tuners_utils import BaseTuner
 from .config import VeraConfig
 from .layer import Linear, VeraLayer
@@ -72,9 +73,11 @@ class VeraModel(BaseTuner):
         if not layers:  # none of the targets can be adapted, which is refused when their turn comes
             return
         inputs, outputs = (max(sizes) for sizes in zip(*map(features, layers), strict=True))
-        weight = layers[0].weight
+        weight = stored_weight(layers[0])
+        largest = max(map(stored_weight, layers), key=torch.Tensor.numel)
         generator = torch.Generator().manual_seed(config.projection_prng_key)
         for container, shape in ((self.vera_A, (config.r, inputs)), (self.vera_B, (outputs, config.r))):
+            check_size(shape, largest, torch.float32, "cpu")
             container.persistent = config.save_projection
             container[adapter_name] = draw_projection(shape, weight, generator)
 
@@ -91,6 +94,6 @@ def draw_projection(shape: tuple[int, int], weight: torch.Tensor, generator: tor
         generator: on the CPU, so that a seed stands for the same matrix on every device.
     """
     bound = math.sqrt(6 / shape[1])
-    matrix = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    matrix = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
     dtype = new_parameter(weight, 0).dtype
     return (matrix.to(weight.dtype) if weight.dtype.itemsize > 1 else matrix).to(weight.device, dtype)
