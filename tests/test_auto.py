@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import VOCABULARY, assert_equal, bert_classifier, llama, logits, refused, token_ids
+from helpers import VOCABULARY, WIDTH, assert_equal, bert_classifier, llama, logits, refused, token_ids
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -115,8 +115,12 @@ def save_tokenizer(folder: Path, tokens: int) -> None:
 def test_vocabulary_grows_to_a_tokenizer_that_was_saved_with_the_adapter(base: Path) -> None:
     folder, adapted = saved_adapter(base, vocabulary=VOCABULARY + 3)
     save_tokenizer(folder, VOCABULARY + 3)
-    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, strict=True)
     assert model.get_input_embeddings().weight.shape[0] == VOCABULARY + 3
+    report = model.load_reports["default"]
+    assert report.complete and report.resized == dict.fromkeys(
+        ["model.embed_tokens.weight", "lm_head.weight"], ((VOCABULARY, WIDTH), (VOCABULARY + 3, WIDTH))
+    )
     ids = torch.tensor([[1, VOCABULARY + 2]])
     assert_equal(logits(model, ids), logits(adapted, ids))
 

@@ -439,7 +439,7 @@ def test_adapters_that_disagree_about_a_tie() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "mentions"),
     [
-        ((["a", "z"], [1.0, 1.0]), {}, ("'z'", "a, b")),
+        ((["a", "z"], [1.0, 1.0]), {}, ("'z'", "'a', 'b'")),
         (([], []), {}, ("at least one",)),
         (("a", [1.0]), {}, ("list", "'a'")),
         ((["a", "b"], []), {}, ("weights",)),

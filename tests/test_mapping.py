@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """The registry of methods, the lazy names, and the two ways in: `get_peft_model` and `inject_adapter_in_model`."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -118,7 +119,9 @@ def test_public_names_resolve() -> None:
     ],
 )
 def test_task_picks_the_class(task: str | None, cls: str, build: type) -> None:
-    model = get_peft_model(build(), LoraConfig(r=2, task_type=task))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the task is")  # some of these models are for another one
+        model = get_peft_model(build(), LoraConfig(r=2, task_type=task))
     assert type(model) is getattr(peft, cls)
     assert isinstance(model, PeftModel)
 

@@ -115,7 +115,7 @@ def test_deleting_one_of_several_active_ones() -> None:
         (lambda m: m.set_adapter(["a", "b"]), TypeError, ("base_model.set_adapter",)),
         (lambda m: m.add_adapter("a", config()), ValueError, ("'a'", "another name")),
         (lambda m: m.base_model.delete_adapter("zz"), ValueError, ("'zz'",)),
-        (lambda m: get_peft_model_state_dict(m, adapter_name="zz"), KeyError, ("'zz'", "a, b")),
+        (lambda m: get_peft_model_state_dict(m, adapter_name="zz"), KeyError, ("'zz'", "'a', 'b'")),
         (lambda m: set_peft_model_state_dict(m, {}, adapter_name="zz"), KeyError, ("'zz'",)),
     ],
 )

@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """An adapter together with the base model that its config names."""
 
+import dataclasses
 import importlib
 import os
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from .peft_model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from .utils.adapter_keys import embedding_key_map
 from .utils.constants import TOKENIZER_CONFIG_NAME
 from .utils.error import PeftError, PeftPathError, PeftValueError
 from .utils.other import check_file_exists_on_hf_hub
@@ -44,6 +46,7 @@ _ADAPTER_OPTIONS = (
     "ignore_mismatched_sizes",
     "key_mapping",
     "low_cpu_mem_usage",
+    "strict",
 )
 
 
@@ -118,7 +121,7 @@ class _BaseAutoPeftModel:
                 `get_default_import_allowlist` if left out.
             kwargs: for the base model's `from_pretrained` (`dtype`, `device_map`, ...); `subfolder` of the adapter;
                 `token`, `cache_dir`, ... for the hub; `autocast_adapter_dtype`, `low_cpu_mem_usage`, `key_mapping`,
-                ... as in `PeftModel.from_pretrained`.
+                `strict`, ... as in `PeftModel.from_pretrained`.
 
         Returns:
             A `PeftModel` of the class that belongs to the task.
@@ -156,10 +159,13 @@ class _BaseAutoPeftModel:
             )
         target = cls._target_class or _class_from_mapping(config, import_allowlist)
         base = target.from_pretrained(config.base_model_name_or_path, revision=config.revision or "main", **kwargs)
-        _grow_vocabulary(base, name, {**place, **hub}, bool(kwargs.get("trust_remote_code", False)))
-        return cls._target_peft_class.from_pretrained(
+        resized = _grow_vocabulary(base, name, {**place, **hub}, bool(kwargs.get("trust_remote_code", False)))
+        model = cls._target_peft_class.from_pretrained(
             base, name, adapter_name, is_trainable, config=config, **options, **place, **hub
         )
+        report = model.load_reports[adapter_name]
+        model.load_reports[adapter_name] = dataclasses.replace(report, resized={**resized, **report.resized})
+        return model
 
     @classmethod
     def _check_task(cls, config: PeftConfig) -> None:
@@ -195,13 +201,23 @@ def _class_from_mapping(config: PeftConfig, import_allowlist: Sequence[str] | No
     return found
 
 
-def _grow_vocabulary(base: nn.Module, name: str, place: dict[str, Any], trust_remote_code: bool) -> None:
-    """Give a base model room for the tokens that a tokenizer has which was saved with the adapter."""
+def _grow_vocabulary(
+    base: nn.Module, name: str, place: dict[str, Any], trust_remote_code: bool
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """
+    Give a base model room for the tokens that a tokenizer has which was saved with the adapter.
+
+    Returns:
+        Name in the base model -> shape before and after, of what was resized.
+    """
     if not hasattr(base, "resize_token_embeddings") or not _has_tokenizer(name, place):
-        return
+        return {}
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **place)
-    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(len(tokenizer))
+    if len(tokenizer) <= base.get_input_embeddings().weight.shape[0]:
+        return {}
+    before = {key: tuple(base.get_parameter(key).shape) for key in embedding_key_map(base)}
+    base.resize_token_embeddings(len(tokenizer))
+    return {key: (shape, tuple(base.get_parameter(key).shape)) for key, shape in before.items()}
 
 
 def _has_tokenizer(name: str, place: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .utils.error import PeftKeyError, PeftValueError
+from .utils.near_names import did_you_mean, nearest
 from .utils.peft_types import PeftType
 
 
@@ -81,7 +82,9 @@ class _MethodTable(Mapping):
     def __getitem__(self, key: str) -> Any:
         rows = self._rows()
         if key not in rows:
-            raise PeftKeyError(f"no method named {getattr(key, 'value', key)!r}; this version has {', '.join(rows)}")
+            name = getattr(key, "value", key)
+            near = nearest(str(name).upper(), rows, most=1)
+            raise PeftKeyError(f"no method named {name!r}; this version has {', '.join(rows)}{did_you_mean(near)}")
         column = "model_cls" if self._column == "is_mixed_compatible" else self._column
         return _resolve(getattr(rows[key], column))
 

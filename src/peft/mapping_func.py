@@ -70,7 +70,8 @@ def get_peft_model(
         ['0']
     """
     if not isinstance(peft_config, PeftConfig):
-        raise PeftTypeError(f"peft_config must be a PeftConfig, found a {type(peft_config).__name__}")
+        swapped = "; model and config are the wrong way round" if isinstance(model, PeftConfig) else ""
+        raise PeftTypeError(f"peft_config must be a PeftConfig, found a {type(peft_config).__name__}{swapped}")
     if isinstance(model, PeftModel):
         warn(
             "the model is a PeftModel already; add_adapter puts another adapter beside those that it has, and "

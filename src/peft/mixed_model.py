@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils.hub import PushToHubMixin
 
 from .config import PeftConfig
@@ -17,6 +16,8 @@ from .peft_model import PeftModel
 from .tuners._new_tensors import making_tensors
 from .tuners.mixed import MixedModel
 from .utils.error import PeftNotImplementedError, PeftValueError
+from .utils.load_report import LoadReport, LoadResult
+from .utils.near_names import explain_unknown_adapters
 from .utils.other import set_additional_trainable_modules
 
 
@@ -34,6 +35,9 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         model: the base model; it is changed in place.
         peft_config: what to adapt and how; it is not changed.
         adapter_name: name of the adapter.
+
+    Attributes:
+        load_reports: adapter name -> `LoadReport`, for adapters that were loaded from a checkpoint.
 
     Raises:
         PeftValueError: for methods whose adapters cannot be active beside others.
@@ -54,6 +58,7 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> None:
         super().__init__()
+        self.load_reports: dict[str, LoadReport] = {}
         self.base_model = MixedModel(model, {adapter_name: peft_config}, adapter_name)
 
     @classmethod
@@ -68,6 +73,7 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         """Do what the constructor does, with its arguments and those of other models' constructors."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
+        made.load_reports = {}
         with making_tensors(full_precision=autocast_adapter_dtype):
             made.base_model = MixedModel(
                 model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
@@ -195,16 +201,16 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         Raises:
             PeftValueError: for a name that the model does not have; then none is removed.
         """
-        self._check_names([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self._check_names(names)
         self.base_model.delete_adapter(adapter_name)
+        for name in names:
+            self.load_reports.pop(name, None)
 
     def _check_names(self, names: list[str]) -> None:
         unknown = sorted(set(names) - set(self.peft_config))
         if unknown:
-            raise PeftValueError(
-                f"there is no adapter {', '.join(map(repr, unknown))}; the model has "
-                f"{', '.join(map(repr, self.peft_config))}"
-            )
+            raise PeftValueError(explain_unknown_adapters(unknown, self.peft_config))
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """
@@ -234,9 +240,7 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         """Say in which state the adapters are; see `peft.get_model_status`."""
         return get_model_status(self)
 
-    def load_adapter(
-        self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> _IncompatibleKeys:
+    def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> LoadResult:
         """
         Put an adapter from a folder or from the hub beside those that the model has. It is not active at first.
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils.hub import PushToHubMixin
 
 from .config import PeftConfig
@@ -24,7 +24,6 @@ from .tuners._new_tensors import making_tensors
 from .tuners._surgery import adapter_modules, all_or_nothing
 from .tuners.lora.plain_lora import convert_on_save
 from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from .utils.adapter_keys import adapter_key_map
 from .utils.constants import DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .utils.error import (
     PeftNotImplementedError,
@@ -33,13 +32,17 @@ from .utils.error import (
     PeftTypeError,
     PeftValueError,
 )
+from .utils.files import replacing_adapter, state_of_config
+from .utils.hub import push_folder
+from .utils.load_report import LoadReport, LoadResult
+from .utils.near_names import explain_unknown_adapters
 from .utils.other import AuxiliaryTrainingWrapper
-from .utils.peft_types import PeftType
+from .utils.peft_types import PeftType, TaskType
 from .utils.save_and_load import (
     collect_tensors,
     load_peft_weights,
+    load_tensors,
     refuse_without_storage,
-    set_peft_model_state_dict,
     write_peft_weights,
 )
 from .utils.warning import warn
@@ -55,6 +58,9 @@ _TASK_MODELS = (
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
 )
+
+# how often an adapter is read anew because it was replaced while it was read
+_READINGS = 10
 
 __all__ = [
     "DUMMY_MODEL_CONFIG",
@@ -92,6 +98,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         base_model: the tuner, which holds the base model; with prompt learning the base model itself.
         peft_config: adapter name -> config as it applies to this model.
         active_adapter: name of the active adapter.
+        load_reports: adapter name -> `LoadReport`, for adapters that were loaded from a checkpoint.
 
     Raises:
         NoMatchingPeftModuleError: if nothing in the model matches what the config targets.
@@ -123,7 +130,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.peft_type = peft_config.peft_type
         self.active_adapter = adapter_name
         self.special_peft_forward_args = {"adapter_names"}
+        self.load_reports: dict[str, LoadReport] = {}
         config = self._with_heads(peft_config)
+        _warn_of_wrong_task(model, config)
         if config.is_prompt_learning:
             self.base_model = model
             self.prompt_encoder = PromptEncoders(model)
@@ -313,8 +322,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
         if unknown:
             raise PeftValueError(
-                f"adapter_names holds {', '.join(map(repr, unknown))}; the model has "
-                f"{', '.join(map(repr, self.peft_config))}, and '__base__' stands for no adapter"
+                "adapter_names takes names of adapters, and '__base__' for none: "
+                f"{explain_unknown_adapters(unknown, self.peft_config)}"
             )
         if self.training:
             raise PeftValueError("adapter_names works for inference only; call eval() first")
@@ -455,6 +464,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         self._check_name(adapter_name)
         self._tuner.delete_adapter(adapter_name)
+        self.load_reports.pop(adapter_name, None)
         if self.active_adapter == adapter_name and self.active_adapters:
             self.active_adapter = self.active_adapters[0]
 
@@ -470,9 +480,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def _check_name(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
-            raise PeftValueError(
-                f"there is no adapter {adapter_name!r}; the model has {', '.join(map(repr, self.peft_config))}"
-            )
+            raise PeftValueError(explain_unknown_adapters([adapter_name], self.peft_config))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """
@@ -538,8 +546,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         for name, tensors in contents.items():
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
             os.makedirs(folder, exist_ok=True)
-            write_peft_weights(folder, tensors, safe_serialization, kwargs.get("deduplicate_tied", False))
-            configs[name].save_pretrained(folder)
+            with replacing_adapter(folder) as new:
+                write_peft_weights(new, tensors, safe_serialization, kwargs.get("deduplicate_tied", False))
+                configs[name].save_pretrained(new)
 
     def _config_to_save(self, adapter_name: str) -> PeftConfig:
         """Give an adapter's config as it is written: frozen, and with a note on a base model without a task."""
@@ -554,6 +563,20 @@ class PeftModel(PushToHubMixin, nn.Module):
                 "parent_library": type(base).__module__,
             }
         return config
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
+        """
+        Save the adapters and upload them to the hub. The text of a model card that is there is kept.
+
+        Args:
+            repo_id: id of the repository; it is made if it is missing.
+            kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr` and `tags`, as
+                for any model; others are for `save_pretrained`.
+
+        Returns:
+            The commit; as a string it is its address.
+        """
+        return push_folder(self, repo_id, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """
@@ -592,25 +615,25 @@ class PeftModel(PushToHubMixin, nn.Module):
             ephemeral_gpu_offload: use the accelerator for start-up computations only.
             low_cpu_mem_usage: make its tensors without storage, so that they are allocated once.
             key_mapping: regular expression -> replacement for keys of the checkpoint.
-            kwargs: `subfolder`, `revision`, `token`, ... for the hub.
+            kwargs: `strict=True` to refuse a checkpoint that does not fit in every respect, instead of warning about
+                missing and unexpected tensors; `ignore_mismatched_sizes=True` to leave out tensors of another shape;
+                `subfolder`, `revision`, `token`, ... for the hub.
 
         Returns:
-            A `PeftModel` of the class that belongs to the config's task.
+            A `PeftModel` of the class that belongs to the config's task. Its `load_reports` say what became of each
+            tensor.
 
         Raises:
             PeftPathError: if there is no adapter at `model_id`.
             PeftKeyError: if its method is not known.
-            PeftRuntimeError: if its tensors do not fit the model.
-            PeftValueError: if its files are damaged, or its tensors not finite; if a prompt is to be trained.
+            PeftLoadError: if its tensors do not fit the model or are not finite.
+            PeftValueError: if its files are damaged; if a prompt is to be trained.
         """
-        if config is None:
-            config = PeftConfig.from_pretrained(os.fspath(model_id), **_hub_options(kwargs))
-        elif not isinstance(config, PeftConfig):
+        if config is not None and not isinstance(config, PeftConfig):
             raise PeftValueError(f"config must be a PeftConfig, found a {type(config).__name__}")
-        config = _for_this_run(config, is_trainable, ephemeral_gpu_offload)
         # files are read before the model is touched
-        options = _hub_options(kwargs)
-        weights = load_peft_weights(os.fspath(model_id), device="cpu", key_mapping=key_mapping, **options)
+        config, weights = _read_adapter(model_id, _hub_options(kwargs), config, "cpu", key_mapping)
+        config = _for_this_run(config, is_trainable, ephemeral_gpu_offload)
         model_cls = cls
         if cls is PeftModel:
             from .task_models import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -638,7 +661,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
-    ) -> _IncompatibleKeys:
+    ) -> LoadResult:
         """
         Put an adapter from a folder or from the hub beside those that the model has. It is not active at first.
 
@@ -651,21 +674,21 @@ class PeftModel(PushToHubMixin, nn.Module):
             ephemeral_gpu_offload: use the accelerator for start-up computations only.
             low_cpu_mem_usage: make its tensors without storage, so that they are allocated once.
             key_mapping: regular expression -> replacement for keys of the checkpoint.
-            kwargs: `subfolder`, `revision`, `token`, ... for the hub; `ignore_mismatched_sizes`.
+            kwargs: `strict`, `ignore_mismatched_sizes`, and options for the hub, as in `from_pretrained`.
 
         Returns:
-            `missing_keys` and `unexpected_keys`; see `set_peft_model_state_dict`.
+            `missing_keys` and `unexpected_keys`; see `set_peft_model_state_dict`. Its `report` is the one that stands
+            in `load_reports` then.
 
         Raises:
             PeftPathError: if there is no adapter at `model_id`.
-            PeftRuntimeError: if its tensors do not fit the model; the model stays as it was.
+            PeftLoadError: if its tensors do not fit the model; the model stays as it was.
         """
-        weights = load_peft_weights(
-            os.fspath(model_id), device=torch_device or "cpu", key_mapping=key_mapping, **_hub_options(kwargs)
-        )
+        present = self.peft_config.get(adapter_name)
+        options = _hub_options(kwargs)
+        config, weights = _read_adapter(model_id, options, present, torch_device or "cpu", key_mapping)
         with all_or_nothing(self):
-            if adapter_name not in self.peft_config:
-                config = PeftConfig.from_pretrained(os.fspath(model_id), **_hub_options(kwargs))
+            if present is None:
                 config = _for_this_run(config, is_trainable, ephemeral_gpu_offload)
                 self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
             result = self._fill_adapter(adapter_name, weights, **_load_options(kwargs))
@@ -673,29 +696,49 @@ class PeftModel(PushToHubMixin, nn.Module):
             self.eval()
         return result
 
-    def _fill_adapter(
-        self, adapter_name: str, weights: dict[str, torch.Tensor], ignore_mismatched_sizes: bool = False
-    ) -> _IncompatibleKeys:
-        """Put a checkpoint's tensors into an adapter, and warn about those of its tensors that got nothing."""
+    def _fill_adapter(self, adapter_name: str, weights: dict[str, torch.Tensor], **options: Any) -> LoadResult:
+        """Put a checkpoint's tensors into an adapter; those that get nothing and have no storage start anew."""
         if not weights:
             raise PeftRuntimeError(f"{SAFETENSORS_WEIGHTS_NAME} holds no tensor at all; save the adapter again")
-        result = set_peft_model_state_dict(self, weights, adapter_name, ignore_mismatched_sizes)
-        own = adapter_key_map(self, adapter_name)
-        not_set = set(result.missing_keys)
-        missing = sorted(saved for saved, place in own.items() if place.key in not_set and saved not in weights)
+        result = load_tensors(self, weights, adapter_name, **options)
         for _, module in adapter_modules(self):
             if any(parameter.is_meta for parameter in module.adapter_parameters(adapter_name)):
                 module.fill_missing(adapter_name, self.peft_config[adapter_name])
-        if missing:
-            warn(
-                f"the checkpoint lacks {len(missing)} of {len(own)} tensors of adapter {adapter_name!r}; they keep "
-                f"their start values: {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}"
-            )
         return result
+
+
+def _read_adapter(
+    model_id: str | os.PathLike,
+    options: dict[str, Any],
+    config: PeftConfig | None,
+    device: str,
+    key_mapping: dict[str, str] | None,
+) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Read a config, unless there is one, and tensors: those of one save, should somebody save meanwhile."""
+    name = os.fspath(model_id)
+    folder = os.path.join(name, options.get("subfolder") or "")
+    for _ in range(_READINGS):
+        before = state_of_config(folder)
+        found = PeftConfig.from_pretrained(name, **options) if config is None else config
+        tensors = load_peft_weights(name, device=device, key_mapping=key_mapping, **options)
+        if config is not None or state_of_config(folder) == before:
+            return found, tensors
+    raise PeftRuntimeError(f"{folder!r} was saved to again and again while it was read; load it when that has ended")
 
 
 def _text(peft_type: Any) -> str:
     return getattr(peft_type, "value", str(peft_type))
+
+
+def _warn_of_wrong_task(model: nn.Module, config: PeftConfig) -> None:
+    has_encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
+    wanted = {TaskType.SEQ_2_SEQ_LM: True, TaskType.CAUSAL_LM: False}.get(config.task_type)
+    if has_encoder is not None and wanted is not None and has_encoder != wanted:
+        right = TaskType.SEQ_2_SEQ_LM if has_encoder else TaskType.CAUSAL_LM
+        warn(
+            f"the task is {_text(config.task_type)}, but {type(model).__name__} has "
+            f"{'an encoder and a decoder' if has_encoder else 'a decoder only'}; did you mean {right.value}?"
+        )
 
 
 def _checkpoints_activations(model: nn.Module) -> bool:
@@ -723,7 +766,7 @@ def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name == "ignore_mismatched_sizes"}
+    return {name: value for name, value in kwargs.items() if name in ("ignore_mismatched_sizes", "strict")}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..config import PeftConfig
 from ..utils.constants import (
@@ -34,6 +33,7 @@ from ..utils.error import (
     PeftTypeError,
     PeftValueError,
 )
+from ..utils.near_names import FEW, did_you_mean, explain_unknown_adapters
 from ..utils.offload import refuse_offloaded
 from ..utils.other import (
     AuxiliaryTrainingWrapper,
@@ -41,6 +41,7 @@ from ..utils.other import (
     set_additional_trainable_modules,
 )
 from ..utils.peft_types import TaskType
+from ..utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from ..utils.tying import (
     ReachedTie,
     find_followers,
@@ -51,9 +52,19 @@ from ..utils.tying import (
     settle_ties,
 )
 from ..utils.warning import warn
-from ._kinds import can_use_weight
+from ._kinds import can_use_weight, is_linear, is_quantized_linear
 from ._layer import ActivationLayer, AdditiveLayer, BaseTunerLayer, ReplacementLayer, WeightLayer, unwrapped
-from ._matching import Targets, check_target_module_exists, find_targets, lies_in, near_names, pattern_lookup
+from ._matching import (
+    Targets,
+    check_target_module_exists,
+    find_targets,
+    layer_index,
+    lies_in,
+    names_in_text,
+    near_names,
+    pattern_lookup,
+    patterns_without_use,
+)
 from ._merging import check_adapters_to_merge, merge_layers, original_weights, unmerge_layer
 from ._new_tensors import making_tensors
 from ._parameters import check_stacks, find_parameters, stack_of
@@ -87,9 +98,6 @@ __all__ = [
     "set_adapter",
     "set_requires_grad",
 ]
-
-# a layer is changed by name only where its class says what it computes
-LINEAR_LAYERS = (nn.Linear, Conv1D)
 
 
 class BaseTuner(nn.Module, ABC):
@@ -263,6 +271,7 @@ class BaseTuner(nn.Module, ABC):
         parameters = {name: modules[module_of(name)] for name in self._parameters_with_ties(parameters, config)}
         check_stacks(parameters, targets.values())
         check_additional_trainable_modules(model, config)
+        self._check_patterns(config, [*modules, *parameters])
         with making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype):
             self._place_layers(model, adapter_name, config, {**targets, **parameters}, all_names, set(parameters))
             set_additional_trainable_modules(
@@ -355,12 +364,20 @@ class BaseTuner(nn.Module, ABC):
             targets.names = [name for name in targets.names if not lies_in(saved, name)]
         if not targets.names and config.target_modules is not None and not parameters:
             raise NoMatchingPeftModuleError(self._explain_no_match(config, targets, candidates))
-        for entry in targets.unmatched:
+        for entry in targets.unmatched[:FEW]:
             near = near_names(entry, candidates)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            warn(f"target_modules entry {entry!r} matches no module{hint}")
+            warn(f"target_modules entry {entry!r} matches no module{did_you_mean(near)}")
+        if len(targets.unmatched) > FEW:
+            warn(f"{len(targets.unmatched) - FEW} more entries of target_modules match no module")
+        if targets.absent_layers is not None:
+            warn(f"layers_to_transform: {_explain_absent_layers(*targets.absent_layers)}")
         if getattr(config, "exclude_modules", None) and not targets.excluded:
-            warn(f"exclude_modules={config.exclude_modules!r} leaves out nothing that target_modules matches")
+            entries = _as_names(config.exclude_modules)
+            near = dict.fromkeys(name for entry in sorted(entries)[:FEW] for name in near_names(entry, targets.names))
+            warn(
+                f"exclude_modules={config.exclude_modules!r} leaves out nothing that target_modules matches"
+                f"{did_you_mean(near)}"
+            )
         # a module that has several names is one target, under the first of them
         first = {}
         for name, module in modules.items():
@@ -391,8 +408,7 @@ class BaseTuner(nn.Module, ABC):
             )
         return names
 
-    @staticmethod
-    def _explain_no_match(config: PeftConfig, targets: Targets, candidates: list[str]) -> str:
+    def _explain_no_match(self, config: PeftConfig, targets: Targets, candidates: list[str]) -> str:
         if targets.excluded:
             return (
                 f"target_modules matches {len(targets.excluded)} modules, and exclude_modules="
@@ -400,14 +416,48 @@ class BaseTuner(nn.Module, ABC):
             )
         wanted = config.target_modules
         entries = [wanted] if isinstance(wanted, str) else sorted(wanted)
-        near = {name: None for entry in entries for name in near_names(entry, candidates)}
-        hint = f"names that come near: {', '.join(near)}" if near else f"the model has {', '.join(candidates[:8])} ..."
+        near = {name: None for entry in entries[:FEW] for name in near_names(entry, candidates)}
+        hints = [f"names that come near: {', '.join(near)}"]
+        if not near:
+            hints = [f"the model has {', '.join(candidates[:8])} ..."]
+        listed = names_in_text(wanted) if isinstance(wanted, str) else []
+        if listed:
+            hints = [f"a string is taken as a regular expression; as a list of names it would be {listed}"]
+        if targets.absent_layers is not None:
+            hints = [_explain_absent_layers(*targets.absent_layers)]
+        for pattern in list(_as_names(getattr(config, "layers_pattern", None)))[:FEW]:
+            if all(layer_index(name, pattern) is None for name in candidates):
+                near = did_you_mean(near_names(pattern, candidates, most=1))
+                hints = [f"no list of layers is named {pattern!r}{near}"]
+        default = self.target_module_mapping.get(self.get_model_config(self.model).get("model_type"))
+        if default is not None and default != wanted:
+            hints.append(f"the default for this type of model is {default!r}")
         details = "".join(
             f", {name}={getattr(config, name)!r}"
             for name in ("layers_to_transform", "layers_pattern", "modules_to_save")
             if getattr(config, name, None) is not None
         )
-        return f"no module to adapt: target_modules={wanted!r}{details} matches nothing; {hint}"
+        return f"no module to adapt: target_modules={wanted!r}{details} matches nothing; {'; '.join(hints)}"
+
+    def _check_patterns(self, config: PeftConfig, names: list[str]) -> None:
+        """
+        Check values that hold for some modules only, such as ranks.
+
+        Args:
+            config: the adapter's config.
+            names: full names of modules and targeted parameters.
+
+        Raises:
+            PeftValueError: for a rank that is none.
+        """
+        for field, patterns_field in self.pattern_fields.items():
+            patterns = getattr(config, patterns_field) or {}
+            for pattern, value in patterns.items() if field == "r" else ():
+                if not isinstance(value, int) or value <= 0:
+                    raise PeftValueError(f"{patterns_field}[{pattern!r}] must be a positive integer, found {value!r}")
+            for pattern in patterns_without_use(patterns, names)[:FEW]:
+                near = did_you_mean(near_names(pattern, names))
+                warn(f"{patterns_field} entry {pattern!r} matches no module{near}")
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
         """
@@ -545,7 +595,7 @@ class BaseTuner(nn.Module, ABC):
         """Tell layers whose base weight other modules hold too, so that merging one of them alone leaves those be."""
         tied = {id(group.parameter) for group in find_tied_groups(model, with_replicas=True)}
         for layer in self._layers() if tied else ():
-            layer.base_is_tied = id(layer.get_base_weight()) in tied
+            layer.base_is_tied = id(layer.stored_weight()) in tied
 
     def _layer_arguments_for(self, config: PeftConfig) -> Callable[[list[str]], dict[str, Any]]:
         """Give a function from the names of a target to what its layer is made with beside the config."""
@@ -581,7 +631,9 @@ class BaseTuner(nn.Module, ABC):
     def _layer_class(self, target: nn.Module) -> type[BaseTunerLayer] | None:
         """Find the layer for a kind of base layer."""
         base = unwrapped(target)
-        return next((layer_cls for kind, layer_cls in self.layer_classes.items() if isinstance(base, kind)), None)
+        found = next((layer_cls for kind, layer_cls in self.layer_classes.items() if isinstance(base, kind)), None)
+        # linear layers of some libraries for quantisation do not derive from torch's
+        return self.layer_classes.get(nn.Linear) if found is None and is_quantized_linear(base) else found
 
     def _check_kind(self, target: nn.Module, name: str, owner: BaseTunerLayer | None) -> None:
         """
@@ -611,6 +663,10 @@ class BaseTuner(nn.Module, ABC):
     def _finish(self, adapter_name: str, config: PeftConfig) -> None:
         """Freeze the base model and let the active adapters be trained."""
         shield_tie_weights(self.model)
+        quantization = get_quantization_kwargs(self.model)
+        for layer in self.model.modules() if quantization else ():
+            if isinstance(layer, BaseTunerLayer) and layer.quantization_backend is not None:
+                layer.quantization_backend = resolve_quantization_backend(layer.get_base_layer(), **quantization)
         for module in base_modules(self.model):
             for parameter in module._parameters.values():
                 if parameter is not None:
@@ -624,7 +680,7 @@ class BaseTuner(nn.Module, ABC):
 
     def _config_of(self, adapter_name: str) -> PeftConfig:
         if adapter_name not in self.peft_config:
-            raise PeftValueError(f"there is no adapter {adapter_name!r}; the model has {', '.join(self.peft_config)}")
+            raise PeftValueError(explain_unknown_adapters([adapter_name], self.peft_config))
         return self.peft_config[adapter_name]
 
     def _train_biases(self, which: str) -> None:
@@ -647,7 +703,12 @@ class BaseTuner(nn.Module, ABC):
         Args:
             adapter_name: one name or several.
             inference_mode: freeze the chosen ones too.
+
+        Raises:
+            PeftValueError: for a name that the model does not have.
         """
+        for name in _as_names(adapter_name):
+            self._config_of(name)
         set_adapter(self.model, adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
@@ -722,6 +783,12 @@ class BaseTuner(nn.Module, ABC):
             PeftValueError: if `safe_merge` finds entries that are not finite.
         """
         merge_layers(self.model, adapter_names, safe_merge)
+        self._warn_of_unknown(adapter_names)
+
+    def _warn_of_unknown(self, adapter_names: list[str] | None) -> None:
+        unknown = [name for name in adapter_names or () if name not in self.peft_config]
+        if unknown:
+            warn(f"nothing to merge: {explain_unknown_adapters(unknown, self.peft_config)}")
 
     def unmerge_adapter(self) -> None:
         """Take merged adapters out of the base weights."""
@@ -753,6 +820,7 @@ class BaseTuner(nn.Module, ABC):
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     module.unload_and_optionally_merge_module(True, True, adapter_names)
         merge_layers(self.model, adapter_names, safe_merge, progressbar, for_good=True)
+        self._warn_of_unknown(adapter_names)
         return self._unload(merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unload(self) -> nn.Module:
@@ -795,6 +863,14 @@ class BaseTuner(nn.Module, ABC):
 def _recorded_ties(config: PeftConfig) -> list[dict[str, str]]:
     recorded = (config.modules_to_tie, config.target_modules_to_tie, config.token_modules_to_tie)
     return [ties for ties in recorded if ties]
+
+
+def _as_names(names: str | Collection[str] | None) -> Collection[str]:
+    return [names] if isinstance(names, str) else names or ()
+
+
+def _explain_absent_layers(absent: list[int], last: int) -> str:
+    return f"there is no layer {', '.join(map(str, absent))}; the indices of the model's layers go from 0 to {last}"
 
 
 def with_ties(names: list[str], ties: dict[str, str]) -> list[str]:
@@ -857,7 +933,7 @@ def all_linear_names(model: nn.Module, config: PeftConfig) -> set[str]:
     Returns:
         Full names of the layers.
     """
-    names = {name for name, module in walk(model) if isinstance(unwrapped(module), LINEAR_LAYERS)}
+    names = {name for name, module in walk(model) if is_linear(unwrapped(module))}
     get_head = getattr(model, "get_output_embeddings", None)
     if get_head is None:
         return names

@@ -17,7 +17,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "WEIGHTS_NAME",
         ],
         ".error": ["NoMatchingPeftModuleError", "PeftError"],
+        ".kbit_training": ["prepare_model_for_kbit_training"],
         ".integrations": ["gather_params_ctx"],
+        ".load_report": ["LoadReport", "PeftLoadError"],
         ".other": [
             "AuxiliaryTrainingWrapper",
             "ModulesToSaveWrapper",
@@ -31,6 +33,12 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "transpose",
         ],
         ".peft_types": ["PeftType", "TaskType", "register_peft_method"],
+        ".quantization_utils": [
+            "get_quantization_config",
+            "get_quantization_kwargs",
+            "quantization_extra_repr",
+            "resolve_quantization_backend",
+        ],
         ".save_and_load": [
             "get_base_model_state_dict",
             "get_peft_model_state_dict",

@@ -18,8 +18,9 @@ from ..tuners.lora.initialization import changes_base
 from ..tuners.lora.layer import LoraLayer, ParamWrapper
 from .adapter_keys import adapter_key_map, read_forms
 from .error import PeftRuntimeError, PeftValueError
+from .load_report import LoadReport
 from .peft_types import PeftType
-from .save_and_load import live_tensors, load_peft_weights, one_value_per_tensor, refuse_not_finite
+from .save_and_load import live_tensors, load_peft_weights, not_finite, one_value_per_tensor
 from .warning import warn
 
 
@@ -193,6 +194,7 @@ def hotswap_adapter_from_state_dict(
         if layer.source(adapter_name) is layer:
             _set_scaling(layer, name, adapter_name, config)
             _note_sizes(layer, adapter_name)
+    getattr(model, "load_reports", {}).pop(adapter_name, None)  # it was about the tensors that are gone
     present = (getattr(model, "peft_config", None) or {}).get(adapter_name)
     for field in _RANK_FIELDS if present is not None else ():
         setattr(present, field, getattr(config, field))
@@ -253,7 +255,7 @@ def prepare_model_for_compiled_hotswap(
         _note_sizes(layer, adapter)
         scaling = layer.scaling[adapter]
         if not isinstance(scaling, torch.Tensor):
-            layer.scaling[adapter] = torch.tensor(scaling, device=layer.get_base_weight().device)
+            layer.scaling[adapter] = torch.tensor(scaling, device=layer.stored_weight().device)
 
 
 def _check_room(
@@ -312,13 +314,15 @@ def _values(
             "nothing was changed. The first adapter of a model that is to be swapped must have all targets of those "
             "to come"
         )
-    refuse_not_finite(content)
     held = live_tensors(model, {place.key for place in places.values()})
     first: dict[int, str] = {}  # tied modules hold one tensor under several keys
     for place in places.values():
         first.setdefault(id(held[place.key]), place.key)
     found = {saved: content[saved] for saved in places if saved in content}
-    values = one_value_per_tensor(found, places, held)
+    values, tied, overruled = one_value_per_tensor(found, places, held)
+    report = LoadReport(adapter_name, not_finite=not_finite(content), tied=tied, overruled=overruled)
+    report.refuse()
+    report.warn()
     return {first[id(held[key])]: value for key, value in values.items()}, {key: held[key] for key in first.values()}
 
 

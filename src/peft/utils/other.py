@@ -11,13 +11,15 @@ from torch import nn
 from ..config import PeftConfig
 from ..tuners._matching import (
     check_target_module_exists,
+    dotted_endings,
     get_pattern_key,
     lies_in,
     match_target_against_key,
     matching_entry,
+    near_names,
     outermost,
 )
-from ..tuners._surgery import Slots, is_adapter_module, names_of_modules
+from ..tuners._surgery import Slots, bare_modules, is_adapter_module, names_of_modules
 from ..tuners.trainable_tokens.layer import check_token_indices
 from .constants import (
     CONFIG_NAME,
@@ -29,6 +31,10 @@ from .constants import (
     WEIGHTS_NAME,
 )
 from .error import PeftTypeError, PeftValueError
+from .fsdp import fsdp_auto_wrap_policy
+from .kbit_training import prepare_model_for_kbit_training
+from .near_names import FEW, did_you_mean
+from .quantization_utils import get_quantization_config, is_gptqmodel_awq_layer, is_gptqmodel_quant_linear
 from .training_wrappers import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
@@ -50,9 +56,14 @@ __all__ = [
     "TrainableTokensWrapper",
     "cast_mixed_precision_params",
     "check_file_exists_on_hf_hub",
+    "fsdp_auto_wrap_policy",
     "get_pattern_key",
+    "get_quantization_config",
     "infer_device",
+    "is_gptqmodel_awq_layer",
+    "is_gptqmodel_quant_linear",
     "match_target_against_key",
+    "prepare_model_for_kbit_training",
     "set_additional_trainable_modules",
     "transpose",
 ]
@@ -160,9 +171,18 @@ def check_additional_trainable_modules(model: nn.Module, peft_config: PeftConfig
     _check_token_modules(model, peft_config, names)
     # the names of classification heads are tried for every model of their task
     optional = {*SEQ_CLS_HEAD_NAMES, *QUESTION_ANSWERING_HEAD_NAMES}
-    for entry in names:
-        if entry not in optional and not _modules_named(model, [entry]):
-            warn(f"modules_to_save entry {entry!r} matches no module")
+    endings = {ending for name in names_of_modules(model) for ending in dotted_endings(name)} if names else ()
+    unmatched = [entry for entry in names if entry not in endings]
+    for entry in unmatched[:FEW]:
+        if entry not in optional:
+            near = near_names(entry, [name for name, _ in bare_modules(model)])
+            warn(f"modules_to_save entry {entry!r} matches no module{did_you_mean(near)}")
+    if unmatched and len(unmatched) == len(names) and optional.issuperset(names):
+        warn(
+            f"the task is {getattr(peft_config.task_type, 'value', peft_config.task_type)}, but "
+            f"{type(model).__name__} has no module named {' or '.join(unmatched)}, so no head is trained and saved; "
+            "name the head in modules_to_save, or use a model that has one for the task"
+        )
 
 
 def _check_token_modules(model: nn.Module, peft_config: PeftConfig, saved: Collection[str]) -> None:

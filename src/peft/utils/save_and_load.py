@@ -10,7 +10,7 @@ Every adapter module says which of its tensors belong to an adapter, and under w
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pickle import UnpicklingError
 from typing import Any
 
@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..config import HUB_KWARGS, refuse_local
+from ..tuners._layer import BaseTunerLayer
 from ..tuners._surgery import adapter_modules
 from .adapter_keys import Place, adapter_key_map, bias_key_map, embedding_key_map, read_forms, write_forms
 from .constants import (
@@ -30,6 +32,10 @@ from .constants import (
 )
 from .error import PeftKeyError, PeftPathError, PeftRuntimeError, PeftValueError
 from .files import write_atomically
+from .integrations import changes_weights_while_loading
+from .load_report import LoadReport, LoadResult
+from .near_names import explain_unknown_adapters
+from .offload import computing_device, is_offloaded
 from .other import AuxiliaryTrainingWrapper, infer_device
 from .tensor_hashes import hashes_to_header
 from .tying import aliases_to_header, restore_aliases, split_aliases
@@ -116,7 +122,7 @@ def collect_tensors(
 def _config_of(model: nn.Module, adapter_name: str) -> Any:
     configs = getattr(model, "peft_config", None) or {}
     if adapter_name not in configs:
-        raise PeftKeyError(f"there is no adapter {adapter_name!r}; the model has {', '.join(configs) or 'none'}")
+        raise PeftKeyError(explain_unknown_adapters([adapter_name], configs))
     return configs[adapter_name]
 
 
@@ -155,39 +161,127 @@ def set_peft_model_state_dict(
 
     Returns:
         `missing_keys`: tensors of the model that were not set (also those of the base model and of other adapters);
-        `unexpected_keys`: keys of the checkpoint that belong to nothing in the model.
+        `unexpected_keys`: keys of the checkpoint that belong to nothing in the model; `report`: the `LoadReport`.
 
     Raises:
         PeftKeyError: if there is no adapter of that name.
-        PeftRuntimeError: if shapes differ, or no key belongs to the adapter.
-        PeftValueError: if a tensor has entries that are not finite.
+        PeftLoadError: if shapes differ, no key belongs to the adapter, or a tensor has entries that are not finite.
+    """
+    return load_tensors(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, quiet=True)
+
+
+def load_tensors(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    ignore_mismatched_sizes: bool = False,
+    strict: bool = False,
+    quiet: bool = False,
+) -> LoadResult:
+    """
+    Do what `set_peft_model_state_dict` does.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+        tensors: key in a checkpoint -> tensor.
+        adapter_name: name of the adapter to fill.
+        ignore_mismatched_sizes: leave out tensors of another shape.
+        strict: raise on anything that does not fit.
+        quiet: do not warn about tensors that are missing or unexpected.
     """
     config = _config_of(model, adapter_name)
+    before = {key: tensor.shape for key, tensor in model.named_parameters(remove_duplicate=False)}
     for _, module in adapter_modules(model):
-        module.prepare_to_load(adapter_name, peft_model_state_dict)
+        module.prepare_to_load(adapter_name, tensors)
     keys = adapter_key_map(model, adapter_name)
-    own = set(keys)
     keys.update(bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
+    expected = tuple(keys)
     for saved, place in embedding_key_map(model).items():
         keys.setdefault(saved, place)
-    tensors = live_tensors(model, {place.key for place in keys.values()})
-    content = read_forms(model, adapter_name, peft_model_state_dict)
+    tensors = under_new_names(model, tensors, adapter_name, keys)
+    live = live_tensors(model, {place.key for place in keys.values()})
+    content = read_forms(model, adapter_name, tensors)
     found = {saved: content[saved] for saved in keys if saved in content}
-    unexpected = [key for key in content if key not in keys]
-    if peft_model_state_dict and not own & set(found):
-        raise PeftRuntimeError(_explain_no_key(adapter_name, list(peft_model_state_dict), list(keys)))
-    refuse_not_finite(found)
-    expected = {saved: keys[saved].read(tensors[keys[saved].key]).shape for saved in found}
-    mismatched = {saved: value.shape for saved, value in found.items() if value.shape != expected[saved]}
-    if mismatched:
-        _report_mismatch(mismatched, expected, ignore_mismatched_sizes)
-    found = {saved: value for saved, value in found.items() if saved not in mismatched}
-    values = one_value_per_tensor(found, keys, tensors)
+    shapes = {saved: (tuple(value.shape), _shape_of(keys[saved], live)) for saved, value in found.items()}
+    mismatched = {saved: pair for saved, pair in shapes.items() if pair[0] != pair[1]}
+    fitting = {saved: value for saved, value in found.items() if saved not in mismatched}
+    values, tied, overruled = one_value_per_tensor(fitting, keys, live)
     # a tensor that several modules share is loaded under all its names, whichever of them stand in the checkpoint
-    filled = {id(tensors[key]) for key in values}
+    filled = {id(live[key]) for key in values}
+    report = LoadReport(
+        adapter_name,
+        expected=expected,
+        loaded=tuple(fitting),
+        missing=tuple(key for key in expected if key not in found and id(live[keys[key].key]) not in filled),
+        unexpected=tuple(key for key in content if key not in keys),
+        mismatched=mismatched,
+        mistyped=_mistyped(fitting, keys, live),
+        not_finite=not_finite(found),
+        tied=tied,
+        overruled=overruled,
+        resized={
+            saved: (tuple(before[keys[saved].key]), tuple(live[keys[saved].key].shape))
+            for saved in expected
+            if keys[saved].key in before and before[keys[saved].key] != live[keys[saved].key].shape
+        },
+        about=_about(model, config),
+    )
+    report.refuse(strict, ignore_mismatched_sizes)
+    report.warn(quiet)
     missing = [key for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in filled]
-    _assign(model, tensors, values)
-    return _IncompatibleKeys(missing_keys=missing, unexpected_keys=unexpected)
+    _assign(model, live, values)
+    if hasattr(model, "load_reports"):
+        model.load_reports[adapter_name] = report
+    result = LoadResult(missing_keys=missing, unexpected_keys=list(report.unexpected))
+    result.report = report
+    return result
+
+
+def _shape_of(place: Place, live: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    return tuple(place.read(live[place.key]).shape)
+
+
+def _mistyped(
+    found: Mapping[str, torch.Tensor], keys: Mapping[str, Place], live: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[str, str]]:
+    types = {saved: (value.dtype, live[keys[saved].key].dtype) for saved, value in found.items()}
+    return {
+        saved: tuple(str(dtype).removeprefix("torch.") for dtype in pair)
+        for saved, pair in types.items()
+        if pair[0].is_floating_point != pair[1].is_floating_point
+    }
+
+
+def _about(model: nn.Module, config: Any) -> str:
+    """Say what an adapter is for, and what it is being loaded into; base models are named where they differ."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    method, task = (getattr(value, "value", value) for value in (config.peft_type, config.task_type))
+    names = config.base_model_name_or_path, getattr(base, "name_or_path", None)
+    differ = all(names) and names[0] != names[1]
+    return (
+        f"The adapter is {method}{f' for {task}' if task else ''}{f', trained on {names[0]!r}' if differ else ''}; "
+        f"the model is a {type(base).__name__}{f', {names[1]!r}' if differ else ''}"
+    )
+
+
+def under_new_names(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], adapter_name: str, known: Collection[str]
+) -> Mapping[str, torch.Tensor]:
+    """
+    Turn tensors of layers that transformers has renamed or fused since they were saved into those of the model.
+
+    Args:
+        model: a model with the adapter in it.
+        tensors: key in a checkpoint -> tensor.
+        adapter_name: name of the adapter.
+        known: keys that the adapter has.
+    """
+    if all(key in known for key in tensors) or not changes_weights_while_loading():
+        return tensors
+    from .transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    config = _config_of(model, adapter_name)
+    return convert_peft_adapter_state_dict_for_transformers(model, config, tensors, adapter_name)
 
 
 def live_tensors(model: nn.Module, keys: set[str]) -> dict[str, torch.Tensor]:
@@ -202,74 +296,51 @@ def live_tensors(model: nn.Module, keys: set[str]) -> dict[str, torch.Tensor]:
 
 def one_value_per_tensor(
     found: Mapping[str, torch.Tensor], keys: Mapping[str, Place], tensors: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], dict[str, str], tuple[str, ...]]:
     """
     Turn the content of a checkpoint into values by key in the model's state dict.
 
     Where a checkpoint has several values for one tensor of the model, the first is taken, which is the owner's.
+
+    Returns:
+        The values; the keys of the checkpoint that share a tensor with another one, and that one; those among them
+        that have another value.
     """
     values: dict[str, torch.Tensor] = {}
     first: dict[int, tuple[str, torch.Tensor]] = {}
-    disagreeing = []
+    tied, overruled = {}, []
     for saved, value in found.items():
         place = keys[saved]
         value = place.read(value)
         owner, owned = first.setdefault(id(tensors[place.key]), (saved, value))
         if owner == saved:
             values[place.key] = value
-        elif not torch.equal(value.to(owned.device), owned):
-            disagreeing.append(f"{saved} (now that of {owner})")
-    if disagreeing:
-        warn(
-            f"the checkpoint has other values for {', '.join(disagreeing)}, although these modules are tied in the "
-            "model; the owner's values are used. It was probably saved by a version that let ties come apart"
-        )
-    return values
+            continue
+        tied[saved] = owner
+        if not torch.equal(value.to(owned.device), owned):
+            overruled.append(saved)
+    return values, tied, tuple(overruled)
 
 
-def _explain_no_key(adapter_name: str, found: list[str], expected: list[str]) -> str:
-    return (
-        f"none of the checkpoint's {len(found)} keys belongs to adapter {adapter_name!r}. It holds {found[0]!r}"
-        f"{' and others' if len(found) > 1 else ''}, the model expects {expected[0] if expected else 'none'!r}"
-        f"{' and others' if len(expected) > 1 else ''}. The checkpoint was made for another architecture or another "
-        "config; names that only differ by a prefix can be translated with key_mapping"
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """List the keys of tensors with entries that are infinite or no numbers."""
+    return tuple(
+        key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()
     )
-
-
-def refuse_not_finite(found: Mapping[str, torch.Tensor]) -> None:
-    broken = [key for key, value in found.items() if value.is_floating_point() and not torch.isfinite(value).all()]
-    if broken:
-        raise PeftValueError(
-            f"{len(broken)} tensors of the checkpoint have entries that are not finite, the first is {broken[0]!r}; "
-            "nothing was loaded. The training run has diverged or the file is damaged: use an earlier checkpoint"
-        )
-
-
-def _report_mismatch(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], ignore: bool) -> None:
-    details = [f"{key}: checkpoint {tuple(shape)}, model {tuple(expected[key])}" for key, shape in found.items()]
-    text = f"{len(details)} tensors of the checkpoint have another shape than in the model ({'; '.join(details[:4])})"
-    if ignore:
-        warn(f"{text}; they were left out, because ignore_mismatched_sizes=True")
-        return
-    hint = "check the rank and the base model"
-    rows = {shape[0] for shape in found.values() if shape}
-    if len(rows) == 1 and all(shape[1:] == expected[key][1:] for key, shape in found.items()):
-        hint = (
-            f"if the vocabulary was resized for training, call resize_token_embeddings({rows.pop()}) on the base first"
-        )
-    raise PeftRuntimeError(f"{text}; nothing was loaded. What to do: {hint}")
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
     """Write values into tensors; a tensor without storage is replaced wherever the model holds it."""
-    replaced: dict[int, torch.Tensor] = {}
+    without_storage = {id(tensors[key]): key for key in reversed(values) if tensors[key].is_meta}
+    homes = _homes(model) if without_storage else {}
+    replaced = {
+        token: _materialised(tensors[key], values[key], homes.get(token, homes.get(None)))
+        for token, key in without_storage.items()
+    }
     with torch.no_grad():
         for key, value in values.items():
-            tensor = tensors[key]
-            if not tensor.is_meta:
-                tensor.copy_(value)
-            elif id(tensor) not in replaced:
-                replaced[id(tensor)] = _materialised(tensor, value)
+            if id(tensors[key]) not in replaced:
+                tensors[key].copy_(value)
     if replaced:
         for module in model.modules():
             for held in (module._parameters, module._buffers):
@@ -278,8 +349,30 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], values: Mappi
                         held[name] = replaced[id(tensor)]
 
 
-def _materialised(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    value = value.detach().to(tensor.dtype, copy=True)
+def _homes(model: nn.Module) -> dict[int | None, torch.device]:
+    """
+    Find where tensors without storage belong: on the device of the base weight that they adapt.
+
+    Returns:
+        id of a tensor -> device; under None that of the model's first weight, for prompts, which adapt none.
+    """
+    homes: dict[int | None, torch.device] = {}
+    for tensor in model.parameters():
+        if not tensor.is_meta:
+            homes[None] = tensor.device
+            break
+    for _, module in adapter_modules(model):
+        is_layer = isinstance(module, BaseTunerLayer)
+        base = module.get_base_layer() if is_layer else getattr(module, "original_module", None)
+        weight = None if base is None else next(base.parameters(), None)
+        if weight is not None and (not weight.is_meta or is_offloaded(base)):
+            home = computing_device(base, weight)
+            homes.update((id(tensor), home) for tensor in module.parameters() if tensor.is_meta)
+    return homes
+
+
+def _materialised(tensor: torch.Tensor, value: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    value = value.detach().to(device=device, dtype=tensor.dtype, copy=True)
     return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
@@ -362,6 +455,7 @@ def load_peft_weights(
     device = infer_device() if device is None else device
     path = _find_weights_file(os.fspath(model_id), hf_hub_download_kwargs)
     tensors = _read_safetensors(path, device) if path.endswith(".safetensors") else _read_pickle(path, device)
+    tensors = {key: _usable(tensor, key, path) for key, tensor in tensors.items()}
     if key_mapping:
         tensors = {_mapped_key(key, key_mapping): tensor for key, tensor in tensors.items()}
     return tensors
@@ -373,14 +467,10 @@ def _find_weights_file(model_id: str, hub_kwargs: dict[str, Any]) -> str:
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if os.path.isfile(os.path.join(folder, name)):
             return os.path.join(folder, name)
-    if os.path.isdir(model_id):
-        found = sorted(os.listdir(folder))[:10] if os.path.isdir(folder) else "no such folder"
-        raise PeftPathError(
-            f"no {SAFETENSORS_WEIGHTS_NAME} in {folder!r} (found: {found}); save_pretrained writes one"
-        )
+    refuse_local(model_id, folder, SAFETENSORS_WEIGHTS_NAME)
     from huggingface_hub import hf_hub_download
 
-    hub_kwargs = {name: value for name, value in hub_kwargs.items() if name != "device"}
+    hub_kwargs = {name: value for name, value in hub_kwargs.items() if name in HUB_KWARGS or name == "subfolder"}
     errors = []
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         try:
@@ -418,6 +508,18 @@ def _read_pickle(path: str, device: str) -> dict[str, torch.Tensor]:
     ):
         raise PeftValueError(f"{path!r} does not hold a dictionary of tensors")
     return tensors
+
+
+def _usable(tensor: torch.Tensor, key: str, path: str) -> torch.Tensor:
+    """Give a tensor of a file in a form that can be computed with; refuse what is no matrix of numbers."""
+    is_whole = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_complex())
+    # a pickle can say that a few numbers are repeated without end
+    if not is_whole or tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise PeftValueError(
+            f"{key!r} in {path!r} is a {tensor.dtype} tensor of shape {tuple(tensor.shape)} that is not stored as "
+            "plain numbers, as the tensors of adapters are; save the adapter again"
+        )
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
 def torch_load(*args: Any, weights_only: bool = True, **kwargs: Any) -> Any:

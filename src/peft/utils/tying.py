@@ -21,6 +21,7 @@ from ..tuners._replication import REPLICATED_FROM
 from ..tuners._surgery import bare_modules, base_modules, is_adapter_module
 from .adapter_keys import Place
 from .error import PeftValueError
+from .near_names import did_you_mean
 from .warning import warn
 
 
@@ -233,8 +234,9 @@ def find_token_modules(model: nn.Module, tokens: Collection[int] | Mapping[str, 
         names = _names_matching(model, [entry])
         if not names:
             near = near_names(entry, [name for name, _ in bare_modules(model) if name])
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise PeftValueError(f"trainable_token_indices names {entry!r}, which the model does not have{hint}")
+            raise PeftValueError(
+                f"trainable_token_indices names {entry!r}, which the model does not have{did_you_mean(near)}"
+            )
         modules.update((name, list(indices)) for name in names)
     return modules
 
@@ -557,6 +559,12 @@ def _memory(tensor: torch.Tensor) -> tuple:
 ALIASES_HEADER = "tied_aliases"
 
 
+_BAD_ALIASES = (
+    "the table of tied tensors in the file's header does not fit its content ({}); the file was changed after it was "
+    "saved: save the adapter again"
+)
+
+
 def aliases_to_header(aliases: Mapping[str, Place]) -> dict[str, str]:
     """Write a table of aliases as an entry of a safetensors header; nothing for an empty table."""
     return {ALIASES_HEADER: json.dumps(aliases, sort_keys=True)} if aliases else {}
@@ -573,15 +581,31 @@ def restore_aliases(tensors: dict[str, torch.Tensor], header: Mapping[str, str] 
     Raises:
         PeftValueError: if the table names a key that the file lacks.
     """
+    places = aliases_from_header(header)
+    absent = [place.key for place in places.values() if place.key not in tensors]
+    if absent:
+        raise PeftValueError(_BAD_ALIASES.format(f"there is no {absent[0]!r}"))
+    return {**tensors, **{alias: place.read(tensors[place.key]) for alias, place in places.items()}}
+
+
+def aliases_from_header(header: Mapping[str, str] | None) -> dict[str, Place]:
+    """
+    Read the table of aliases from the metadata of a safetensors file.
+
+    Args:
+        header: the metadata.
+
+    Returns:
+        Key that is not in the file -> the key, and the layout, that it stands for.
+
+    Raises:
+        PeftValueError: if it is no such table.
+    """
     try:
         aliases = json.loads((header or {}).get(ALIASES_HEADER, "{}"))
-        places = {alias: Place(str(key), bool(transposed)) for alias, (key, transposed) in aliases.items()}
-        return {**tensors, **{alias: place.read(tensors[place.key]) for alias, place in places.items()}}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise PeftValueError(
-            f"the table of tied tensors in the file's header does not fit its content ({error!r}); the file was "
-            "changed after it was saved"
-        ) from error
+        return {alias: Place(str(key), bool(transposed)) for alias, (key, transposed) in aliases.items()}
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise PeftValueError(_BAD_ALIASES.format(repr(error))) from error
 
 
 def __getattr__(name: str) -> Any:

@@ -107,20 +107,22 @@ class AdaLoraLayer(LoraLayer):
         r = r if mask is None else len(mask)
         if not isinstance(r, int) or r <= 0:
             raise PeftValueError(f"the rank init_r must be a positive integer, found {r!r}")
-        # a setting that stands among the parameters, since the released package has it there
+        # a setting that stands among the parameters, since the released package has it there; it always has a value
+        weight = self.stored_weight()
         self.ranknum[adapter_name] = nn.Parameter(
-            torch.full((1,), float(r), device=self.get_base_weight().device), requires_grad=False
+            torch.full((1,), float(r), device="cpu" if weight.is_meta else weight.device), requires_grad=False
         )
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha if lora_alpha > 0 else float(r)
+        left = r if mask is None else sum(map(bool, mask))
+        rows, columns = self._matrix_shape()
+        self.lora_A[adapter_name] = self.new_parameter(left, columns)
+        self.lora_E[adapter_name] = self.new_parameter(left, 1)
+        self.lora_B[adapter_name] = self.new_parameter(rows, left)
+        self.r[adapter_name] = left
         self.ranks_made[adapter_name] = [rank for rank in range(r) if mask is None or mask[rank]]
         if mask is not None:
             self.ranks_left[adapter_name] = [bool(value) for value in mask]
-        self.r[adapter_name] = r = len(self.ranks_made[adapter_name])
-        rows, columns = self._matrix_shape()
-        self.lora_A[adapter_name] = self.new_parameter(r, columns)
-        self.lora_E[adapter_name] = self.new_parameter(r, 1)
-        self.lora_B[adapter_name] = self.new_parameter(rows, r)
         self.reset_adapter(adapter_name, config)
         self._trainable_adapters.add(adapter_name)
 
@@ -197,7 +199,7 @@ class AdaLoraLayer(LoraLayer):
         if name == "lora_B":
             return factor
         # the summand is part of the interface: it keeps outputs equal to those of the released package
-        return factor * (self.lora_E[adapter] / (self.ranknum[adapter].to(factor.dtype) + 1e-5))
+        return factor * (self.lora_E[adapter] / (self.ranknum[adapter].to(factor) + 1e-5))
 
     def _configured_scaling(self, adapter: str) -> float:
         alpha = self.lora_alpha[adapter]

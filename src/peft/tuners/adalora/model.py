@@ -72,6 +72,7 @@ class AdaLoraModel(LoraModel):
 
     tuner_layer_cls = AdaLoraLayer
     layer_classes = {nn.Linear: SVDLinear, Conv1D: SVDLinear, nn.Conv2d: SVDConv2d}
+    pattern_fields: dict[str, str] = {}  # its `rank_pattern` says which ranks are left
     layer_parts = {}
     parameter_layer_cls = None
     target_module_mapping = TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING

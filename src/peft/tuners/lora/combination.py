@@ -26,6 +26,7 @@ import torch
 
 from ...utils import merge_utils
 from ...utils.error import PeftValueError
+from ...utils.near_names import explain_unknown_adapters
 from ...utils.other import AuxiliaryTrainingWrapper
 from ...utils.warning import warn
 from .._matching import find_targets
@@ -342,9 +343,7 @@ def _check_adapters(model: "LoraModel", adapters: Sequence[str], weights: list[f
         raise PeftValueError(f"adapters must be a list of at least one name, found {adapters!r}")
     unknown = [name for name in adapters if name not in model.peft_config]
     if unknown:
-        raise PeftValueError(
-            f"there is no adapter {', '.join(map(repr, unknown))}; the model has {', '.join(model.peft_config)}"
-        )
+        raise PeftValueError(explain_unknown_adapters(unknown, model.peft_config))
     if not weights or not all(torch.isfinite(torch.tensor(weights))):
         raise PeftValueError(f"weights must be finite numbers, one per adapter, found {weights}")
     if len(weights) != len(adapters):
