@@ -68,7 +68,6 @@ FEATURES_NOT_IMPLEMENTED = {
     "LoRA: Arrow": named("ops/arrow_*"),
     "LoRA: MiCA": uses("init_lora_weights", "mica"),
     "LoRA: EVA, CorDA, LoRA-GA": uses("init_lora_weights", "eva", "corda", "lora_ga"),
-    "LoRA: fused experts by their old names": named("mixtral/lora_all_linear", "mixtral/lora_w1w2w3"),
     "convert_to_lora": named("ops/convert_to_lora_f*", "ops/convert_to_lora_threshold"),
     "create_loraplus_optimizer": named("ops/loraplus_*"),
     "X-LoRA": named("ops/xlora_*"),

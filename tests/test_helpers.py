@@ -5,15 +5,17 @@
 import copy
 import inspect
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, assert_equal, kinds, llama, logits, randomise, refused, seeded, token_ids
+from helpers import assert_close, assert_equal, differs, kinds, llama, logits, randomise, refused, seeded, token_ids
 from torch import nn
 
 from peft import LoraConfig, get_peft_model
 from peft.helpers import (
+    DoraCaching,
     KappaTuneSelector,
     check_if_peft_model,
     disable_input_dtype_casting,
@@ -23,6 +25,7 @@ from peft.helpers import (
     update_generate_signature,
     update_signature,
 )
+from peft.tuners.lora import dora
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
@@ -219,3 +222,65 @@ def test_targets_for_a_config() -> None:
     assert chosen["target_parameters"] is None
     config = LoraConfig(r=2, target_modules=chosen["target_modules"])
     assert get_peft_model(net, config).targeted_module_names == chosen["target_modules"]
+
+
+# ------------------------------------------------------------------------------------------ norms of DoRA
+@pytest.fixture
+def norms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with each norm that is computed."""
+    computed: list[int] = []
+    compute = dora.weight_norm
+    monkeypatch.setattr(dora, "weight_norm", lambda *args, **kwargs: computed.append(1) or compute(*args, **kwargs))
+    return computed
+
+
+def dora_model() -> nn.Module:
+    model = get_peft_model(kinds(), LoraConfig(r=2, target_modules=["lin"], use_dora=True)).eval()
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("context", "expected"), [(nullcontext(), 1), (DoraCaching(), 1), (DoraCaching(enabled=False), 3)]
+)
+def test_norms_are_kept_unless_they_are_not_to_be(context, expected: int, norms: list[int]) -> None:
+    model = dora_model()
+    first = logits(model, IDS)
+    norms.clear()
+    with torch.no_grad():
+        model.get_base_model().lin.lora_A["default"].weight.mul_(1)
+    with context:
+        for _ in range(3):
+            assert_equal(logits(model, IDS), first)
+    assert len(norms) == expected
+
+
+def test_a_kept_norm_is_never_out_of_date(norms: list[int]) -> None:
+    model = dora_model()
+    layer = model.get_base_model().lin
+    changes = (
+        lambda: layer.lora_B["default"].weight.mul_(2),
+        lambda: layer.base_layer.weight.add_(1),
+        lambda: layer.set_scale("default", 3.0),
+        lambda: model.load_state_dict({key: value + 0.5 for key, value in model.state_dict().items()}),
+    )
+    with DoraCaching(), torch.no_grad():
+        for change in changes:
+            before = logits(model, IDS)
+            change()
+            after = logits(model, IDS)
+            with DoraCaching(enabled=False):
+                assert_equal(logits(model, IDS), after)
+            assert differs(before, after)
+
+
+def test_caching_goes_back_to_what_it_was() -> None:
+    caching = DoraCaching(enabled=False)
+    with pytest.raises(KeyError), caching, DoraCaching(), caching:
+        assert not dora.ENABLE_DORA_CACHING
+        raise KeyError
+    assert dora.ENABLE_DORA_CACHING
+    caching(enabled=False)
+    assert not dora.ENABLE_DORA_CACHING
+    caching()
+    assert dora.ENABLE_DORA_CACHING

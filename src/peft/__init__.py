@@ -87,6 +87,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.trainable_tokens.config": ["TrainableTokensConfig"],
         ".tuners.trainable_tokens.model": ["TrainableTokensModel"],
         ".utils.error": ["NoMatchingPeftModuleError", "PeftError"],
+        ".utils.kbit_training": ["prepare_model_for_kbit_training"],
         ".utils.other": ["cast_mixed_precision_params"],
         ".utils.peft_types": ["PeftType", "TaskType"],
         ".utils.save_and_load": [

@@ -18,12 +18,14 @@ from tqdm import tqdm
 from .config import PeftConfig
 from .peft_model import PeftModel
 from .tuners._surgery import bare_modules
+from .tuners.lora import dora
 from .tuners.lora.layer import LoraLayer
 from .tuners.tuners_utils import BaseTunerLayer
 from .utils.error import PeftError, PeftTypeError, PeftValueError
 
 
 __all__ = [
+    "DoraCaching",
     "KappaTuneSelector",
     "check_if_peft_model",
     "disable_input_dtype_casting",
@@ -175,6 +177,49 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     finally:
         for layer, scaling in zip(layers, before, strict=True):
             layer.scaling.update((name, value) for name, value in scaling.items() if name in layer.scaling)
+
+
+class DoraCaching:
+    """
+    Says whether DoRA's layers keep the norms of their weights while a model is in eval mode.
+
+    They do so by default: a norm is kept for as long as base weight, factors and scaling stay as they are, so it is
+    never out of date, and takes one number per output feature. In a context the setting holds until its end; a call
+    changes it for good.
+
+    Args:
+        enabled: False to compute norms in each forward pass.
+
+    Example:
+
+        >>> from peft.helpers import DoraCaching
+        >>> from peft.tuners.lora import dora
+        >>> with DoraCaching(enabled=False):
+        ...     dora.ENABLE_DORA_CACHING
+        False
+        >>> dora.ENABLE_DORA_CACHING
+        True
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self._before.append(dora.ENABLE_DORA_CACHING)
+        dora.ENABLE_DORA_CACHING = self.enabled
+
+    def __exit__(self, type: Any, value: Any, traceback: Any) -> None:
+        dora.ENABLE_DORA_CACHING = self._before.pop()
+
+    def __call__(self, enabled: bool = True) -> None:
+        """
+        Change the setting until it is changed again.
+
+        Args:
+            enabled: whether norms are kept.
+        """
+        dora.ENABLE_DORA_CACHING = enabled
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ...config import PeftConfig
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...utils.integrations import changes_weights_while_loading
 from ...utils.save_and_load import collect_tensors
 from ...utils.tying import find_tied_groups, module_of
 from ...utils.warning import warn
@@ -102,6 +103,14 @@ class LoraModel(BaseTuner):
         model = super()._unload(merge, safe_merge, adapter_names)
         (separate_replicas if merge else remove_replicas)(model)
         return model
+
+    def _resolve_targets(self, model: nn.Module, config: LoraConfig) -> None:
+        # the weights of experts whose layers were fused have three dimensions
+        if changes_weights_while_loading() and any(parameter.dim() == 3 for parameter in model.parameters()):
+            from ...utils.transformers_weight_conversion import conversions_of, convert_peft_config_for_transformers
+
+            convert_peft_config_for_transformers(config, model, conversions_of(model))
+        super()._resolve_targets(model, config)
 
     def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
         super()._check_new_adapter_config(adapter_name, config)
