@@ -46,6 +46,7 @@ setup(
         "huggingface_hub",
         "numpy",
         "packaging",
+        "psutil",
         "regex",
         "safetensors",
         "torch",

@@ -3,6 +3,7 @@
 """What holds for every test: no network, one thread, the same random numbers on each run."""
 
 import os
+from importlib.metadata import distributions
 
 
 # Before anything imports the hub's client: what is not on disk does not exist.
@@ -19,13 +20,20 @@ pytest.register_assert_rewrite("helpers")
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
-# Where models and inputs are made unless a test says otherwise, as in `PEFT_TEST_DEVICE=cuda pytest tests/test_methods.py`.
+# Where models and inputs are made, as in `PEFT_TEST_DEVICE=cuda pytest tests/test_methods.py`.
 if "PEFT_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["PEFT_TEST_DEVICE"])
     torch.backends.cudnn.allow_tf32 = False
 
 # The models are tiny: more threads cost more than they bring, and fight with the other worker.
 torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    """Name the versions of the clients that tests/clients runs."""
+    clients = ("transformers", "accelerate", "trl", "diffusers", "sentence-transformers")
+    found = {distribution.name: distribution.version for distribution in distributions()}
+    return "clients: " + ", ".join(f"{name}-{found.get(name, 'missing')}" for name in clients)
 
 
 @pytest.fixture(autouse=True)

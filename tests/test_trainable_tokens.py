@@ -236,7 +236,7 @@ def test_unmerging_restores_the_matrix_bit_for_bit() -> None:
     model = get_peft_model(llama(), lora(TOKENS))
     model.add_adapter("other", lora([7, 9]))
     randomise(model)
-    weight = model.get_base_model().get_input_embeddings().weight
+    weight = model.get_base_model().get_input_embeddings().original_module.weight
     before = weight.detach().clone()
     model.base_model.merge_adapter(["default", "other"])
     assert not torch.equal(weight, before)

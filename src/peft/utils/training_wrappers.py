@@ -15,6 +15,7 @@ from ..tuners.trainable_tokens.config import TrainableTokensConfig
 from ..tuners.trainable_tokens.layer import TrainableTokensLayer
 from .error import PeftTypeError, PeftValueError
 from .integrations import gather_params_ctx
+from .quantization_utils import resolve_quantization_backend
 
 
 class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
@@ -222,6 +223,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """
 
     adapter_layer_names = ("modules_to_save",)
+    other_param_names = ("followed",)
 
     def __init__(
         self,
@@ -233,8 +235,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         super().__init__(module_to_save, adapter_name, tied_module=tied_module, only=only)
 
     def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
-        """Make the container for the copies."""
+        """Make the containers for the copies, and for the wrappers that they follow."""
         self.modules_to_save = nn.ModuleDict()
+        self.followed: dict[str, ModulesToSaveWrapper] = {}
 
     def update(
         self,
@@ -258,6 +261,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """
         instead = {}
         if tied_module is not None:
+            self.followed[adapter_name] = tied_module
             instead = tied_module.parameters_in_place_of(adapter_name)
         if only is not None:
             own = dict(self.original_module.named_parameters(remove_duplicate=False))
@@ -265,6 +269,23 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         with gather_params_ctx(self.original_module.parameters()):
             self.modules_to_save[adapter_name] = copy_module(self.original_module, instead)
         self.set_requires_grad(adapter_name)
+
+    def train(self, mode: bool = True) -> "ModulesToSaveWrapper":
+        """
+        Set the mode, and tie again what was parted by a loader that replaces parameters one by one.
+
+        Args:
+            mode: False to evaluate.
+
+        Returns:
+            The wrapper.
+        """
+        for adapter_name, owner in self.followed.items():
+            instead = owner.parameters_in_place_of(adapter_name)
+            for name, parameter in self.original_module.named_parameters(remove_duplicate=False):
+                if id(parameter) in instead:
+                    _replace_parameter(self.modules_to_save[adapter_name], name, instead[id(parameter)])
+        return super().train(mode)
 
     def parameters_in_place_of(self, adapter_name: str) -> dict[int, nn.Parameter]:
         """Map the id of each parameter of the base module to what an adapter has in its place."""
@@ -285,9 +306,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         copied = self.modules_to_save[adapter_name]
         for name, parameter in list(copied.named_parameters(remove_duplicate=False)):
             if parameter.is_meta:
-                path, _, key = name.rpartition(".")
                 values = base[name].detach().clone()
-                copied.get_submodule(path)._parameters[key] = nn.Parameter(values, parameter.requires_grad)
+                _replace_parameter(copied, name, nn.Parameter(values, parameter.requires_grad))
 
     def _current_module(self) -> nn.Module:
         if not self._disable_adapters:
@@ -380,6 +400,13 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return self.token_adapter.base_layer
 
     @property
+    def weight(self) -> torch.Tensor:
+        """The weight with the tokens of the active adapters, for those who compute with it instead of the module."""
+        layer = self.token_adapter
+        off = layer.disable_adapters or layer.merged
+        return layer.get_merged_weights([] if off else filter(layer.has_adapter, layer.active_adapters))
+
+    @property
     def _disable_adapters(self) -> bool:
         return self.token_adapter.disable_adapters
 
@@ -433,15 +460,25 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return self.token_adapter
 
 
+def _replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, key = name.rpartition(".")
+    module.get_submodule(path)._parameters[key] = parameter
+
+
 def check_wrappable(module: nn.Module, name: str = "") -> None:
     """
     Refuse modules that cannot be trained in full by a wrapper.
 
     Raises:
-        PeftTypeError: for containers, which have no forward pass of their own.
+        PeftTypeError: for containers, which have no forward pass of their own, and for quantised layers.
     """
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
         raise PeftTypeError(
             f"modules_to_save cannot hold {name or 'a module'}, which is a {type(module).__name__} and has no forward "
             "pass of its own; name the modules inside it"
+        )
+    for backend in filter(None, map(resolve_quantization_backend, module.modules())):
+        raise PeftTypeError(
+            f"modules_to_save cannot hold {name or 'a module'}, whose weight is quantised ({backend.name}) and cannot "
+            "be trained; adapt it as a target, or exclude it when the model is quantised"
         )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...utils.error import PeftIndexError, PeftTypeError, PeftValueError
-from ...utils.integrations import gather_params_ctx
+from ...utils.integrations import dequantize_module_weight, gather_params_ctx
 from .._buffer_dict import BufferDict
 from .._kinds import scale_rows
 from .._layer import WeightLayer, unwrapped
@@ -81,6 +81,12 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
         super().follow(adapter_name, owner)
         self.trainable_tokens_delta[adapter_name] = owner.trainable_tokens_delta[adapter_name]
 
+    def train(self, mode: bool = True) -> "TrainableTokensLayer":
+        """Set the mode, and tie again what was parted by a loader that replaces parameters one by one."""
+        for adapter_name, owner in self._owners.items():
+            self.trainable_tokens_delta[adapter_name] = owner.trainable_tokens_delta[adapter_name]
+        return super().train(mode)
+
     def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Leave out what is the owner's; see `adapter_aliases`."""
         return iter(()) if adapter_name in self._owners else super().adapter_keys(adapter_name)
@@ -131,7 +137,7 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
             return torch.where((slots >= 0).unsqueeze(-1), own, result)
         indices = torch.tensor(source.token_indices[adapter], device=result.device, dtype=torch.long)
         # what is added, not what is put in their place: so the gradient of the logits need not be copied
-        difference = rows - base.weight[indices].detach().to(rows.dtype)
+        difference = rows - self.get_base_weight()[indices].detach().to(rows.dtype)
         columns = F.linear(x.to(rows.dtype), difference).to(result.dtype)
         if torch.compiler.is_compiling() or (result.is_leaf and result.requires_grad):
             return result.index_add(-1, indices, columns)
@@ -179,7 +185,8 @@ def check_token_indices(layer: nn.Module, name: str, indices: Sequence[int]) -> 
             f"tokens can be trained in an nn.Embedding or in a linear output head, {name!r} is a "
             f"{type(base).__name__}; name another layer"
         )
-    rows = getattr(base.weight, "ds_shape", base.weight.shape)[0]
+    weight = dequantize_module_weight(base)
+    rows = getattr(weight, "ds_shape", weight.shape)[0]
     wrong = [index for index in indices if isinstance(index, bool) or not isinstance(index, int)]
     if wrong:
         raise PeftTypeError(f"token indices{where} must be integers, found {wrong[:5]!r}")
