@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= smollm2
 DEMO_ARGS ?=
+NAME ?= multi_adapter
+EXAMPLE_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -12,7 +14,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES = $(wildcard src tests scripts examples benchmarks setup.py)
 
-.PHONY: demo test test-all style quality bench patches clean
+.PHONY: demo example test test-all style quality bench patches clean
 
 # The two models that need no hub get none, and the tiny one has no work for a second thread.
 DEMO_ENV_smollm2 = HF_HUB_OFFLINE=1
@@ -20,6 +22,10 @@ DEMO_ENV_tiny = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
 demo: $(VENV)/.installed $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 	$(DEMO_ENV_$(MODEL)) $(BIN)/python examples/tied_embeddings/finetune.py --model $(MODEL) $(DEMO_ARGS)
+
+# NAME is a folder of examples/; all but the demo start from SmolLM2, or with EXAMPLE_ARGS=--quick from a tiny model.
+example: $(VENV)/.installed $(VENV)/.smollm2
+	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.$(NAME) $(EXAMPLE_ARGS)
 
 # One thread per worker: two workers with two threads each would fight over two cores.
 test: $(VENV)/.installed
