@@ -30,7 +30,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "source"
 PACKAGE = Path(peft.__file__).parent
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+EXAMPLES = sorted(ROOT.glob("examples/*/README.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")), *EXAMPLES]
 PAGES = [page for page in PAGES if page.exists()]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -138,7 +139,15 @@ def test_every_page_can_be_reached_from_the_index():
         if page.suffix == ".md" and page not in reached:
             reached.add(page)
             waiting += [target for _, target, _ in links_of(page)]
-    assert set(DOCS.rglob("*.md")) <= reached
+    assert {*DOCS.rglob("*.md"), *EXAMPLES} <= reached
+
+
+def test_every_example_has_a_command():
+    """`make example NAME=...` runs the module in the folder of that name."""
+    for page in EXAMPLES:
+        for name in re.findall(r"make example NAME=(\w+)", page.read_text(encoding="utf-8")):
+            assert name == page.parent.name and (page.parent / "__main__.py").is_file()
+    assert {path.parent for path in ROOT.glob("examples/*/__main__.py")} <= {page.parent for page in EXAMPLES}
 
 
 @each_page
