@@ -37,9 +37,13 @@ from peft.utils.tying import split_aliases
 
 
 # LoRA's strategies, which are to hold for ties as well
-VARIANTS: dict[str, dict[str, Any]] = {
-    "LORA-dora": {"use_dora": True},
-    "LORA-rslora": {"use_rslora": True, "rank_pattern": {"lm_head": 1}, "alpha_pattern": {"lm_head": 3}},
+VARIANTS: dict[str, Callable[[TiedModel], dict[str, Any]]] = {
+    "LORA-dora": lambda tied: {"use_dora": True},
+    "LORA-rslora": lambda tied: {
+        "use_rslora": True,
+        "rank_pattern": {tied.outputs: 1},
+        "alpha_pattern": {tied.outputs: 3},
+    },
 }
 TOKENS = [3, 5, 7]
 ROUTES = ("saved at the input", "saved at the output", "targeted at the input", "targeted at the output", "tokens")
@@ -74,7 +78,9 @@ class Cell:
         """Make the config, with what the method needs."""
         method = self.method.partition("-")[0]
         config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[method]
-        values = {**OPTIONS.get(method, {}), **VARIANTS.get(self.method, {}), "ensure_weight_tying": True}
+        values = {**OPTIONS.get(method, {}), "ensure_weight_tying": True}
+        if self.method in VARIANTS:
+            values.update(VARIANTS[self.method](self.tied))
         values["target_modules"] = list(self.tied.targets)
         side = self.tied.inputs if self.route.endswith("input") else self.tied.outputs
         if self.route.startswith("saved"):
@@ -380,6 +386,7 @@ def untie_after_wrapping(patch: pytest.MonkeyPatch) -> None:
         last = model.get_base_model().get_submodule(cell.tied.members[-1].rpartition(".")[0])
         if isinstance(last, ModulesToSaveWrapper):
             copied = last.modules_to_save["default"]
+            last.followed.clear()
             copied.weight = nn.Parameter(copied.weight.detach().clone())
         else:
             last.__dict__["_owners"] = {"default": copy.deepcopy(last.source("default"))}

@@ -63,20 +63,17 @@ class TopkForm(NamedTuple):
 
         Raises:
             PeftRuntimeError: if the two do not belong together.
-            PeftValueError: if an index counts no vector, or the types are not those of weights and indices.
+            PeftValueError: if an index counts no vector.
         """
-        integers = not (indices.is_floating_point() or indices.dtype == torch.bool)
-        if not (integers and indices.dim() and weights.is_floating_point()):
-            raise PeftValueError(
-                f"top-k weights and indices are {weights.dtype} and {indices.dtype} of {indices.dim()} dimensions, "
-                "expected floating point numbers and integers. The file is damaged: save it again"
+        counts = not (indices.is_floating_point() or indices.dtype == torch.bool)
+        fits = indices.dim() and weights.dim() and indices.shape == (*weights.shape[:-1], weights.shape[-1] + 1)
+        if not (weights.is_floating_point() and counts and fits):
+            raise PeftRuntimeError(
+                f"top-k weights ({weights.dtype}, {tuple(weights.shape)}) and indices ({indices.dtype}, "
+                f"{tuple(indices.shape)}) do not belong together; there have to be floating point numbers, and one "
+                "integer more than these. The file is damaged: save it again"
             )
         weights = weights.float() if weights.dtype.itemsize < 4 else weights
-        if indices.shape[:-1] != weights.shape[:-1] or indices.shape[-1] != weights.shape[-1] + 1:
-            raise PeftRuntimeError(
-                f"top-k weights of shape {tuple(weights.shape)} and indices of shape {tuple(indices.shape)} do not "
-                "belong together; there has to be one weight less than indices. The file is damaged: save it again"
-            )
         indices = indices.long()
         if indices.numel() and not 0 <= indices.min() <= indices.max() < self.num_vectors:
             raise PeftValueError(
