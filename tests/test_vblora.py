@@ -194,7 +194,7 @@ def test_short_form_into_whole(tmp_path: Path) -> None:
     ("change", "classes", "mention"),
     [
         ({"_topk_indices": lambda t: t + 7}, ValueError, "bank"),
-        ({"_topk_indices": lambda t: t[..., :1]}, RuntimeError, "one weight less"),
+        ({"_topk_indices": lambda t: t[..., :1]}, RuntimeError, "one integer more"),
         ({"_topk_weights": lambda t: t * float("nan")}, ValueError, "not finite"),
         ({"_topk_weights": lambda t: t[:1], "_topk_indices": lambda t: t[:1]}, RuntimeError, "another shape"),
     ],

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, EncoderDecoderCache
 
 from .config import PeftConfig, PromptLearningConfig
 from .mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -342,6 +341,9 @@ class PromptEncoders(nn.ModuleDict):
         """
         encoder, config, weight = self.active_encoder, self.active_config, self.word_embeddings.weight
         if cache is None:
+            # not when the package is imported: it takes seconds where a library for quantised caches is installed
+            from transformers import DynamicCache, EncoderDecoderCache
+
             cache = DynamicCache()
             if getattr(self._base_model.config, "is_encoder_decoder", False):
                 cache = EncoderDecoderCache(cache, DynamicCache())
