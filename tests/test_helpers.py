@@ -13,7 +13,7 @@ import torch
 from helpers import assert_close, assert_equal, differs, kinds, llama, logits, randomise, refused, seeded, token_ids
 from torch import nn
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, shift_tokens_right
 from peft.helpers import (
     DoraCaching,
     KappaTuneSelector,
@@ -284,3 +284,12 @@ def test_caching_goes_back_to_what_it_was() -> None:
     assert not dora.ENABLE_DORA_CACHING
     caching()
     assert dora.ENABLE_DORA_CACHING
+
+
+def test_shift_tokens_right() -> None:
+    labels = torch.tensor([[5, 6, 7], [8, -100, -100]])
+    before = labels.clone()
+    assert torch.equal(shift_tokens_right(labels, 0, 1), torch.tensor([[1, 5, 6], [1, 8, 0]]))
+    assert torch.equal(labels, before)
+    with pytest.raises(ValueError, match="pad_token_id"):
+        shift_tokens_right(labels, None, 1)

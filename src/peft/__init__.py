@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "AutoPeftModelForTokenClassification",
         ],
         ".config": ["PeftConfig", "PromptLearningConfig"],
+        ".helpers": ["find_kappa_target_modules"],
         ".mapping": [
             "PEFT_TYPE_TO_CONFIG_MAPPING",
             "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
@@ -88,7 +89,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.trainable_tokens.model": ["TrainableTokensModel"],
         ".utils.error": ["NoMatchingPeftModuleError", "PeftError"],
         ".utils.kbit_training": ["prepare_model_for_kbit_training"],
-        ".utils.other": ["cast_mixed_precision_params"],
+        ".utils.other": ["cast_mixed_precision_params", "shift_tokens_right"],
         ".utils.peft_types": ["PeftType", "TaskType"],
         ".utils.save_and_load": [
             "get_base_model_state_dict",

@@ -30,6 +30,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "get_pattern_key",
             "infer_device",
             "set_additional_trainable_modules",
+            "shift_tokens_right",
             "transpose",
         ],
         ".peft_types": ["PeftType", "TaskType", "register_peft_method"],

@@ -65,6 +65,7 @@ __all__ = [
     "match_target_against_key",
     "prepare_model_for_kbit_training",
     "set_additional_trainable_modules",
+    "shift_tokens_right",
     "transpose",
 ]
 
@@ -350,3 +351,34 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
+    """
+    Make a decoder's inputs from its labels: each token is to be predicted from those before it.
+
+    Args:
+        input_ids: labels, (batch, length); -100 stands for tokens that are not predicted.
+        pad_token_id: token to put in place of -100.
+        decoder_start_token_id: token to begin with.
+
+    Returns:
+        (batch, length).
+
+    Raises:
+        PeftValueError: without a token for padding.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import shift_tokens_right
+        >>> shift_tokens_right(torch.tensor([[5, 6, -100, -100]]), pad_token_id=0, decoder_start_token_id=1)
+        tensor([[1, 5, 6, 0]])
+    """
+    if pad_token_id is None:
+        raise PeftValueError(
+            "pad_token_id is None, and labels of -100 need a token in their place; set it in the model's config"
+        )
+    shifted = input_ids.roll(1, dims=-1)
+    shifted[..., 0] = decoder_start_token_id
+    return shifted.masked_fill(shifted == -100, pad_token_id)
