@@ -578,6 +578,13 @@ def test_copies_and_unloading_leave_no_hook_behind() -> None:
     assert_equal(logits(model, IDS), expected)
 
 
+def test_scaling_beyond_all_measure_overflows_as_tensors_do() -> None:
+    """A config can hold any number; Python's own powers would raise where tensors give infinity."""
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config(target_modules=["0"], lora_alpha=10**160))
+    randomise(model)
+    assert not model.eval()(torch.ones(1, 4)).isfinite().all()
+
+
 # ------------------------------------------------------------------------------------------ what is refused
 def test_what_is_refused() -> None:
     net = llama()

@@ -746,6 +746,8 @@ class TestRefusals:
             get_peft_model(base, CONFIGS["prompt"]())
         with refused(base, ValueError, "num_virtual_tokens"):
             get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM"))
+        with refused(base, ValueError, "token_dim", "num_attention_heads=3"):
+            get_peft_model(base, CONFIGS["prefix"](task_type="CAUSAL_LM", num_attention_heads=3))
         with refused(base, KeyError, "'word_embeddings'"):
             get_peft_model(base, CONFIGS["prompt"](task_type="CAUSAL_LM"), adapter_name="word_embeddings")
         plain = nn.Sequential(nn.Linear(4, 4))

@@ -43,7 +43,8 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, Torcha
 from peft.utils.tying import find_tied_groups
 
 
-WIDTH = 32
+# blocks of bitsandbytes hold 64 weights, and on some processors none may end inside a row
+WIDTH = 64
 TARGETS = ["q_proj", "down_proj"]
 LINEAR_METHODS = sorted(set(OPTIONS) - {"TRAINABLE_TOKENS"})
 
@@ -263,10 +264,10 @@ def check_merging(peft_model: nn.Module, base: torch.Tensor, expected: torch.Ten
         peft_model.merge_adapter(safe_merge=True)
     for layer, weight in zip(layers, wanted, strict=True):
         found = dequantize_module_weight(layer.get_base_layer())
-        assert (found - weight).norm() < 0.2 * weight.norm()
+        assert (found - weight).norm() < 0.25 * weight.norm()
         assert not stored_weight(layer.get_base_layer()).requires_grad
     merged = logits(peft_model, IDS)
-    assert (merged - expected).norm() < 0.4 * (base - expected).norm()
+    assert (merged - expected).norm() < 0.6 * (base - expected).norm()
     peft_model.unmerge_adapter()
     assert_equal(logits(peft_model, IDS), expected)
     with warned("rounds"):

@@ -34,7 +34,7 @@ def complete_config(config: PromptLearningConfig, model: nn.Module) -> PromptLea
 
     Raises:
         PeftKeyError: if there is no task type.
-        PeftValueError: if a size is not given, and not told by the model either.
+        PeftValueError: if a size is not given, and not told by the model either, or if sizes contradict each other.
     """
     config = copy.copy(config)
     if config.task_type is None:
@@ -63,6 +63,11 @@ def complete_config(config: PromptLearningConfig, model: nn.Module) -> PromptLea
     missing = [name for name in needed if not getattr(config, name)]
     if missing:
         raise PeftValueError(f"the model's config does not tell {', '.join(missing)}; set it in the adapter's config")
+    if fills_cache and config.token_dim % config.num_attention_heads:
+        raise PeftValueError(
+            f"token_dim={config.token_dim} cannot be divided among num_attention_heads={config.num_attention_heads}; "
+            "leave both out of the config, then the model tells them"
+        )
     if getattr(config, "encoder_hidden_size", 0) is None:
         config.encoder_hidden_size = config.token_dim
     return config

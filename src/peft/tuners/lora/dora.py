@@ -304,5 +304,5 @@ def _squares_added(layer: "LoraLayer", adapter: str, weight: torch.Tensor, dtype
         )
     gram = a @ a.mT
     met = (rows @ a.mT.to(rows.dtype)).to(dtype)
-    added = ((2 * scaling * met + scaling**2 * (b @ gram)) * b).sum(-1)
+    added = ((2 * scaling * met + scaling * scaling * (b @ gram)) * b).sum(-1)
     return added if groups == 1 else added.T.flatten()
