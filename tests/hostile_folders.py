@@ -840,9 +840,15 @@ def watched() -> Iterator[None]:
         _watched["on"] = False
 
 
-def forward(model: PeftModel) -> torch.Tensor:
-    """Compute something with a model, to see whether it works."""
+def forward(model: PeftModel) -> torch.Tensor | None:
+    """Compute something with a model, to see whether it works; not with a prefix that is made for another one."""
     base = model.get_base_model()
+    if model.peft_type == "PREFIX_TUNING":
+        # no reason to refuse it: where a model's config tells its sizes wrongly, the adapter's has to tell them
+        own, prompt = base.config, model.active_peft_config
+        heads, layers = prompt.num_attention_heads, prompt.num_layers
+        if (heads, prompt.token_dim, layers) != (own.num_attention_heads, own.hidden_size, own.num_hidden_layers):
+            return None
     takes_ids = isinstance(base, Kinds) or hasattr(base, "config")
     inputs = torch.tensor([[1, 2, 5]]) if takes_ids else torch.ones(2, 8)
     tasks = {"task_ids": torch.tensor([0])} if model.peft_type == "MULTITASK_PROMPT_TUNING" else {}

@@ -400,6 +400,20 @@ def test_bitsandbytes_embeddings(four_bit: bool) -> None:
     check_merging(peft_model, base, logits(peft_model, IDS))
 
 
+def test_codes_that_bitsandbytes_has_reordered_for_a_processor() -> None:
+    """Its layers do so in their first forward pass without gradients, where the processor has AVX512-BF16."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    weight = bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False).to("cpu").weight
+    expected = dequantize_bnb_weight(weight)
+    state = copy.deepcopy(weight.quant_state)
+    reordered, weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(weight.data, state)
+    weight.data = reordered
+    for _ in range(2):  # looking must not change what the layer computes with
+        found = dequantize_bnb_weight(weight)
+        assert (found - expected).norm() < 0.01 * expected.norm()  # scales are in bfloat16 then
+        assert torch.equal(weight.data, reordered)
+
+
 def test_llm_int8_that_trains_in_half_precision_is_not_quantised() -> None:
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     assert resolve_quantization_backend(bnb.nn.Linear8bitLt(4, 4, has_fp16_weights=True)) is None

@@ -443,9 +443,12 @@ def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> torch.Tens
         raise PeftTypeError(f"weight must be a torch.nn.Parameter, found {type(weight).__name__}")
     kind = get_bnb_param_type(weight)
     if kind == "4bit" and weight.quant_state is not None:
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes import functional
 
-        return dequantize_4bit(weight.data, weight.quant_state)
+        codes, state = weight.data, weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):  # some processors compute with codes in another order
+            codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, copy.copy(state))
+        return functional.dequantize_4bit(codes, state)
     scales = getattr(weight, "SCB", None) if getattr(weight, "SCB", None) is not None else getattr(state, "SCB", None)
     if kind == "8bit" and scales is not None:
         from bitsandbytes.functional import int8_vectorwise_dequant
