@@ -3,14 +3,11 @@
 """Two processes on one machine train a tied model as one process does, and it stays tied."""
 
 import copy
-import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import WORLD, process_group, run_processes
 from tied_models import llama
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -19,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from peft import LoraConfig, PeftModel, get_peft_model, weight_tying_report
 
 
-WORLD, STEPS, LIMIT = 2, 3, 50.0
+STEPS, LIMIT = 3, 50.0
 ROUTES = {
     "saved": {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["embed_tokens"]},
     "targeted": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
@@ -66,11 +63,7 @@ def shard(model: PeftModel) -> nn.Module:
 
 def worker(rank: int, folder: str) -> None:
     """Train every case; one start of a process costs more than all of them."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD, timeout=timedelta(seconds=LIMIT)
-    )
-    try:
+    with process_group(rank, folder, LIMIT):
         for wrapping, route in CASES:
             model = build(route)
             wrapped = shard(model) if wrapping == "fsdp2" else DistributedDataParallel(model)
@@ -81,23 +74,12 @@ def worker(rank: int, folder: str) -> None:
                 "optimized": sum(p.requires_grad for p in model.parameters()),
             }
             torch.save(result, f"{folder}/{wrapping}-{route}-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Run the worker in two processes; whatever happens, none is left afterwards. What they did not do is missing."""
-    folder = tmp_path_factory.mktemp("distributed")
-    context = mp.start_processes(worker, (str(folder),), WORLD, join=False, start_method="spawn")
-    end = time.monotonic() + LIMIT
-    try:
-        while not context.join(timeout=1) and time.monotonic() < end:
-            pass
-    finally:
-        for process in context.processes:
-            process.kill()
-    return folder
+    """What two processes have written."""
+    return run_processes(worker, tmp_path_factory.mktemp("distributed"), LIMIT)
 
 
 @pytest.mark.parametrize(("wrapping", "route"), CASES)

@@ -3,14 +3,11 @@
 """Two processes train a tied model through `Accelerator`, save it in each way there is, and load it."""
 
 import os
-import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import WORLD, process_group, run_processes
 from tied_models import llama
 from torch import nn
 
@@ -20,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 CLIENT = "accelerate"
 pytestmark = pytest.mark.wide  # two processes that each import everything
 
-WORLD, STEPS, LIMIT = 2, 3, 100.0
+STEPS, LIMIT = 3, 100.0
 ROUTES = {
     "saved": {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["embed_tokens"]},
     "targeted": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
@@ -113,34 +110,19 @@ def run(rank: int, wrapping: str, route: str, folder: Path) -> dict:
 
 def worker(rank: int, folder: str) -> None:
     """Run every case; one start of a process costs more than all of them."""
-    torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), ACCELERATE_USE_CPU="true")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, and not used: the group is there already
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD, timeout=timedelta(seconds=LIMIT)
-    )
-    try:
+    with process_group(rank, folder, LIMIT):
         for wrapping, route in CASES:
             place = Path(folder) / f"{wrapping}-{route}"
             place.mkdir(exist_ok=True)
             torch.save(run(rank, wrapping, route, place), place / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Run the worker in two processes; whatever happens, none is left afterwards. What they did not do is missing."""
-    folder = tmp_path_factory.mktemp("accelerate")
-    context = mp.start_processes(worker, (str(folder),), WORLD, join=False, start_method="spawn")
-    end = time.monotonic() + LIMIT
-    try:
-        while not context.join(timeout=1) and time.monotonic() < end:
-            pass
-    finally:
-        for process in context.processes:
-            process.kill()
-    return folder
+    """What two processes have written."""
+    return run_processes(worker, tmp_path_factory.mktemp("accelerate"), LIMIT)
 
 
 @pytest.mark.parametrize(("wrapping", "route"), CASES)
