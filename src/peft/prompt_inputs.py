@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .prompt_learning import PromptEncoders, input_embedding, refuse_checkpointing
+from .utils.caches import CACHE_NAMES, cache_parameter, given_cache
 from .utils.error import PeftValueError
 from .utils.peft_types import TaskType
 from .utils.warning import warn
@@ -47,9 +48,9 @@ def call_with_prompt(prompts: PromptEncoders, args: tuple, kwargs: Inputs) -> An
     inputs = {name: value for name, value in inputs.items() if value is not None}
     _leave_out_what_has_no_place(prompts, inputs)
     inputs = put_in_front(prompts, inputs, task_ids)
-    if "past_key_values" not in inputs or "past_key_values" in parameters:
+    if given_cache(inputs) is None or cache_parameter(model) is not None:
         return model(**inputs)
-    with _cache_for_backbone(model, inputs.pop("past_key_values")):
+    with _cache_for_backbone(model, _take_cache(inputs)):
         return model(**inputs)
 
 
@@ -82,7 +83,7 @@ def generate_with_prompt(prompts: PromptEncoders, args: tuple, kwargs: Inputs) -
     def rewrite(module: nn.Module, args: tuple, inputs: Inputs) -> tuple[tuple, Inputs]:
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if inputs.get("use_cache") is False:  # each step reads all tokens anew; a prefix has come back as a cache
-            inputs.pop("past_key_values", None)
+            _take_cache(inputs)
         return args, put_in_front(prompts, inputs, task_ids)
 
     handle = model.register_forward_pre_hook(rewrite, with_kwargs=True)
@@ -108,7 +109,7 @@ def put_in_front(prompts: PromptEncoders, inputs: Inputs, task_ids: torch.Tensor
         PeftValueError: if the prompt cannot be put in front of them.
     """
     inputs = dict(inputs)
-    if getattr(inputs.get("past_key_values"), "is_compileable", False):
+    if getattr(given_cache(inputs), "is_compileable", False):
         raise PeftValueError("a cache of fixed size has no room for the prompt; generate with the default cache")
     if prompts.active_encoder.fills_cache:
         _put_prefix(prompts, inputs)
@@ -126,7 +127,7 @@ def put_in_front(prompts: PromptEncoders, inputs: Inputs, task_ids: torch.Tensor
 def _put_virtual_tokens(prompts: PromptEncoders, inputs: Inputs, task_ids: torch.Tensor | None) -> None:
     """Put virtual tokens in front of the inputs of a model without an encoder of its own."""
     config, tokens = prompts.active_config, prompts.active_config.num_virtual_tokens
-    if _is_filled(inputs.get("past_key_values")):
+    if _is_filled(given_cache(inputs)):
         _lengthen(inputs, "attention_mask", tokens, 1)
         _shift_positions(inputs, tokens)
         return
@@ -152,7 +153,7 @@ def _with_encoder_prompt(prompts: PromptEncoders, inputs: Inputs, task_ids: torc
 def _put_decoder_prompt(prompts: PromptEncoders, inputs: Inputs, task_ids: torch.Tensor | None) -> None:
     """Put the second half of the virtual tokens in front of what the decoder reads."""
     model, tokens = prompts.base_model, prompts.active_config.num_virtual_tokens
-    if _is_filled(inputs.get("past_key_values")):
+    if _is_filled(given_cache(inputs)):
         _lengthen(inputs, "decoder_attention_mask", tokens, 1)
         _shift_positions(inputs, tokens)
         return
@@ -173,9 +174,10 @@ def _put_prefix(prompts: PromptEncoders, inputs: Inputs) -> None:
     side = "decoder_" if _has_encoder(model) else ""
     if model.training:
         refuse_checkpointing(model)
-    cache = inputs.get("past_key_values")
-    if not _is_filled(cache):
-        inputs["past_key_values"] = prompts.fill_cache(cache, _batch_size(inputs, side, "labels"))
+    if not _is_filled(given_cache(inputs)):
+        cache = _take_cache(inputs)
+        name = cache_parameter(model) or CACHE_NAMES[0]
+        inputs[name] = prompts.fill_cache(cache, _batch_size(inputs, side, "labels"))
     _lengthen(inputs, f"{side}attention_mask", tokens, 1)
     _shift_positions(inputs, tokens)
 
@@ -202,6 +204,14 @@ def _is_filled(cache: Any) -> bool:
     if cache is None:
         return False
     return (cache.get_seq_length() if hasattr(cache, "get_seq_length") else len(cache)) > 0
+
+
+def _take_cache(inputs: Inputs) -> Any:
+    """Remove the cache from the inputs, under whatever name it stands there, and return it."""
+    cache = given_cache(inputs)
+    for name in CACHE_NAMES:
+        inputs.pop(name, None)
+    return cache
 
 
 def _batch_size(inputs: Inputs, side: str = "", *others: str) -> int:
@@ -251,11 +261,12 @@ def _shift_positions(inputs: Inputs, tokens: int, in_front: bool = False) -> Non
 def _cache_for_backbone(model: nn.Module, cache: Any) -> Iterator[None]:
     """Hand a cache to the backbone of a model whose head does not pass it on, such as a classifier."""
     backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
-    if not isinstance(backbone, nn.Module):
+    name = cache_parameter(backbone) if isinstance(backbone, nn.Module) else None
+    if name is None:
         raise PeftValueError(f"{type(model).__name__} takes no past_key_values, which prefix tuning needs")
 
     def add(module: nn.Module, args: tuple, kwargs: Inputs) -> tuple[tuple, Inputs]:
-        return args, {**kwargs, "past_key_values": cache}
+        return args, {**kwargs, name: cache}
 
     handle = backbone.register_forward_pre_hook(add, with_kwargs=True)
     try:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...utils.caches import given_cache
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
 from .variants import LoraVariant
@@ -147,7 +148,7 @@ class Invocations:
             offsets = torch.tensor([offset or 0 for offset in given])
             self.offsets = dict.fromkeys(self.tokens, offsets)
         elif isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point():
-            cache = kwargs.get("past_key_values")
+            cache = given_cache(kwargs)
             past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
             for adapter, tokens in self.tokens.items():
                 starts = find_invocations(ids, tokens)
@@ -164,8 +165,8 @@ class Invocations:
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Leave a note in the cache, for calls that continue it."""
-        cache = getattr(output, "past_key_values", None)
-        cache = kwargs.get("past_key_values") if cache is None else cache
+        cache = given_cache(output) if isinstance(output, Mapping) else None
+        cache = given_cache(kwargs) if cache is None else cache
         if self._starts and hasattr(cache, "get_seq_length"):
             setattr(cache, _STARTS, self._starts)
         if not torch.is_grad_enabled():
