@@ -14,6 +14,9 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES = $(wildcard src tests scripts examples benchmarks setup.py)
 
+# Threads that wait sleep: spinning, they would take the processor from those they wait for as soon as it is busy.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo example test test-all style quality bench patches clean
 
 # The two models that need no hub get none, and the tiny one has no work for a second thread.
@@ -55,7 +58,8 @@ clean:
 
 # Environments. Each step leaves a stamp, and runs again only when what it was made from has changed.
 # torch goes first and by itself, at the version of constraints.txt: a machine that has a CPU build of it takes that one.
-$(VENV)/.installed: setup.py constraints.txt
+# The version stands in src/peft/__init__.py, and clients read it where the package was installed.
+$(VENV)/.installed: setup.py constraints.txt src/peft/__init__.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable ".[quality,test,demo]"

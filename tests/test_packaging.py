@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """The package as it is built and imported, and the scripts and the example around it."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.version import Version
 from safetensors import safe_open
 
 import peft
@@ -23,7 +25,7 @@ import peft
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "tied_embeddings"
-VERSION = "0.21.2+tied.1"
+VERSION = "0.22.0+tied.1"
 
 
 def run(*command: object, cwd: Path | None = None, check: bool = True) -> subprocess.CompletedProcess:
@@ -78,16 +80,34 @@ class TestLazyImport:
         assert name in dir(peft)
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_threads_that_wait_do_not_spin(monkeypatch):
+    """With one other busy process, a step takes ten times as long if the threads of OpenMP spin while they wait."""
+    show = ("make", "--file", ROOT / "Makefile", "--eval", "show: ; @echo policy: $$OMP_WAIT_POLICY", "show")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert "policy: PASSIVE" in run(*show).stdout
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert "policy: ACTIVE" in run(*show).stdout
+
+
 class TestDistribution:
     def test_version(self):
         assert peft.__version__ == VERSION
 
     def test_the_installed_version_is_that_of_the_code(self):
         try:
-            installed = metadata.version("peft")
+            installed = metadata.distribution("peft")
         except metadata.PackageNotFoundError:
             pytest.skip("the package is on the path but not installed; `make test` installs it")
-        assert installed == VERSION
+        origin = json.loads(installed.read_text("direct_url.json") or "{}")
+        if origin.get("url", ROOT.as_uri()) != ROOT.as_uri():
+            pytest.skip(f"the installed package is another one, from {origin['url']}")
+        assert installed.version == VERSION, "`make test` installs the package anew"
+
+    @pytest.mark.parametrize("module", ["diffusers.utils.constants", "transformers.integrations.peft"])
+    def test_the_version_is_one_that_clients_accept(self, module):
+        pytest.importorskip(module.partition(".")[0])
+        assert Version(VERSION) >= Version(importlib.import_module(module).MIN_PEFT_VERSION)
 
     def test_the_package_says_that_it_is_typed(self):
         assert (Path(peft.__file__).parent / "py.typed").is_file()

@@ -9,7 +9,8 @@ Public names are resolved on first use: `import peft` loads neither torch nor tr
 from ._lazy import lazy_exports
 
 
-__version__ = "0.21.2+tied.1"
+# The lowest that the newest clients ask for (transformers 5.24: 0.22.0). What files name is in `config.py`.
+__version__ = "0.22.0+tied.1"
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,

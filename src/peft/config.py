@@ -41,15 +41,14 @@ LAYER_FIELDS = ("layers_to_transform", "layers_pattern")
 HUB_KWARGS = {"cache_dir", "force_download", "local_files_only", "repo_type", "revision", "token", "etag_timeout"}
 
 
+# The release whose interface and file format this version has. Files name it, so that readers which know the released
+# package take them for what they are.
+__version__ = "0.21.2"
+
+
 def interface_version() -> str:
-    """
-    The release whose interface and file format this version has, without our local label.
-
-    Files name this version, so that readers which know the released package take them for what they are.
-    """
-    from . import __version__
-
-    return __version__.partition("+")[0]
+    """Give the release whose interface and file format this version has, which is what files name."""
+    return __version__
 
 
 class _AcceptsTying(type):
