@@ -43,10 +43,8 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 _ADAPTER_OPTIONS = (
     "autocast_adapter_dtype",
     "ephemeral_gpu_offload",
-    "ignore_mismatched_sizes",
     "key_mapping",
     "low_cpu_mem_usage",
-    "strict",
 )
 
 
@@ -103,6 +101,9 @@ class _BaseAutoPeftModel:
         config: PeftConfig | None = None,
         revision: str | None = None,
         import_allowlist: Sequence[str] | None = None,
+        *,
+        strict: bool = False,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """
@@ -119,9 +120,11 @@ class _BaseAutoPeftModel:
             revision: revision of the adapter on the hub. That of the base model stands in the config.
             import_allowlist: libraries from which the class of a base model without a task may be imported; those of
                 `get_default_import_allowlist` if left out.
+            strict: refuse a checkpoint that does not fit in every respect.
+            ignore_mismatched_sizes: leave out tensors of another shape.
             kwargs: for the base model's `from_pretrained` (`dtype`, `device_map`, ...); `subfolder` of the adapter;
                 `token`, `cache_dir`, ... for the hub; `autocast_adapter_dtype`, `low_cpu_mem_usage`, `key_mapping`,
-                `strict`, ... as in `PeftModel.from_pretrained`.
+                ... as in `PeftModel.from_pretrained`.
 
         Returns:
             A `PeftModel` of the class that belongs to the task.
@@ -148,6 +151,7 @@ class _BaseAutoPeftModel:
         if revision is not None:
             place["revision"] = revision
         options = {name: kwargs.pop(name) for name in _ADAPTER_OPTIONS if name in kwargs}
+        options.update(strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
         name = os.fspath(pretrained_model_name_or_path)
         if config is None:
             config = PeftConfig.from_pretrained(name, **place, **hub)

@@ -8,9 +8,9 @@ reading a file raises the classes of `peft.utils.error`.
 """
 
 import dataclasses
+import inspect
 import json
 import os
-import re
 import reprlib
 import typing
 from collections.abc import Iterable
@@ -37,6 +37,13 @@ MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
 # fields that choose layers by index
 LAYER_FIELDS = ("layers_to_transform", "layers_pattern")
 
+# fields that name modules, which may share a weight with others
+_NAME_MODULES = {"target_modules", "modules_to_save"}
+
+# of the field that keeps them tied: by keyword only, so that released fields keep their places, and left out of files
+# where it is not set, for readers that do not know it
+_TYING = {"help": "Keep tied modules tied.", "written_if_set": True}
+
 # what finding a file on the hub takes beside its name
 HUB_KWARGS = {"cache_dir", "force_download", "local_files_only", "repo_type", "revision", "token", "etag_timeout"}
 
@@ -51,37 +58,20 @@ def interface_version() -> str:
     return __version__
 
 
-class _AcceptsTying(type):
+class _VisibleSignature:
     """
-    Lets every config take `ensure_weight_tying`, also those that lack it in release 0.21.2.
+    Shows what a config takes, as its generated `__init__` does.
 
-    It is no field there: number and order of the fields are part of the interface, and files stay as they are for
-    readers that do not know it.
+    Without it, `inspect.signature` of a class prefers `__new__`, which sees nothing but names.
     """
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return cls._make(*args, **kwargs)
-        except TypeError as error:
-            wrong = re.match(r"\w+\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-            if wrong is None:
-                raise
-            near = nearest(wrong[1], cls.__dataclass_fields__, most=1)
-            raise TypeError(f"{cls.__name__} has no field {wrong[1]!r}{did_you_mean(near)}") from error
-
-    def _make(cls, *args: Any, **kwargs: Any) -> Any:
-        if "ensure_weight_tying" in getattr(cls, "__dataclass_fields__", ()):
-            return super().__call__(*args, **kwargs)
-        ensure = kwargs.pop("ensure_weight_tying", False)
-        if not isinstance(ensure, bool):
-            raise TypeError(f"ensure_weight_tying must be True or False, found {ensure!r}")
-        config = super().__call__(*args, **kwargs)
-        config.ensure_weight_tying = ensure
-        return config
+    def __get__(self, config: Any, cls: type) -> inspect.Signature:
+        signature = inspect.signature(cls.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 @dataclass
-class PeftConfigMixin(metaclass=_AcceptsTying):
+class PeftConfigMixin:
     """
     Reading and writing of configs.
 
@@ -105,6 +95,14 @@ class PeftConfigMixin(metaclass=_AcceptsTying):
     # fields that a config object has but that are never written: they describe a run, not an adapter
     _runtime_fields = ("runtime_config",)
 
+    __signature__ = _VisibleSignature()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "PeftConfigMixin":
+        """Refuse misspelt fields before `__init__` does, which could not name the one that was meant."""
+        if not cls.__dataclass_fields__.keys() >= kwargs.keys():
+            _refuse_unknown(cls, kwargs)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         known = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in known:
@@ -113,6 +111,8 @@ class PeftConfigMixin(metaclass=_AcceptsTying):
             value = getattr(self, f.name)
             if f.name.endswith("dropout") and isinstance(value, (int, float)) and not 0 <= value <= 1:
                 raise ValueError(f"{f.name} is a probability and must lie between 0 and 1, found {value}")
+            if f.name == "ensure_weight_tying" and not isinstance(value, bool):
+                raise TypeError(f"ensure_weight_tying must be True or False, found {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -121,10 +121,12 @@ class PeftConfigMixin(metaclass=_AcceptsTying):
         Returns:
             Field name -> value; nested configs as dictionaries.
         """
-        fields = dataclasses.asdict(self)
-        if self.ensure_weight_tying:  # where it is no field, it is written only if it is set
-            fields["ensure_weight_tying"] = True
-        return {name: value for name, value in fields.items() if name not in self._runtime_fields}
+        values = dataclasses.asdict(self)
+        for f in dataclasses.fields(self):
+            unset = f.metadata.get("written_if_set") and values[f.name] == f.default
+            if f.name in self._runtime_fields or unset:
+                del values[f.name]
+        return values
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
@@ -178,7 +180,6 @@ class PeftConfigMixin(metaclass=_AcceptsTying):
         peft_type = kwargs.get("peft_type")
         config_cls = cls if peft_type is None else PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
         names = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls._runtime_fields)
-        names.add("ensure_weight_tying")
         unknown = sorted(set(kwargs) - names)
         if unknown:
             near = {name: None for field in unknown[:FEW] for name in nearest(field, names, most=1)}
@@ -260,7 +261,7 @@ class PeftConfigMixin(metaclass=_AcceptsTying):
 
         config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[values["peft_type"]]
         # callers pass on what other loaders take (`proxies`, `trust_remote_code`): that says nothing about the file
-        known = {*from_file, *config_cls.__dataclass_fields__, "ensure_weight_tying"}
+        known = {*from_file, *config_cls.__dataclass_fields__}
         values = {name: value for name, value in values.items() if name in known}
         try:
             _check_fields_of_file(config_cls, {name: from_file[name] for name in from_file if name not in overrides})
@@ -290,7 +291,7 @@ class PeftConfigMixin(metaclass=_AcceptsTying):
         Raises:
             PeftTypeError: for names that are not fields of the config.
         """
-        unknown = sorted(set(kwargs) - {f.name for f in dataclasses.fields(cls)} - {"ensure_weight_tying"})
+        unknown = sorted(set(kwargs) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise PeftTypeError(f"{cls.__name__} has no field named {', '.join(unknown)}")
         return kwargs
@@ -317,8 +318,8 @@ class PeftConfig(PeftConfigMixin):
         inference_mode: whether the adapter is frozen.
 
     Attributes:
-        ensure_weight_tying: keep tied modules tied: what one of them learns, all of them use. Every config takes it by
-            keyword; it is written to the file if it is True.
+        ensure_weight_tying: keep tied modules tied: what one of them learns, all of them use. A field of every config
+            that can name modules (`TyingConfig`), which others never do.
         modules_to_tie: recorded while an adapter is injected, never saved: full name of each module that has to follow
             another one, because they share a parameter -> full name of the module that it follows.
         target_modules_to_tie: the same for modules that follow a target.
@@ -326,6 +327,8 @@ class PeftConfig(PeftConfigMixin):
         target_parameters_to_tie: the same for parameters, by their full names.
         loaded_from: folder of the file that the config was read from, never saved.
     """
+
+    ensure_weight_tying = False
 
     # how the config applies to one model: found out while injecting, never written to a file
     modules_to_tie = None
@@ -338,9 +341,31 @@ class PeftConfig(PeftConfigMixin):
     revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the hub."})
     inference_mode: bool = field(default=False, metadata={"help": "Whether the adapter is frozen."})
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give configs that were written for the released package the field too, if they can name modules."""
+        super().__init_subclass__(**kwargs)
+        # this runs before the decorator that makes the class a dataclass, so there are annotations only
+        own = cls.__annotations__
+        if _NAME_MODULES & own.keys() and "ensure_weight_tying" not in {*own, *cls.__dataclass_fields__}:
+            own["ensure_weight_tying"] = bool
+            cls.ensure_weight_tying = field(default=False, kw_only=True, metadata=_TYING)
+
 
 @dataclass
-class PromptLearningConfig(PeftConfig):
+class TyingConfig(PeftConfig):
+    """
+    What the configs of methods have in common that adapt modules, or train them in full.
+
+    Args:
+        ensure_weight_tying: keep tied modules tied: what one of them learns, all of them use. It is written to the
+            file if it is True.
+    """
+
+    ensure_weight_tying: bool = field(default=False, kw_only=True, metadata=_TYING)
+
+
+@dataclass
+class PromptLearningConfig(TyingConfig):
     """
     What the configs of prompt-learning methods have in common.
 
@@ -430,6 +455,17 @@ def check_pattern(name: str, pattern: str) -> None:
         compiled(pattern)
     except PeftValueError as error:
         raise ValueError(f"{name}={error}") from error
+
+
+def _refuse_unknown(cls: type, values: Iterable[str]) -> None:
+    """Refuse a keyword that a config does not take."""
+    parameters = inspect.signature(cls.__init__).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in values:
+        if name not in parameters:
+            near = nearest(name, cls.__dataclass_fields__, most=1)
+            raise TypeError(f"{cls.__name__} has no field {name!r}{did_you_mean(near)}")
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -240,7 +240,15 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         """Say in which state the adapters are; see `peft.get_model_status`."""
         return get_model_status(self)
 
-    def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> LoadResult:
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        *args: Any,
+        strict: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> LoadResult:
         """
         Put an adapter from a folder or from the hub beside those that the model has. It is not active at first.
 
@@ -248,9 +256,12 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
             model_id: folder, or hub id.
             adapter_name: name to give the adapter; if there is one of that name, its tensors are replaced.
             args: see `PeftModel.load_adapter`.
-            kwargs: likewise.
+            strict: refuse a checkpoint that does not fit in every respect.
+            ignore_mismatched_sizes: leave out tensors of another shape.
+            kwargs: see `PeftModel.load_adapter`.
         """
-        return PeftModel.load_adapter(self, model_id, adapter_name, *args, **kwargs)
+        fit = {"strict": strict, "ignore_mismatched_sizes": ignore_mismatched_sizes}
+        return PeftModel.load_adapter(self, model_id, adapter_name, *args, **fit, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -260,6 +271,9 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: PeftConfig | None = None,
+        *,
+        strict: bool = False,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> "PeftMixedModel":
         """
@@ -271,10 +285,13 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
             adapter_name: name to give the adapter.
             is_trainable: let it be trained; otherwise it is frozen and the model is in eval mode.
             config: config to use instead of the one in the folder.
+            strict: refuse a checkpoint that does not fit in every respect.
+            ignore_mismatched_sizes: leave out tensors of another shape.
             kwargs: see `PeftModel.from_pretrained`.
         """
+        fit = {"strict": strict, "ignore_mismatched_sizes": ignore_mismatched_sizes}
         load = PeftModel.from_pretrained.__func__
-        return load(cls._make, model, model_id, adapter_name, is_trainable, config, **kwargs)
+        return load(cls._make, model, model_id, adapter_name, is_trainable, config, **fit, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """

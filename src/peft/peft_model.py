@@ -500,6 +500,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        deduplicate_tied: bool = False,
         **kwargs: Any,
     ) -> None:
         """
@@ -516,9 +519,10 @@ class PeftModel(PushToHubMixin, nn.Module):
             path_initial_model_for_weight_conversion: folder with a LoRA adapter as it was before training. What was
                 trained from it is written as plain LoRA of twice the rank, which fits the base model as it was before
                 the start of the adapter changed its weights (PiSSA, OLoRA).
-            kwargs: `state_dict`, if it had to be gathered from several processes; `deduplicate_tied=True` to write a
-                tensor that tied modules share once, under the key of the module that owns it (release 0.21.2 needs
-                all keys); others are ignored.
+            state_dict: tensors of the model, if they had to be gathered from several processes.
+            deduplicate_tied: write a tensor that tied modules share once, under the key of the module that owns it
+                (release 0.21.2 needs all keys).
+            kwargs: ignored.
 
         Raises:
             PeftPathError: if the path is a file.
@@ -531,9 +535,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             self._check_name(name)
         if not is_main_process:
             return
-        contents = {
-            name: collect_tensors(self, kwargs.get("state_dict"), name, save_embedding_layers) for name in names
-        }
+        contents = {name: collect_tensors(self, state_dict, name, save_embedding_layers) for name in names}
         configs = {name: self._config_to_save(name) for name in names}
         for name, tensors in contents.items():
             refuse_without_storage(tensors)
@@ -547,7 +549,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
             os.makedirs(folder, exist_ok=True)
             with replacing_adapter(folder) as new:
-                write_peft_weights(new, tensors, safe_serialization, kwargs.get("deduplicate_tied", False))
+                write_peft_weights(new, tensors, safe_serialization, deduplicate_tied)
                 configs[name].save_pretrained(new)
 
     def _config_to_save(self, adapter_name: str) -> PeftConfig:
@@ -564,19 +566,20 @@ class PeftModel(PushToHubMixin, nn.Module):
             }
         return config
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
+    def push_to_hub(self, repo_id: str, *, deduplicate_tied: bool = False, **kwargs: Any) -> CommitInfo:
         """
         Save the adapters and upload them to the hub. The text of a model card that is there is kept.
 
         Args:
             repo_id: id of the repository; it is made if it is missing.
+            deduplicate_tied: as in `save_pretrained`.
             kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr` and `tags`, as
                 for any model; others are for `save_pretrained`.
 
         Returns:
             The commit; as a string it is its address.
         """
-        return push_folder(self, repo_id, **kwargs)
+        return push_folder(self, repo_id, deduplicate_tied=deduplicate_tied, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """
@@ -600,6 +603,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
+        *,
+        strict: bool = False,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> "PeftModel":
         """
@@ -615,9 +621,10 @@ class PeftModel(PushToHubMixin, nn.Module):
             ephemeral_gpu_offload: use the accelerator for start-up computations only.
             low_cpu_mem_usage: make its tensors without storage, so that they are allocated once.
             key_mapping: regular expression -> replacement for keys of the checkpoint.
-            kwargs: `strict=True` to refuse a checkpoint that does not fit in every respect, instead of warning about
-                missing and unexpected tensors; `ignore_mismatched_sizes=True` to leave out tensors of another shape;
-                `subfolder`, `revision`, `token`, ... for the hub.
+            strict: refuse a checkpoint that does not fit in every respect, instead of warning about missing and
+                unexpected tensors.
+            ignore_mismatched_sizes: leave out tensors of another shape.
+            kwargs: `subfolder`, `revision`, `token`, ... for the hub.
 
         Returns:
             A `PeftModel` of the class that belongs to the config's task. Its `load_reports` say what became of each
@@ -632,7 +639,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         if config is not None and not isinstance(config, PeftConfig):
             raise PeftValueError(f"config must be a PeftConfig, found a {type(config).__name__}")
         # files are read before the model is touched
-        config, weights = _read_adapter(model_id, _hub_options(kwargs), config, "cpu", key_mapping)
+        config, weights = _read_adapter(model_id, kwargs, config, "cpu", key_mapping)
         config = _for_this_run(config, is_trainable, ephemeral_gpu_offload)
         model_cls = cls
         if cls is PeftModel:
@@ -647,7 +654,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
-            peft_model._fill_adapter(adapter_name, weights, **_load_options(kwargs))
+            peft_model._fill_adapter(adapter_name, weights, strict, ignore_mismatched_sizes)
         return peft_model if is_trainable else peft_model.eval()
 
     def load_adapter(
@@ -660,6 +667,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
+        *,
+        strict: bool = False,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> LoadResult:
         """
@@ -674,7 +684,9 @@ class PeftModel(PushToHubMixin, nn.Module):
             ephemeral_gpu_offload: use the accelerator for start-up computations only.
             low_cpu_mem_usage: make its tensors without storage, so that they are allocated once.
             key_mapping: regular expression -> replacement for keys of the checkpoint.
-            kwargs: `strict`, `ignore_mismatched_sizes`, and options for the hub, as in `from_pretrained`.
+            strict: refuse a checkpoint that does not fit in every respect.
+            ignore_mismatched_sizes: leave out tensors of another shape.
+            kwargs: options for the hub, as in `from_pretrained`.
 
         Returns:
             `missing_keys` and `unexpected_keys`; see `set_peft_model_state_dict`. Its `report` is the one that stands
@@ -685,22 +697,23 @@ class PeftModel(PushToHubMixin, nn.Module):
             PeftLoadError: if its tensors do not fit the model; the model stays as it was.
         """
         present = self.peft_config.get(adapter_name)
-        options = _hub_options(kwargs)
-        config, weights = _read_adapter(model_id, options, present, torch_device or "cpu", key_mapping)
+        config, weights = _read_adapter(model_id, kwargs, present, torch_device or "cpu", key_mapping)
         with all_or_nothing(self):
             if present is None:
                 config = _for_this_run(config, is_trainable, ephemeral_gpu_offload)
                 self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
-            result = self._fill_adapter(adapter_name, weights, **_load_options(kwargs))
+            result = self._fill_adapter(adapter_name, weights, strict, ignore_mismatched_sizes)
         if not is_trainable:
             self.eval()
         return result
 
-    def _fill_adapter(self, adapter_name: str, weights: dict[str, torch.Tensor], **options: Any) -> LoadResult:
+    def _fill_adapter(
+        self, adapter_name: str, weights: dict[str, torch.Tensor], strict: bool, ignore_mismatched_sizes: bool
+    ) -> LoadResult:
         """Put a checkpoint's tensors into an adapter; those that get nothing and have no storage start anew."""
         if not weights:
             raise PeftRuntimeError(f"{SAFETENSORS_WEIGHTS_NAME} holds no tensor at all; save the adapter again")
-        result = load_tensors(self, weights, adapter_name, **options)
+        result = load_tensors(self, weights, adapter_name, ignore_mismatched_sizes, strict)
         for _, module in adapter_modules(self):
             if any(parameter.is_meta for parameter in module.adapter_parameters(adapter_name)):
                 module.fill_missing(adapter_name, self.peft_config[adapter_name])
@@ -759,14 +772,6 @@ def _for_this_run(config: PeftConfig, is_trainable: bool, ephemeral_gpu_offload:
     if hasattr(config, "runtime_config"):
         config.runtime_config = dataclasses.replace(config.runtime_config, ephemeral_gpu_offload=ephemeral_gpu_offload)
     return config
-
-
-def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in _load_options(kwargs)}
-
-
-def _load_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name in ("ignore_mismatched_sizes", "strict")}
 
 
 def __getattr__(name: str) -> Any:

@@ -75,6 +75,7 @@ class BaseTunerLayer(AdapterModule, ABC):
         base_layer: nn.Module,
         adapter_name: str,
         config: Any = None,
+        *,
         owner: "BaseTunerLayer | None" = None,
         shared: Mapping[str, nn.Module] | None = None,
         **arguments: Any,
@@ -187,7 +188,7 @@ class BaseTunerLayer(AdapterModule, ABC):
 
     # ----------------------------------------------------------------------------------------- adapters and tensors
     def update_layer(
-        self, adapter_name: str, config: Any = None, owner: "BaseTunerLayer | None" = None, **arguments: Any
+        self, adapter_name: str, config: Any = None, *, owner: "BaseTunerLayer | None" = None, **arguments: Any
     ) -> None:
         """
         Add an adapter.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import PeftConfig, check_layer_selection, check_types
+from ..config import TyingConfig, check_layer_selection, check_types
 from ..utils.error import PeftValueError
 from ..utils.warning import warn
 from ._kinds import CONVOLUTIONS, along_axis, apply_weight
@@ -33,7 +33,7 @@ _FIELD_TYPES: dict[str, tuple[type, ...]] = {
 
 
 @dataclass
-class LycorisConfig(PeftConfig):
+class LycorisConfig(TyingConfig):
     """
     Fields that the configs of LyCORIS methods share.
 

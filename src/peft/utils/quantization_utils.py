@@ -227,7 +227,7 @@ class ForwardOnlyQuantizationBackend(QuantizationBackend):
         stored_name: attribute of a layer that holds its quantised weight.
     """
 
-    def __init__(self, backend_name: str = "", stored_name: str = "qweight") -> None:
+    def __init__(self, backend_name: str = "", *, stored_name: str = "qweight") -> None:
         self.name, self.stored_name = backend_name, stored_name
 
     def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
@@ -277,10 +277,10 @@ _BACKENDS: tuple[tuple[QuantizationBackend, str, str], ...] = (
     (ForwardOnlyQuantizationBackend("awq"), "awq", "WQLinear.*"),
     (ForwardOnlyQuantizationBackend("gptq"), "gptqmodel", ".*Linear"),
     (ForwardOnlyQuantizationBackend("gptq"), "auto_gptq", ".*QuantLinear"),
-    (ForwardOnlyQuantizationBackend("aqlm", "codes"), "aqlm", "QuantizedLinear"),
-    (EetqBackend("eetq", "weight"), "eetq", "EetqLinear"),
-    (EetqBackend("eetq", "weight"), "transformers", "EetqLinear"),
-    (ForwardOnlyQuantizationBackend("inc", "weight"), "neural_compressor", "Patched.*Linear.*"),
+    (ForwardOnlyQuantizationBackend("aqlm", stored_name="codes"), "aqlm", "QuantizedLinear"),
+    (EetqBackend("eetq", stored_name="weight"), "eetq", "EetqLinear"),
+    (EetqBackend("eetq", stored_name="weight"), "transformers", "EetqLinear"),
+    (ForwardOnlyQuantizationBackend("inc", stored_name="weight"), "neural_compressor", "Patched.*Linear.*"),
 )
 
 
@@ -320,7 +320,7 @@ def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Quanti
     if backend is not None and getattr(weight, "has_fp16_weights", False):  # LLM.int8() can also train such weights
         return None
     if backend is None and isinstance(weight, torch.Tensor) and _holds_codes(weight, type(base_layer)):
-        return ForwardOnlyQuantizationBackend(type(base_layer).__module__.partition(".")[0], "weight")
+        return ForwardOnlyQuantizationBackend(type(base_layer).__module__.partition(".")[0], stored_name="weight")
     return backend
 
 

@@ -230,6 +230,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         module_to_save: nn.Module,
         adapter_name: str,
         tied_module: "ModulesToSaveWrapper | None" = None,
+        *,
         only: Collection[str] | None = None,
     ) -> None:
         super().__init__(module_to_save, adapter_name, tied_module=tied_module, only=only)
@@ -243,6 +244,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         self,
         adapter_name: str,
         tied_module: "ModulesToSaveWrapper | None" = None,
+        *,
         only: Collection[str] | None = None,
         **kwargs: Any,
     ) -> None:

@@ -4,12 +4,12 @@
 
 from dataclasses import dataclass, field
 
-from ...config import PeftConfig, check_layer_selection
+from ...config import TyingConfig, check_layer_selection
 from ...utils.peft_types import PeftType
 
 
 @dataclass
-class BOFTConfig(PeftConfig):
+class BOFTConfig(TyingConfig):
     """
     Config of BOFT (Liu et al. 2023, arXiv:2311.06243): W x is replaced by s * W R x, R a product of sparse rotations.
 

@@ -4,12 +4,12 @@
 
 from dataclasses import dataclass, field
 
-from ...config import PeftConfig, check_layer_selection
+from ...config import TyingConfig, check_layer_selection
 from ...utils.peft_types import PeftType
 
 
 @dataclass
-class HRAConfig(PeftConfig):
+class HRAConfig(TyingConfig):
     """
     Config of HRA (Yuan et al. 2024, arXiv:2405.17484): W x is replaced by W H_1 ... H_r x, where H_i are reflections.
 

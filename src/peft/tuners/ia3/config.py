@@ -4,12 +4,12 @@
 
 from dataclasses import dataclass, field
 
-from ...config import PeftConfig, check_names, check_pattern
+from ...config import TyingConfig, check_names, check_pattern
 from ...utils.peft_types import PeftType
 
 
 @dataclass
-class IA3Config(PeftConfig):
+class IA3Config(TyingConfig):
     """
     Config of IA3 (Liu et al. 2022, arXiv:2205.05638): features are multiplied by learned factors.
 

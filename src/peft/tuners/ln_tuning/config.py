@@ -4,12 +4,12 @@
 
 from dataclasses import dataclass, field
 
-from ...config import PeftConfig, check_names, check_pattern
+from ...config import TyingConfig, check_names, check_pattern
 from ...utils.peft_types import PeftType
 
 
 @dataclass
-class LNTuningConfig(PeftConfig):
+class LNTuningConfig(TyingConfig):
     """
     Config of LayerNorm tuning (Zhao et al. 2023, arXiv:2312.11420): normalisation layers are trained in full.
 

@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """Config of LoRA and the configs of its initialisations and variants."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,11 @@ from ...utils.warning import warn
 def _option(default: Any, text: str) -> Any:
     """A dataclass field with a help text."""
     return field(default=default, metadata={"help": text})
+
+
+def _found_out(text: str) -> Any:
+    """A field that is set by the method, not by the user."""
+    return field(default=None, init=False, metadata={"help": text})
 
 
 def _require(condition: bool, text: str) -> None:
@@ -121,16 +127,18 @@ class ArrowConfig:
         top_k: experts per token.
         router_temperature: temperature of the softmax over experts.
         use_gks: subtract general-knowledge adapters.
+        rng_seed: seed for ties between experts.
+
+    Attributes:
         task_adapter_names: names of the experts.
         gks_adapter_names: names of the general-knowledge adapters.
-        rng_seed: seed for ties between experts.
     """
 
     top_k: int = _option(3, "Experts per token.")
     router_temperature: float = _option(1.0, "Temperature of the softmax over experts.")
     use_gks: bool = _option(False, "Subtract general-knowledge adapters.")
-    task_adapter_names: list[str] | None = _option(None, "Names of the experts.")
-    gks_adapter_names: list[str] | None = _option(None, "Names of the general-knowledge adapters.")
+    task_adapter_names: list[str] | None = _found_out("Names of the experts.")
+    gks_adapter_names: list[str] | None = _found_out("Names of the general-knowledge adapters.")
     rng_seed: int | None = _option(None, "Seed for ties between experts.")
 
     def __post_init__(self) -> None:
@@ -381,10 +389,13 @@ class LoraConfig(PeftConfig):
         for name, config_cls in _NESTED.items():
             value = getattr(self, name)
             if isinstance(value, dict):
+                found_out = {f.name for f in dataclasses.fields(config_cls) if not f.init} & value.keys()
                 try:
-                    setattr(self, name, config_cls(**value))
+                    config = config_cls(**{key: given for key, given in value.items() if key not in found_out})
                 except TypeError as error:
                     raise TypeError(f"{name} does not fit {config_cls.__name__}: {error}") from error
+                vars(config).update({key: value[key] for key in found_out})
+                setattr(self, name, config)
             elif value is not None and not isinstance(value, config_cls):
                 raise TypeError(
                     f"{name} must be a {config_cls.__name__}, a dictionary of its fields or None, "
@@ -397,8 +408,6 @@ class LoraConfig(PeftConfig):
                 warn("loftq_config has no effect unless init_lora_weights='loftq'; it is left out")
 
     def _check_contradictions(self) -> None:
-        if not isinstance(self.ensure_weight_tying, bool):
-            raise TypeError(f"ensure_weight_tying must be True or False, found {self.ensure_weight_tying!r}")
         if self.target_parameters is not None and isinstance(self.target_parameters, str):
             raise TypeError(f"target_parameters must be a list of names, found {self.target_parameters!r}")
         if self.use_dora and self.megatron_config:

@@ -175,6 +175,7 @@ class LoraLayer(StartMethods, MixedBatches, Scaled, AdditiveLayer):
         r: int,
         lora_alpha: float,
         config: LoraConfig,
+        *,
         owner: "LoraLayer | None" = None,
         **kwargs: Any,
     ) -> None:
@@ -502,6 +503,7 @@ class Linear(LoraLayer, nn.Module):
         r: int = 0,
         lora_alpha: int = 1,
         is_target_conv_1d_layer: bool = False,
+        *,
         owner: LoraLayer | None = None,
         **kwargs: Any,
     ) -> None:
@@ -563,6 +565,7 @@ class Embedding(LoraLayer, nn.Module):
         r: int = 0,
         lora_alpha: int = 1,
         init_lora_weights: bool | str = True,
+        *,
         owner: LoraLayer | None = None,
         **kwargs: Any,
     ) -> None:
@@ -605,6 +608,7 @@ class _ConvNd(OnConvolution, LoraLayer, nn.Module):
         config: LoraConfig,
         r: int = 0,
         lora_alpha: int = 1,
+        *,
         owner: LoraLayer | None = None,
         **kwargs: Any,
     ) -> None:
@@ -647,6 +651,7 @@ class MultiheadAttention(OnAttention, LoraLayer, nn.Module):
         config: LoraConfig,
         r: int = 0,
         lora_alpha: int = 1,
+        *,
         owner: LoraLayer | None = None,
         **kwargs: Any,
     ) -> None:
@@ -703,6 +708,7 @@ class ParamWrapper(OnParameter, LoraLayer, nn.Module):
         r: int = 0,
         lora_alpha: int = 1,
         is_target_conv_1d_layer: bool = False,
+        *,
         owner: LoraLayer | None = None,
         **kwargs: Any,
     ) -> None:

@@ -5,7 +5,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...config import PeftConfig, check_layer_selection
+from ...config import TyingConfig, check_layer_selection
 from ...utils.peft_types import PeftType
 
 
@@ -19,7 +19,7 @@ def _option(default: Any, text: str) -> Any:
 
 
 @dataclass
-class OFTConfig(PeftConfig):
+class OFTConfig(TyingConfig):
     """
     Config of OFT (Qiu et al. 2023, arXiv:2306.07280): W x is replaced by W R x, where R turns blocks of features.
 

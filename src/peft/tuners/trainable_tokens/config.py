@@ -4,12 +4,12 @@
 
 from dataclasses import dataclass, field
 
-from ...config import PeftConfig
+from ...config import TyingConfig
 from ...utils.peft_types import PeftType
 
 
 @dataclass
-class TrainableTokensConfig(PeftConfig):
+class TrainableTokensConfig(TyingConfig):
     """
     Train the embeddings of single tokens; everything else stays frozen.
 

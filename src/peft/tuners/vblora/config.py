@@ -4,12 +4,12 @@
 
 from dataclasses import dataclass, field
 
-from ...config import PeftConfig, check_layer_selection
+from ...config import TyingConfig, check_layer_selection
 from ...utils.peft_types import PeftType
 
 
 @dataclass
-class VBLoRAConfig(PeftConfig):
+class VBLoRAConfig(TyingConfig):
     """
     Config of VB-LoRA (Li et al. 2024, arXiv:2405.15179): W + B A, whose pieces are mixtures of vectors of one bank.
 

@@ -4,13 +4,13 @@
 
 from dataclasses import dataclass, field
 
-from ...config import PeftConfig, check_layer_selection
+from ...config import TyingConfig, check_layer_selection
 from ...utils.peft_types import PeftType
 from ...utils.warning import warn
 
 
 @dataclass
-class VeraConfig(PeftConfig):
+class VeraConfig(TyingConfig):
     """
     Config of VeRA (Kopiczko et al. 2023, arXiv:2310.11454): W + diag(b) B diag(d) A, of which b and d are trained.
 
