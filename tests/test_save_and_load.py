@@ -397,6 +397,25 @@ def test_embedding_that_is_adapted_and_saved(tmp_path: Path) -> None:
     assert_equal(logits(PeftModel.from_pretrained(llama(), tmp_path), token_ids()), logits(model, token_ids()))
 
 
+TIED = {
+    "targets": {"target_modules": ["embed_tokens", "q_proj"]},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("options", TIED.values(), ids=TIED)
+def test_what_is_given_can_be_written_by_any_writer(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Keys of tied modules stand for one tensor, read forwards or transposed; writers want each laid out by itself."""
+    model = trained_llama(llama(tied=True), ensure_weight_tying=True, **options)
+    tensors = get_peft_model_state_dict(model)
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    save_file(tensors, tmp_path / WEIGHTS)
+    model.peft_config["default"].save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(tied=True), tmp_path, strict=True)
+    assert_equal(logits(again, token_ids()), logits(model, token_ids()))
+
+
 # ------------------------------------------------------------------------------------------ keys
 @pytest.mark.parametrize(
     "mapping",
@@ -421,6 +440,31 @@ def test_key_mapping(tmp_path: Path, mapping: dict[str, str]) -> None:
     model.load_adapter(tmp_path, "b", key_mapping=mapping)
     model.set_adapter("b")
     assert_equal(logits(model, X), logits(source, X))
+
+
+@pytest.mark.parametrize(
+    "mapping", [{r"layers\.\d": "layers.0"}, {r"layers\.1": "layers.0"}, {"lora_A": "lora_B"}], ids=str
+)
+def test_mappings_that_would_lose_a_tensor_are_refused(tmp_path: Path, mapping: dict[str, str]) -> None:
+    trained(target_modules=["up"]).save_pretrained(tmp_path)
+    base, model = stack(), trained(target_modules=["up"])
+    mentions = ("layers.0.up", "both get the key", "by key_mapping", "a key of its own")
+    with refused(base, ValueError, *mentions):
+        PeftModel.from_pretrained(base, tmp_path, key_mapping=mapping)
+    with refused(model, ValueError, *mentions):
+        model.load_adapter(tmp_path, "other", key_mapping=mapping)
+    with refused(None, ValueError, *mentions):
+        load_peft_weights(str(tmp_path), key_mapping=mapping)
+
+
+def test_aliases_cannot_stand_for_tensors_that_are_there(tmp_path: Path) -> None:
+    model = trained_llama(llama(tied=True), ensure_weight_tying=True, target_modules=["embed_tokens"])
+    model.save_pretrained(tmp_path, deduplicate_tied=True)
+    with safetensors.safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        header = file.metadata()
+    save_file(get_peft_model_state_dict(model), tmp_path / WEIGHTS, header)
+    with refused(None, ValueError, "a tensor of its own", "save the adapter again"):
+        load_peft_weights(str(tmp_path))
 
 
 def test_an_adapter_that_has_the_name_of_a_module() -> None:

@@ -25,6 +25,7 @@ from .tuners._surgery import adapter_modules, all_or_nothing
 from .tuners.lora.plain_lora import convert_on_save
 from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from .utils.constants import DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .utils.embeddings import input_embedding, without_adapters_around
 from .utils.error import (
     PeftNotImplementedError,
     PeftPathError,
@@ -365,8 +366,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
-        elif hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+        elif (embedding := input_embedding(model)) is not None:
+            embedding.register_forward_hook(lambda module, args, out: out.requires_grad_(True))
         return model
 
     # ------------------------------------------------------------------------------------------------------- counting
@@ -556,7 +557,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         """Give an adapter's config as it is written: frozen, and with a note on a base model without a task."""
         config = copy.copy(self.peft_config[adapter_name])
         config.inference_mode = True
-        base = self.get_base_model()
+        base = without_adapters_around(self.get_base_model())  # the class of what is compiled, not torch.compile's
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         if config.task_type is None:

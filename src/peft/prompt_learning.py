@@ -21,6 +21,7 @@ from .tuners._prompt_encoder import BasePromptEncoder
 from .tuners._prompt_sizes import complete_config
 from .tuners._surgery import adapter_modules, base_modules
 from .tuners.tuners_utils import check_adapter_name, set_adapter
+from .utils import embeddings
 from .utils.error import PeftError, PeftKeyError, PeftValueError
 from .utils.other import (
     AuxiliaryTrainingWrapper,
@@ -372,7 +373,7 @@ def input_embedding(model: nn.Module) -> nn.Module:
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         model = model.get_encoder()
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = embeddings.input_embedding(model)
     if embedding is None:
         raise PeftValueError(
             f"prompt learning needs the input embedding, and {type(model).__name__} has no get_input_embeddings"

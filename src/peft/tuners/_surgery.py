@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..utils.wrapped_names import WRAPPED
 from ._base_changes import deferring_base_changes
 
 
@@ -49,7 +50,8 @@ def walk(model: nn.Module, into_bases: bool = False) -> Iterator[tuple[str, nn.M
 
     Yields:
         Full name and module, in the order of registration. An adapter module has the name of the module that it
-        replaced.
+        replaced. What torch.compile or FSDP wraps has the name of its wrapper, which comes first; `get_submodule`
+        finds modules by such names too, since these wrappers answer for what they wrap.
     """
     seen = set()
     stack = [("", model)]
@@ -67,7 +69,7 @@ def walk(model: nn.Module, into_bases: bool = False) -> Iterator[tuple[str, nn.M
         prefix = f"{name}." if name else ""
         for key in reversed(children):
             if children[key] is not None:
-                stack.append((prefix + key, children[key]))
+                stack.append((name if key in WRAPPED else prefix + key, children[key]))
 
 
 def base_modules(model: nn.Module) -> Iterator[nn.Module]:
@@ -94,20 +96,39 @@ def names_of_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     Returns:
         Full name -> module, in the order of registration. An adapter layer has the name of its base layer, and what
-        stands inside that has the name that it has without adapters. Training wrappers are not entered.
+        stands inside that has the name that it has without adapters. Training wrappers are not entered. The name of
+        what torch.compile or FSDP wraps belongs to the wrapper.
     """
     names = {}
     stack = [("", model)]
     while stack:
         name, module = stack.pop()
-        names[name] = module
+        names.setdefault(name, module)
         while is_adapter_module(module) and module._base_names == ("base_layer",):
             module = module._modules["base_layer"]
         children = module._modules
         if children and not is_adapter_module(module):
             prefix = f"{name}." if name else ""
-            stack.extend((prefix + key, children[key]) for key in reversed(children) if children[key] is not None)
+            stack.extend(
+                (name if key in WRAPPED else prefix + key, children[key])
+                for key in reversed(children)
+                if children[key] is not None
+            )
     return names
+
+
+def innermost_module(model: nn.Module, name: str) -> nn.Module:
+    """
+    Find a module by its name, below what torch.compile or FSDP has put around it.
+
+    Args:
+        model: the model.
+        name: full name of the module, as `walk` yields it or with the parts of wrappers.
+    """
+    module = model.get_submodule(name)
+    while wrapped := WRAPPED & module._modules.keys():
+        module = module._modules[wrapped.pop()]
+    return module
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -26,6 +26,7 @@ from ..utils.constants import (
     SEQ_CLS_HEAD_NAMES,
     UPCAST_DTYPES,
 )
+from ..utils.embeddings import output_embedding
 from ..utils.error import (
     NoMatchingPeftModuleError,
     PeftKeyError,
@@ -52,6 +53,7 @@ from ..utils.tying import (
     settle_ties,
 )
 from ..utils.warning import warn
+from ..utils.wrapped_names import plain_name, with_plain_names
 from ._kinds import can_use_weight, is_linear, is_quantized_linear
 from ._layer import ActivationLayer, AdditiveLayer, BaseTunerLayer, ReplacementLayer, WeightLayer, unwrapped
 from ._matching import (
@@ -253,6 +255,7 @@ class BaseTuner(nn.Module, ABC):
             PeftValueError: if the name or a target cannot work.
         """
         config = self.peft_config[adapter_name]
+        _forget_wrappers(config)
         check_adapter_name(adapter_name, self.prefix)
         self._check_new_adapter_config(adapter_name, config)
         self._resolve_targets(model, config)
@@ -387,7 +390,7 @@ class BaseTuner(nn.Module, ABC):
     def _modules_in_state_dict(self, state_dict: dict[str, torch.Tensor]) -> set[str]:
         """Give the names, without adapters, of the modules whose adapters a state dict holds."""
         marker = f".{self.prefix}"
-        keys = [key for key in state_dict if not key.endswith(self.tuner_layer_cls.shared_layer_names)]
+        keys = [plain_name(k) for k in state_dict if not k.endswith(self.tuner_layer_cls.shared_layer_names)]
         layers = {key.partition(marker)[0].removeprefix("base_model.model.") for key in keys if marker in key}
         return {".".join(part for part in layer.split(".") if part != "base_layer") for layer in layers}
 
@@ -860,6 +863,15 @@ class BaseTuner(nn.Module, ABC):
         return all(layer.supports_lora_conversion(adapter_name) for layer in self._layers())
 
 
+def _forget_wrappers(config: PeftConfig) -> None:
+    """Write names in a config as they are without what torch.compile or FSDP puts around modules."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        plain = with_plain_names(value)
+        if plain is not value:
+            setattr(config, field.name, plain)
+
+
 def _recorded_ties(config: PeftConfig) -> list[dict[str, str]]:
     recorded = (config.modules_to_tie, config.target_modules_to_tie, config.token_modules_to_tie)
     return [ties for ties in recorded if ties]
@@ -934,10 +946,9 @@ def all_linear_names(model: nn.Module, config: PeftConfig) -> set[str]:
         Full names of the layers.
     """
     names = {name for name, module in walk(model) if is_linear(unwrapped(module))}
-    get_head = getattr(model, "get_output_embeddings", None)
-    if get_head is None:
+    if not hasattr(model, "get_output_embeddings"):
         return names
-    head = get_head()
+    head = output_embedding(model)
     heads = {name for name, module in walk(model) if head is not None and module is head}
     if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
         heads |= {name for name in names if name.rpartition(".")[2] in SEQ_CLS_HEAD_NAMES}

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from ..tuners._layer import BaseTunerLayer
-from ..tuners._surgery import adapter_modules, base_parameters, is_adapter_module, walk
+from ..tuners._surgery import adapter_modules, base_parameters, walk
+from .embeddings import input_embedding, output_embedding, without_adapters_around
+from .wrapped_names import plain_name
 
 
 class Place(NamedTuple):
@@ -17,7 +19,7 @@ class Place(NamedTuple):
     Where the tensor of a checkpoint stands in a model.
 
     Attributes:
-        key: key in the model's state dict.
+        key: key in the model's state dict, without what wrappers such as torch.compile's put into it.
         transposed: whether the model keeps it the other way round.
     """
 
@@ -63,7 +65,7 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:
     config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
     followers = set(getattr(config, "modules_to_tie", None) or ())
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base_name = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+    base_name = prefix_of(model, base)
     modules = sorted(adapter_modules(model), key=lambda item: item[0].removeprefix(base_name) in followers)
     prefixes = {id(module): f"{name}." if name else "" for name, module in modules}
     saved_prefixes = _saved_prefixes(modules)
@@ -71,7 +73,7 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:
     for _, module in modules:
         prefix = prefixes[id(module)]
         saved_prefix = "" if getattr(module, "_keys_at_top", False) else saved_prefixes[id(module)]
-        keys.update((saved_prefix + saved, Place(prefix + live)) for saved, live in module.adapter_keys(adapter_name))
+        keys.update((saved_prefix + saved, Place(prefix + live)) for saved, live in _plain_keys(module, adapter_name))
     tuner = base_name.removesuffix("model.")
     for _, module in modules:
         for saved, live in module.shared_keys(adapter_name) if isinstance(module, BaseTunerLayer) else ():
@@ -81,6 +83,22 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:
             owner = prefixes[id(module.source(adapter_name))]
             keys[saved_prefixes[id(module)] + saved] = Place(owner + live, transposed)
     return keys
+
+
+def _plain_keys(module: nn.Module, adapter_name: str) -> Iterator[tuple[str, str]]:
+    return ((plain_name(saved), plain_name(live)) for saved, live in module.adapter_keys(adapter_name))
+
+
+def prefix_of(model: nn.Module, part: nn.Module) -> str:
+    """
+    Find what the names of everything in a part of a model start with.
+
+    Args:
+        model: the model.
+        part: the model itself, or a module inside it.
+    """
+    name = next(plain_name(name) for name, module in model.named_modules() if module is part)
+    return f"{name}." if name else ""
 
 
 def _saved_prefixes(modules: Sequence[tuple[str, nn.Module]]) -> dict[int, str]:
@@ -177,10 +195,7 @@ def bias_key_map(model: nn.Module, adapter_name: str, which: str) -> dict[str, P
 def embedding_key_map(model: nn.Module) -> dict[str, Place]:
     """List the base weights of a model's input and output embeddings."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = (
-        [base.get_input_embeddings(), base.get_output_embeddings()] if hasattr(base, "get_input_embeddings") else []
-    )
-    wanted = {id(_innermost(layer)) for layer in layers if layer is not None}
+    wanted = {id(without_adapters_around(layer)) for layer in (input_embedding(base), output_embedding(base))}
     keys = {}
     for name, module in walk(model, into_bases=True):
         if id(module) in wanted and module._parameters.get("weight") is not None:
@@ -189,9 +204,3 @@ def embedding_key_map(model: nn.Module) -> dict[str, Place]:
             if ".original_module" not in name:
                 keys[live] = Place(live)
     return keys
-
-
-def _innermost(module: nn.Module) -> nn.Module:
-    while is_adapter_module(module):
-        module = module._modules[module._base_names[0]]
-    return module

@@ -22,6 +22,7 @@ from .load_report import LoadReport
 from .peft_types import PeftType
 from .save_and_load import live_tensors, load_peft_weights, not_finite, one_value_per_tensor
 from .warning import warn
+from .wrapped_names import plain_name, renamed
 
 
 __all__ = [
@@ -304,8 +305,9 @@ def _values(
     """Find the place of each tensor of a state dict; give new values and present tensors by key in the model."""
     places = adapter_key_map(model, adapter_name)
     live = {place.key: saved for saved, place in reversed(places.items()) if not place.transposed}
+    state_dict = renamed(state_dict, plain_name)
     content = read_forms(
-        model, adapter_name, {key if key in places else live.get(key, key): t for key, t in state_dict.items()}
+        model, adapter_name, renamed(state_dict, lambda key: key if key in places else live.get(key, key))
     )
     unexpected = [key for key in content if key not in places]
     if unexpected:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .embeddings import input_embedding
 from .quantization_utils import get_bnb_param_type, resolve_quantization_backend
 
 
@@ -60,8 +61,8 @@ def _checkpoint_gradients(model: nn.Module, options: dict[str, Any] | None) -> N
     """Switch gradient checkpointing on, in a model of which no parameter requires gradients."""
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
-    else:
-        model.get_input_embeddings().register_forward_hook(lambda module, x, output: output.requires_grad_(True))
+    elif (embedding := input_embedding(model)) is not None:
+        embedding.register_forward_hook(lambda module, x, output: output.requires_grad_(True))
     # transformers has given it another name
     name = "activation_checkpointing_enable"
     enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")

@@ -22,7 +22,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ..config import HUB_KWARGS, refuse_local
 from ..tuners._layer import BaseTunerLayer
-from ..tuners._surgery import adapter_modules
+from ..tuners._surgery import adapter_modules, innermost_module
 from .adapter_keys import Place, adapter_key_map, bias_key_map, embedding_key_map, read_forms, write_forms
 from .constants import (
     EMBEDDING_LAYER_NAMES,
@@ -30,6 +30,7 @@ from .constants import (
     SAFETENSORS_WEIGHTS_NAME,
     WEIGHTS_NAME,
 )
+from .embeddings import input_embedding
 from .error import PeftKeyError, PeftPathError, PeftRuntimeError, PeftValueError
 from .files import write_atomically
 from .integrations import changes_weights_while_loading
@@ -41,6 +42,7 @@ from .tensor_hashes import hashes_to_header
 from .tying import aliases_to_header, restore_aliases, split_aliases
 from .vocabulary import vocabulary_has_grown
 from .warning import warn
+from .wrapped_names import plain_name, renamed
 
 
 __all__ = [
@@ -93,7 +95,13 @@ def get_peft_model_state_dict(
     tensors = collect_tensors(model, state_dict, adapter_name, save_embedding_layers)
     # a tensor that tied modules share is given under each key with memory of its own, so that any writer can take it
     kept, aliases = split_aliases(tensors)
-    return {key: kept[key] if key in kept else aliases[key].read(kept[aliases[key].key]).clone() for key in tensors}
+    return {
+        # some writers take tensors only as they lie in memory
+        key: kept[key].contiguous()
+        if key in kept
+        else aliases[key].read(kept[aliases[key].key]).clone(memory_format=torch.contiguous_format)
+        for key in tensors
+    }
 
 
 def collect_tensors(
@@ -104,7 +112,7 @@ def collect_tensors(
 ) -> dict[str, torch.Tensor]:
     """Do what `get_peft_model_state_dict` does; tensors that tied modules share are views of one memory."""
     config = _config_of(model, adapter_name)
-    state_dict = model.state_dict() if state_dict is None else state_dict
+    state_dict = renamed(model.state_dict() if state_dict is None else state_dict, plain_name)
     keys = adapter_key_map(model, adapter_name)
     keys.update(bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
     keys.update(_chosen_embedding_keys(model, config, save_embedding_layers))
@@ -135,7 +143,7 @@ def _chosen_embedding_keys(model: nn.Module, config: Any, choice: str | bool) ->
             "the vocabulary was resized, so the base weights of the embeddings are saved with the adapter; "
             "save_embedding_layers=False leaves them out"
         )
-    if not keys and not hasattr(model, "get_input_embeddings"):
+    if not keys and input_embedding(model) is None:
         warn("save_embedding_layers was given, but the model does not say which layers its embeddings are")
     return keys
 
@@ -190,7 +198,8 @@ def load_tensors(
         quiet: do not warn about tensors that are missing or unexpected.
     """
     config = _config_of(model, adapter_name)
-    before = {key: tensor.shape for key, tensor in model.named_parameters(remove_duplicate=False)}
+    tensors = renamed(tensors, plain_name)
+    before = {plain_name(key): tensor.shape for key, tensor in model.named_parameters(remove_duplicate=False)}
     for _, module in adapter_modules(model):
         module.prepare_to_load(adapter_name, tensors)
     keys = adapter_key_map(model, adapter_name)
@@ -228,7 +237,8 @@ def load_tensors(
     )
     report.refuse(strict, ignore_mismatched_sizes)
     report.warn(quiet)
-    missing = [key for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in filled]
+    present = model.state_dict(keep_vars=True)
+    missing = [plain_name(key) for key, tensor in present.items() if id(tensor) not in filled]
     _assign(model, live, values)
     if hasattr(model, "load_reports"):
         model.load_reports[adapter_name] = report
@@ -289,7 +299,7 @@ def live_tensors(model: nn.Module, keys: set[str]) -> dict[str, torch.Tensor]:
     tensors = {}
     for key in keys:
         path, _, name = key.rpartition(".")
-        module = model.get_submodule(path)
+        module = innermost_module(model, path)
         tensors[key] = module._parameters[name] if name in module._parameters else module._buffers[name]
     return tensors
 
@@ -441,6 +451,8 @@ def load_peft_weights(
     """
     Read the tensors of a checkpoint from a local folder or from the hub.
 
+    Their keys are as if nothing had been compiled or wrapped when they were saved.
+
     Args:
         model_id: folder, or hub id.
         device: where to put them; an accelerator if there is one.
@@ -450,15 +462,15 @@ def load_peft_weights(
 
     Raises:
         PeftPathError: if there is no such file.
-        PeftValueError: if the file is damaged, or holds anything but tensors.
+        PeftValueError: if the file is damaged, or holds anything but tensors; if two of its keys become one.
     """
     device = infer_device() if device is None else device
     path = _find_weights_file(os.fspath(model_id), hf_hub_download_kwargs)
     tensors = _read_safetensors(path, device) if path.endswith(".safetensors") else _read_pickle(path, device)
     tensors = {key: _usable(tensor, key, path) for key, tensor in tensors.items()}
     if key_mapping:
-        tensors = {_mapped_key(key, key_mapping): tensor for key, tensor in tensors.items()}
-    return tensors
+        tensors = renamed(tensors, lambda key: _mapped_key(key, key_mapping), by="key_mapping")
+    return renamed(tensors, plain_name)
 
 
 def _find_weights_file(model_id: str, hub_kwargs: dict[str, Any]) -> str:
@@ -565,6 +577,7 @@ def set_base_model_state_dict(
         PeftRuntimeError: with `strict`, if keys differ.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    state_dict = renamed(state_dict, plain_name)
     keys = _base_keys(base, base.state_dict())
     missing = [key for key in keys if key not in state_dict]
     unexpected = [key for key in state_dict if key not in keys]
@@ -580,7 +593,7 @@ def set_base_model_state_dict(
 def _base_keys(base: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Map the keys that the bare base model has to those that it has now."""
     wrapped = {name: module._base_names[0] for name, module in adapter_modules(base)}
-    keys = {live: _without_wrappers(live, wrapped) for live in tensors}
+    keys = {live: _without_wrappers(plain_name(live), wrapped) for live in tensors}
     return {clean: live for live, clean in keys.items() if clean is not None}
 
 

@@ -39,7 +39,7 @@ from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..tuners._layer import BaseTunerLayer
 from ..tuners._matching import dotted_endings, find_targets, matching_entry, pattern_lookup
 from ..tuners._surgery import adapter_modules, bare_modules
-from .adapter_keys import adapter_key_map
+from .adapter_keys import adapter_key_map, prefix_of
 from .constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SAFETENSORS_WEIGHTS_NAME
 from .error import PeftNotImplementedError, PeftValueError
 from .peft_types import PeftType
@@ -481,14 +481,14 @@ def convert_peft_adapter_state_dict_for_transformers(
     if not conversions:
         return tensors
     keys = adapter_key_map(model, adapter_name)
-    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+    prefix = prefix_of(model, base)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     for key in [key for key in tensors if key not in keys and key.startswith(prefix)]:
         renamed = key[len(prefix) :]
         for renaming in renamings:
             renamed = renaming.rename_source_key(renamed)[0]
-        if prefix + renamed in keys:
-            tensors.setdefault(prefix + renamed, tensors.pop(key))
+        if prefix + renamed in keys and prefix + renamed not in tensors:  # else it is reported as unexpected
+            tensors[prefix + renamed] = tensors.pop(key)
     saved = {place.key: key for key, place in keys.items()}
     wrappers = {
         ".".join(part for part in name.split(".") if part != "base_layer") + f".{layer.parameter_name}": name

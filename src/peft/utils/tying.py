@@ -18,8 +18,9 @@ from torch import nn
 from ..config import PeftConfig
 from ..tuners._matching import check_target_module_exists, matching_entry, near_names, outermost
 from ..tuners._replication import REPLICATED_FROM
-from ..tuners._surgery import bare_modules, base_modules, is_adapter_module
+from ..tuners._surgery import bare_modules, base_modules, innermost_module
 from .adapter_keys import Place
+from .embeddings import input_embedding, without_adapters_around
 from .error import PeftValueError
 from .near_names import did_you_mean
 from .warning import warn
@@ -112,14 +113,7 @@ def _of_original(member: str, originals: Mapping[str, str]) -> str:
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:
     """Give the embedding that the model itself calls its input embedding, if it has one."""
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = None if get is None else get()
-    except (NotImplementedError, AttributeError):  # models without a text input
-        return None
-    while embedding is not None and is_adapter_module(embedding):
-        embedding = embedding._modules[embedding._base_names[0]]
-    return embedding
+    return without_adapters_around(input_embedding(model))
 
 
 # ------------------------------------------------------------------------------------------ record
@@ -243,7 +237,8 @@ def find_token_modules(model: nn.Module, tokens: Collection[int] | Mapping[str, 
 
 def _names_matching(model: nn.Module, entries: Collection[str]) -> list[str]:
     wanted = set(entries)
-    return [name for name, _ in bare_modules(model) if name and matching_entry(wanted, name) is not None]
+    names = dict.fromkeys(name for name, _ in bare_modules(model) if name)
+    return [name for name in names if matching_entry(wanted, name) is not None]
 
 
 def containing(modules: Iterable[str], name: str) -> str | None:
@@ -493,12 +488,12 @@ def settle_ties(model: nn.Module, groups: Iterable[TiedGroup], kept: Collection[
 
 def _parameter(model: nn.Module, member: str) -> nn.Parameter:
     path, _, key = member.rpartition(".")
-    return model.get_submodule(path)._parameters[key]
+    return innermost_module(model, path)._parameters[key]
 
 
 def _set_parameter(model: nn.Module, member: str, parameter: nn.Parameter) -> None:
     path, _, key = member.rpartition(".")
-    model.get_submodule(path)._parameters[key] = parameter
+    innermost_module(model, path)._parameters[key] = parameter
 
 
 def _declare_untied(model: nn.Module, apart: Iterable[TiedGroup]) -> None:
@@ -585,6 +580,9 @@ def restore_aliases(tensors: dict[str, torch.Tensor], header: Mapping[str, str] 
     absent = [place.key for place in places.values() if place.key not in tensors]
     if absent:
         raise PeftValueError(_BAD_ALIASES.format(f"there is no {absent[0]!r}"))
+    twice = [alias for alias in places if alias in tensors]
+    if twice:
+        raise PeftValueError(_BAD_ALIASES.format(f"{twice[0]!r} is a tensor of its own"))
     return {**tensors, **{alias: place.read(tensors[place.key]) for alias, place in places.items()}}
 
 

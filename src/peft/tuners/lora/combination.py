@@ -29,6 +29,7 @@ from ...utils.error import PeftValueError
 from ...utils.near_names import explain_unknown_adapters
 from ...utils.other import AuxiliaryTrainingWrapper
 from ...utils.warning import warn
+from ...utils.wrapped_names import plain_name, renamed
 from .._matching import find_targets
 from .._surgery import adapter_modules, names_of_modules
 from .config import LoraConfig
@@ -452,9 +453,9 @@ def _warn_about_changed_bases(adapters: Iterable[str], configs: Iterable[LoraCon
 
 def _copy_saved_modules(model: "LoraModel", source: str, target: str) -> None:
     """Copy what one adapter has trained in full."""
-    tensors = model.model.state_dict()
+    tensors = renamed(model.model.state_dict(), plain_name)
     for name, module in adapter_modules(model.model):
         if isinstance(module, AuxiliaryTrainingWrapper) and target in module.available_adapters:
             places = dict(module.adapter_keys(source))
             for saved, live in module.adapter_keys(target):
-                tensors[f"{name}.{live}"].copy_(tensors[f"{name}.{places[saved]}"])
+                tensors[plain_name(f"{name}.{live}")].copy_(tensors[plain_name(f"{name}.{places[saved]}")])
