@@ -28,7 +28,7 @@ from .utils.other import (
     check_additional_trainable_modules,
     set_additional_trainable_modules,
 )
-from .utils.tying import find_followers, keep_ties
+from .utils.tying import find_followers, keep_ties, one_object_each
 from .utils.warning import PeftWarning, warn
 
 
@@ -136,7 +136,8 @@ class PromptEncoders(nn.ModuleDict):
         config.modules_to_tie = find_followers(keep_ties(model, config))
         check_additional_trainable_modules(model, config)
         active = not self._active_adapter
-        with making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype):
+        making = making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype)
+        with one_object_each(model), making:
             encoder = self._make_encoder(encoder_cls, config)
             set_additional_trainable_modules(model, config, {}, adapter_name, activate_adapter=active)
         self[adapter_name] = encoder.train(self.training)

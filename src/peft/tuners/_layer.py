@@ -19,7 +19,7 @@ from ..utils.error import PeftNotImplementedError
 from ..utils.offload import computing_device
 from ..utils.quantization_utils import QuantizationBackend, quantization_extra_repr, resolve_quantization_backend
 from ..utils.warning import warn
-from ._adapter_module import AdapterModule
+from ._adapter_module import AdapterModule, copy_borrowing, shared_places
 from ._buffer_dict import BufferDict
 from ._kinds import along_axis, along_features, apply_weight, feature_axis, features
 from ._merging import MergeState, check_adapters_to_merge, merge_layer, original_weights, unmerge_layer
@@ -419,6 +419,7 @@ class BaseTunerLayer(AdapterModule, ABC):
         if adapter_name in self.merged_adapters:
             unmerge_layer(self)
         self._owners.pop(adapter_name, None)
+        self.give_back(adapter_name)
         for name in (*self.adapter_layer_names, *self.other_param_names, *self.shared_layer_names):
             container = getattr(self, name, None)
             # settings may be plain values, one for all adapters
@@ -775,9 +776,13 @@ class ReplacementLayer(BaseTunerLayer):
     def follow(self, adapter_name: str, owner: "ReplacementLayer") -> None:
         """Copy the base layer around the parameters that the owner's copy has in the place of shared ones."""
         super().follow(adapter_name, owner)
-        copied = dict(owner._copies()[adapter_name].named_parameters())
-        instead = {id(p): copied[name] for name, p in owner.get_base_layer().named_parameters()}
-        self._copies()[adapter_name] = copy_module(self.get_base_layer(), instead).requires_grad_(True)
+        theirs = owner._copies()[adapter_name]
+        shared = shared_places(self.get_base_layer(), owner.get_base_layer())
+        copied, borrowed = copy_borrowing(
+            self.get_base_layer(), {name: (theirs, there) for name, (_, there) in shared.items()}
+        )
+        self._copies()[adapter_name] = copied.requires_grad_(True)
+        self.borrow(adapter_name, borrowed, owner)
         self._trainable_adapters.add(adapter_name)
 
     def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:

@@ -6,7 +6,8 @@ Merging adapters into base weights and taking them out again.
 What counts is the base parameter, not the layer: a parameter that several layers share is visited once.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from ..utils.error import PeftRuntimeError, PeftTypeError, PeftValueError
 from ..utils.offload import refuse_merge_into_offloaded
+from ..utils.same_tensor import identity_of
 from ..utils.warning import warn
 from ._surgery import adapter_modules, base_modules
 
@@ -244,17 +246,18 @@ def _store_quantized(layers: Sequence["BaseTunerLayer"], weight: torch.Tensor, k
 
 def _merge_other_tensors(state: MergeState, layers: Iterable["BaseTunerLayer"], name: str) -> None:
     """Replace what an adapter changes in base layers beside the weight; what they share, they go on sharing."""
-    merged: dict[int, torch.Tensor] = {}
+    merged: dict[Hashable, torch.Tensor] = {}
     for layer in layers:
         base = layer.get_base_layer()
-        for key, value in layer.merged_tensors(name).items():
-            path, _, tensor_name = key.rpartition(".")
+        for tensor_key, value in layer.merged_tensors(name).items():
+            path, _, tensor_name = tensor_key.rpartition(".")
             module = base.get_submodule(path)
             present = _holder(module, tensor_name)[tensor_name]
-            if id(present) not in merged:
+            key = identity_of(present)
+            if key not in merged:
                 is_parameter = isinstance(present, nn.Parameter)
-                merged[id(present)] = nn.Parameter(value, present.requires_grad) if is_parameter else value
-            state.replace(module, tensor_name, merged[id(present)])
+                merged[key] = nn.Parameter(value, present.requires_grad) if is_parameter else value
+            state.replace(module, tensor_name, merged[key])
 
 
 @contextmanager
@@ -355,10 +358,11 @@ def layers_by_weight(model: nn.Module, layers: Iterable["BaseTunerLayer"]) -> li
         For each weight its layers, and the number of modules that hold it, adapted or not.
     """
     holders = _holders(model)
-    by_weight: dict[int, list[BaseTunerLayer]] = {}
+    by_weight: dict[Hashable, list[BaseTunerLayer]] = {}
     for layer in layers:
         weight = layer.stored_weight()
-        by_weight.setdefault(id(layer.get_base_layer() if weight is None else weight), []).append(layer)
+        key = id(layer.get_base_layer()) if weight is None else identity_of(weight)
+        by_weight.setdefault(key, []).append(layer)
     return [(sharing, holders.get(key, 1)) for key, sharing in by_weight.items()]
 
 
@@ -397,10 +401,7 @@ def _from_inside(stack: Sequence["BaseTunerLayer"], contributions: Iterable["Con
     return sorted(contributions, key=place)
 
 
-def _holders(model: nn.Module) -> dict[int, int]:
+def _holders(model: nn.Module) -> dict[Hashable, int]:
     """Count for each parameter of the base model the places that hold it."""
-    counts: dict[int, int] = {}
-    for module in base_modules(model):
-        for parameter in module._parameters.values():
-            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    return counts
+    held = (parameter for module in base_modules(model) for parameter in module._parameters.values())
+    return Counter(identity_of(parameter) for parameter in held if parameter is not None)

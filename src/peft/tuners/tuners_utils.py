@@ -43,6 +43,7 @@ from ..utils.other import (
 )
 from ..utils.peft_types import TaskType
 from ..utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from ..utils.same_tensor import identity_of
 from ..utils.tying import (
     ReachedTie,
     find_followers,
@@ -50,6 +51,7 @@ from ..utils.tying import (
     find_tied_groups,
     keep_ties,
     module_of,
+    one_object_each,
     settle_ties,
 )
 from ..utils.warning import warn
@@ -275,7 +277,8 @@ class BaseTuner(nn.Module, ABC):
         check_stacks(parameters, targets.values())
         check_additional_trainable_modules(model, config)
         self._check_patterns(config, [*modules, *parameters])
-        with making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype):
+        making = making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype)
+        with one_object_each(model), making:
             self._place_layers(model, adapter_name, config, {**targets, **parameters}, all_names, set(parameters))
             set_additional_trainable_modules(
                 model, config, self.get_model_config(model), adapter_name, adapter_name in self.active_adapters
@@ -596,9 +599,10 @@ class BaseTuner(nn.Module, ABC):
 
     def _mark_tied_bases(self, model: nn.Module) -> None:
         """Tell layers whose base weight other modules hold too, so that merging one of them alone leaves those be."""
-        tied = {id(group.parameter) for group in find_tied_groups(model, with_replicas=True)}
+        tied = {identity_of(group.parameter) for group in find_tied_groups(model, with_replicas=True)}
         for layer in self._layers() if tied else ():
-            layer.base_is_tied = id(layer.stored_weight()) in tied
+            weight = layer.stored_weight()
+            layer.base_is_tied = weight is not None and identity_of(weight) in tied
 
     def _layer_arguments_for(self, config: PeftConfig) -> Callable[[list[str]], dict[str, Any]]:
         """Give a function from the names of a target to what its layer is made with beside the config."""

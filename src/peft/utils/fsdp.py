@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import nn
 
 from .error import PeftValueError
+from .same_tensor import identity_of
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[[nn.Module, bool, int], bool]:
@@ -47,7 +48,8 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[[nn.Module, bool, int], 
             f"FSDP_TRANSFORMER_CLS_TO_WRAP names {', '.join(sorted(blocks - present))}, which the model does not "
             f"have; its blocks are {', '.join(sorted(_blocks_of(model))) or 'unknown'}"
         )
-    holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    held = (parameter for module in model.modules() for parameter in module._parameters.values())
+    holders = Counter(identity_of(parameter) for parameter in held if parameter is not None)
 
     def policy(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
         return recurse or type(module).__name__ in blocks or _is_trained_leaf(module, holders)
@@ -62,4 +64,4 @@ def _blocks_of(model: nn.Module) -> set[str]:
 
 def _is_trained_leaf(module: nn.Module, holders: Counter) -> bool:
     weight = module._parameters.get("weight")
-    return not module._modules and weight is not None and weight.requires_grad and holders[id(weight)] == 1
+    return not module._modules and weight is not None and weight.requires_grad and holders[identity_of(weight)] == 1

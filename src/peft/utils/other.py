@@ -35,6 +35,7 @@ from .fsdp import fsdp_auto_wrap_policy
 from .kbit_training import prepare_model_for_kbit_training
 from .near_names import FEW, did_you_mean
 from .quantization_utils import get_quantization_config, is_gptqmodel_awq_layer, is_gptqmodel_quant_linear
+from .same_tensor import identity_of
 from .training_wrappers import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
@@ -277,9 +278,9 @@ def _train_tokens(model: nn.Module, peft_config: PeftConfig, adapter_name: str, 
 
 def _shared_parameter_names(model: nn.Module, name: str, others: Iterable[str]) -> set[str]:
     """Name the parameters that a module of the base model shares with one of others."""
-    elsewhere = {id(p) for other in others for p in _base_module(model, other).parameters()}
+    elsewhere = {identity_of(p) for other in others for p in _base_module(model, other).parameters()}
     own = _base_module(model, name).named_parameters(remove_duplicate=False)
-    return {key for key, parameter in own if id(parameter) in elsewhere}
+    return {key for key, parameter in own if identity_of(parameter) in elsewhere}
 
 
 def _base_module(model: nn.Module, name: str) -> nn.Module:

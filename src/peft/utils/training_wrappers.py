@@ -2,20 +2,20 @@
 # peft: the fork in which tied weights stay tied
 """Wrappers around modules of the base model: what adapters train in their place, in full or token by token."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import PeftConfig
-from ..tuners._adapter_module import AdapterModule
-from ..tuners._new_tensors import copy_module
+from ..tuners._adapter_module import AdapterModule, copy_borrowing, shared_places
 from ..tuners.trainable_tokens.config import TrainableTokensConfig
 from ..tuners.trainable_tokens.layer import TrainableTokensLayer
 from .error import PeftTypeError, PeftValueError
 from .integrations import gather_params_ctx
 from .quantization_utils import resolve_quantization_backend
+from .same_tensor import identity_of
 
 
 class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
@@ -169,6 +169,7 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
         for container in (*self.adapter_layer_names, *self.other_param_names):
             if adapter_name in getattr(self, container):
                 del getattr(self, container)[adapter_name]
+        self.give_back(adapter_name)
         if adapter_name in self._active_adapter:
             self.set_adapter(new_active_adapters or [])
 
@@ -223,7 +224,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """
 
     adapter_layer_names = ("modules_to_save",)
-    other_param_names = ("followed",)
 
     def __init__(
         self,
@@ -236,9 +236,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         super().__init__(module_to_save, adapter_name, tied_module=tied_module, only=only)
 
     def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
-        """Make the containers for the copies, and for the wrappers that they follow."""
+        """Make the container for the copies."""
         self.modules_to_save = nn.ModuleDict()
-        self.followed: dict[str, ModulesToSaveWrapper] = {}
 
     def update(
         self,
@@ -261,38 +260,24 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                 parameters if left out.
             kwargs: none.
         """
-        instead = {}
+        lent = {}
         if tied_module is not None:
-            self.followed[adapter_name] = tied_module
-            instead = tied_module.parameters_in_place_of(adapter_name)
+            theirs = tied_module.modules_to_save[adapter_name]
+            shared = shared_places(self.original_module, tied_module.original_module)
+            lent = {name: (theirs, there) for name, (_, there) in shared.items()}
         if only is not None:
             own = dict(self.original_module.named_parameters(remove_duplicate=False))
-            instead.update((id(p), p) for name, p in own.items() if name not in only)
+            lent.update((name, (self.original_module, name)) for name in own if name not in only)
         with gather_params_ctx(self.original_module.parameters()):
-            self.modules_to_save[adapter_name] = copy_module(self.original_module, instead)
+            self.modules_to_save[adapter_name], borrowed = copy_borrowing(self.original_module, lent)
+        self.borrow(adapter_name, borrowed, tied_module)
         self.set_requires_grad(adapter_name)
 
-    def train(self, mode: bool = True) -> "ModulesToSaveWrapper":
-        """
-        Set the mode, and tie again what was parted by a loader that replaces parameters one by one.
-
-        Args:
-            mode: False to evaluate.
-
-        Returns:
-            The wrapper.
-        """
-        for adapter_name, owner in self.followed.items():
-            instead = owner.parameters_in_place_of(adapter_name)
-            for name, parameter in self.original_module.named_parameters(remove_duplicate=False):
-                if id(parameter) in instead:
-                    _replace_parameter(self.modules_to_save[adapter_name], name, instead[id(parameter)])
-        return super().train(mode)
-
-    def parameters_in_place_of(self, adapter_name: str) -> dict[int, nn.Parameter]:
-        """Map the id of each parameter of the base module to what an adapter has in its place."""
+    def parameters_in_place_of(self, adapter_name: str) -> dict[Hashable, nn.Parameter]:
+        """Map the identity of each parameter of the base module to what an adapter has in its place."""
         copied = dict(self.modules_to_save[adapter_name].named_parameters(remove_duplicate=False))
-        return {id(p): copied[name] for name, p in self.original_module.named_parameters(remove_duplicate=False)}
+        own = self.original_module.named_parameters(remove_duplicate=False)
+        return {identity_of(p): copied[name] for name, p in own}
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield the parameters that an adapter trains here; those that its copy shares with the base are none."""
@@ -310,6 +295,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             if parameter.is_meta:
                 values = base[name].detach().clone()
                 _replace_parameter(copied, name, nn.Parameter(values, parameter.requires_grad))
+        self.take_borrowed()
 
     def _current_module(self) -> nn.Module:
         if not self._disable_adapters:

@@ -3,12 +3,14 @@
 """
 Tied weights: finding them, and keeping them tied.
 
-Two places of a model are tied if they hold one parameter object. Nothing else makes a tie: neither names nor a flag in
-a config.
+Two places of a model are tied if they hold one parameter: one object, or two that read one memory in the same way.
+Nothing else makes a tie: neither names nor a flag in a config.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,7 @@ from .adapter_keys import Place
 from .embeddings import input_embedding, without_adapters_around
 from .error import PeftValueError
 from .near_names import did_you_mean
+from .same_tensor import identity_of
 from .warning import warn
 
 
@@ -33,7 +36,7 @@ class TiedGroup:
 
     Attributes:
         members: full names of the parameter, as they are without adapters; the owner comes first.
-        parameter: the parameter itself.
+        parameter: the parameter itself; where members hold several objects over one memory, that of the owner.
     """
 
     members: tuple[str, ...]
@@ -59,8 +62,8 @@ def find_tied_groups(model: nn.Module, with_replicas: bool = False) -> list[Tied
     """
     Find the parameters of a base model that stand in several places.
 
-    Parameters are compared by identity, so it works on the meta device too, and whatever they are called. A module
-    object that has several names is one place: it cannot come apart.
+    Parameters are compared by identity and by memory (see `identity_of`), so it works on the meta device too, and
+    whatever they are called. A module object that has several names is one place: it cannot come apart.
 
     Args:
         model: any model, with or without adapters. What adapters brought along is passed over.
@@ -79,22 +82,20 @@ def find_tied_groups(model: nn.Module, with_replicas: bool = False) -> list[Tied
         >>> find_tied_groups(net)
         [TiedGroup(members=('0.weight', '1.weight'))]
     """
-    counts: dict[int, int] = {}
-    for module in base_modules(model):
-        for parameter in module._parameters.values():
-            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    counts.pop(id(None), None)
+    held = (parameter for module in base_modules(model) for parameter in module._parameters.values())
+    counts = Counter(identity_of(parameter) for parameter in held if parameter is not None)
     if max(counts.values(), default=0) < 2:  # most models; names are only worked out for the others
         return []
-    places: dict[int, list[tuple[str, nn.Module, nn.Parameter]]] = {}
+    places: dict[Hashable, list[tuple[str, nn.Module, nn.Parameter]]] = {}
     originals: dict[str, str] = {}
     for name, module in bare_modules(model):
         for place, source in enumerate(module.__dict__.get(REPLICATED_FROM, ())):
             originals[f"{name}.{place}."] = f"{name}.{source}."
         prefix = f"{name}." if name else ""
         for key, parameter in module._parameters.items():
-            if parameter is not None and counts[id(parameter)] > 1:
-                places.setdefault(id(parameter), []).append((prefix + key, module, parameter))
+            identity = None if parameter is None else identity_of(parameter)
+            if counts[identity] > 1:
+                places.setdefault(identity, []).append((prefix + key, module, parameter))
     main = _input_embedding(model)
     groups = []
     for held in places.values():
@@ -424,7 +425,7 @@ def declared_but_untied(model: nn.Module) -> list[tuple[str, str, nn.Parameter, 
     pairs = [
         (owner, follower, parameters.get(owner), parameters.get(follower)) for follower, owner in declared.items()
     ]
-    return [pair for pair in pairs if None not in pair[2:] and pair[2] is not pair[3]]
+    return [pair for pair in pairs if None not in pair[2:] and identity_of(pair[2]) != identity_of(pair[3])]
 
 
 def keep_ties(
@@ -456,6 +457,34 @@ def keep_ties(
     return kept
 
 
+@contextmanager
+def one_object_each(model: nn.Module) -> Iterator[None]:
+    """
+    Let the members of each tied group hold one parameter object, the owner's, from now on.
+
+    Objects that only share their memory would part when the model is moved, cast or copied. If the context ends with
+    an exception, each member gets back what it held.
+
+    Args:
+        model: the base model.
+    """
+    groups = find_tied_groups(model, with_replicas=True)
+    shared = {identity_of(group.parameter): group.parameter for group in groups}
+    replaced = []
+    for module in base_modules(model) if shared else ():
+        for key, parameter in module._parameters.items():
+            one = None if parameter is None else shared.get(identity_of(parameter), parameter)
+            if one is not parameter:
+                replaced.append((module._parameters, key, parameter))
+                module._parameters[key] = one
+    try:
+        yield
+    except BaseException:
+        for held, key, parameter in replaced:
+            held[key] = parameter
+        raise
+
+
 # ------------------------------------------------------------------------------------------ merge, save, load
 def settle_ties(model: nn.Module, groups: Iterable[TiedGroup], kept: Collection[str]) -> None:
     """
@@ -473,9 +502,10 @@ def settle_ties(model: nn.Module, groups: Iterable[TiedGroup], kept: Collection[
     apart = []
     for group in groups:
         present = [_parameter(model, member) for member in group.members]
-        trained = {id(p): p for p in present if p is not group.parameter}
-        if len({id(p) for p in present}) == 1:
+        trained = {identity_of(p): p for p in present}
+        if len(trained) == 1:
             continue
+        trained.pop(identity_of(group.parameter), None)
         if len(trained) == 1 and any(containing(kept, module_of(member)) for member in group.members):
             (parameter,) = trained.values()
             for member in group.members:
@@ -535,20 +565,16 @@ def split_aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.
     """
     kept: dict[str, torch.Tensor] = {}
     aliases: dict[str, Place] = {}
-    first: dict[tuple, str] = {}
+    first: dict[Hashable, str] = {}
     for key, tensor in tensors.items():
-        owner = first.get(_memory(tensor))
-        transposed_owner = first.get(_memory(tensor.T)) if tensor.dim() == 2 else None
-        if tensor.data_ptr() == 0 or (owner is None and transposed_owner is None):
+        owner = first.get(identity_of(tensor))
+        transposed_owner = first.get(identity_of(tensor.T)) if tensor.dim() == 2 else None
+        if owner is None and transposed_owner is None:
             kept[key] = tensor
-            first[_memory(tensor)] = key
+            first[identity_of(tensor)] = key
         else:
             aliases[key] = Place(transposed_owner, True) if owner is None else Place(owner)
     return kept, aliases
-
-
-def _memory(tensor: torch.Tensor) -> tuple:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 ALIASES_HEADER = "tied_aliases"

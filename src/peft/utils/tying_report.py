@@ -3,6 +3,7 @@
 """The state of a model's ties as a table, and the table that a config would lead to."""
 
 import copy
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..tuners._layer import BaseTunerLayer
 from ..tuners._surgery import adapter_modules
+from .same_tensor import identity_of
 from .tying import TiedGroup, containing, contains_one_of, declared_but_untied, find_tied_groups, module_of
 
 
@@ -100,7 +102,7 @@ def weight_tying_report(model: nn.Module) -> TyingReport:
         rows.append(_row(group.members, None, "base model", [group.parameter]))
         for adapter in getattr(model, "peft_config", None) or ():
             present = _in_place_of(base, group, adapter)
-            if any(parameter is not group.parameter for parameter in present):
+            if any(identity_of(parameter) != identity_of(group.parameter) for parameter in present):
                 rows.append(_row(group.members, adapter, "modules_to_save", present))
             rows += _target_row(base, group, adapter)
     rows += [
@@ -173,16 +175,19 @@ def copy_without_storage(model: nn.Module) -> tuple[nn.Module, dict[int, torch.T
     """
     instead: dict[int, torch.Tensor] = {}
     originals: dict[int, torch.Tensor] = {}
+    made: dict[Hashable, torch.Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        instead[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-        originals[id(instead[id(tensor)])] = tensor
+        key = (isinstance(tensor, nn.Parameter), identity_of(tensor))
+        if key not in made:
+            empty = torch.empty_like(tensor, device="meta")
+            made[key] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        instead[id(tensor)] = made[key]
+        originals.setdefault(id(made[key]), tensor)
     return copy.deepcopy(model, instead), originals
 
 
 def _row(members: tuple[str, ...], adapter: str | None, route: str, present: list[torch.Tensor]) -> TyingRow:
-    tensors = {id(tensor): tensor for tensor in present}
+    tensors = {identity_of(tensor): tensor for tensor in present}
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return TyingRow(members, members[0], adapter, route, len(tensors) == 1, size)
 
@@ -199,7 +204,7 @@ def _in_place_of(base: nn.Module, group: TiedGroup, adapter: str) -> list[nn.Par
         if wrapper is None or adapter not in wrapper.modules_to_save:
             present.append(group.parameter)
         else:
-            present.append(wrapper.parameters_in_place_of(adapter)[id(group.parameter)])
+            present.append(wrapper.parameters_in_place_of(adapter)[identity_of(group.parameter)])
     return present
 
 

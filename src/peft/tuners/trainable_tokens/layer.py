@@ -11,6 +11,7 @@ from torch import nn
 
 from ...utils.error import PeftIndexError, PeftTypeError, PeftValueError
 from ...utils.integrations import dequantize_module_weight, gather_params_ctx
+from .._adapter_module import Borrowed
 from .._buffer_dict import BufferDict
 from .._kinds import scale_rows
 from .._layer import WeightLayer, unwrapped
@@ -79,13 +80,9 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
     def follow(self, adapter_name: str, owner: "TrainableTokensLayer") -> None:
         """Hold the very parameter of the owner, which has the same shape for every kind of layer."""
         super().follow(adapter_name, owner)
-        self.trainable_tokens_delta[adapter_name] = owner.trainable_tokens_delta[adapter_name]
-
-    def train(self, mode: bool = True) -> "TrainableTokensLayer":
-        """Set the mode, and tie again what was parted by a loader that replaces parameters one by one."""
-        for adapter_name, owner in self._owners.items():
-            self.trainable_tokens_delta[adapter_name] = owner.trainable_tokens_delta[adapter_name]
-        return super().train(mode)
+        own, owned = self.trainable_tokens_delta, owner.trainable_tokens_delta
+        own[adapter_name] = owned[adapter_name]
+        self.borrow(adapter_name, [Borrowed(own, adapter_name, owned, adapter_name)], owner)
 
     def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Leave out what is the owner's; see `adapter_aliases`."""
