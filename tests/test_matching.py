@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners._matching import (
     check_target_module_exists,
     dotted_endings,
+    ends_like,
     find_targets,
     get_pattern_key,
     layer_index,
@@ -86,7 +87,8 @@ def test_nothing_wanted_matches_nothing() -> None:
 def test_lies_in(entries: list[str], key: str) -> None:
     parts = key.split(".")
     parents = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    assert lies_in(entries, key) == any(matching_entry(entries, parent) is not None for parent in parents)
+    assert lies_in(entries, key) == any(parent.endswith(entry) for parent in parents for entry in entries)
+    assert ends_like(entries, key) == any(key.endswith(entry) for entry in entries)
 
 
 # ------------------------------------------------------------------------------------------ layers
@@ -100,7 +102,15 @@ def test_lies_in(entries: list[str], key: str) -> None:
         ("layers.12.q_proj", "layers", 12),
         ("model.my_layers.3.q_proj", "layers", None),
         ("model.layers.3", "layers", None),
-        ("model.layers.3.experts.7.w1", None, 7),
+        ("model.layers.3.experts.7.w1", None, 3),
+        ("layers.3.attn.q_proj", None, 3),
+        ("encoder.block.1.layer.0.q", None, 1),
+        ("a.0.b.1.q", None, 1),
+        ("layers.1.mlp.layers.0.q", "layers", 1),
+        ("net.blocks.3.blocks.7.up", "blocks", 3),
+        ("net.blocks.3.blocks.7.up", r"\d+\.blocks", 7),
+        ("x.y.0.z.1.q", ["z", "y"], 1),
+        ("x.y.0.z.1.q", ["y", "z"], 0),
         ("model.layers.3.experts.7.w1", "layers", 3),
         ("model.layers.3.experts.7.w1", "experts", 7),
         ("lm_head", None, None),
@@ -121,7 +131,9 @@ def test_layer_index(key: str, pattern: Any, index: int | None) -> None:
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 11]}, [4, 9]),
         ({"target_modules": ["q_proj"], "layers_to_transform": 1}, [8]),
         ({"target_modules": ["q_proj"], "layers_to_transform": []}, [4, 8, 9]),
-        ({"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0]}, [4]),
+        ({"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0]}, [4, 10]),
+        ({"target_modules": ["q_proj", "model.layers.1.attn.q_proj"], "layers_to_transform": [0]}, [4, 8]),
+        ({"target_modules": ["layers.1.attn.q_proj", "lm_head"], "layers_to_transform": [0]}, [10]),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "h"}, []),
         ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.attn.q_proj"]}, [5, 8, 9]),
         ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.0\..*"}, [8, 9]),
@@ -132,6 +144,13 @@ def test_targets(kwargs: dict[str, Any], expected: list[int]) -> None:
     wanted = [NAMES[i] for i in expected]
     assert find_targets(config, NAMES).names == wanted
     assert [name for name in NAMES if check_target_module_exists(config, name)] == wanted
+
+
+@pytest.mark.parametrize("pattern", [None, "block"])
+def test_layers_are_counted_where_they_lie_in_others(pattern: str | None) -> None:
+    names = [f"encoder.block.{i}.layer.{j}.q" for i in (0, 1) for j in (0, 1)]
+    config = LoraConfig(target_modules=["q"], layers_to_transform=[1], layers_pattern=pattern)
+    assert find_targets(config, names).names == names[2:]
 
 
 def test_what_was_excluded_and_what_matched_nothing_is_told() -> None:

@@ -20,6 +20,7 @@ from .model_card import write_model_card
 from .model_status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .prompt_inputs import call_with_prompt, generate_with_prompt
 from .prompt_learning import PromptEncoders
+from .tuners._matching import ends_like
 from .tuners._new_tensors import making_tensors
 from .tuners._surgery import adapter_modules, all_or_nothing
 from .tuners.lora.plain_lora import convert_on_save
@@ -37,7 +38,7 @@ from .utils.files import replacing_adapter, state_of_config
 from .utils.hub import push_folder
 from .utils.load_report import LoadReport, LoadResult
 from .utils.near_names import explain_unknown_adapters
-from .utils.other import AuxiliaryTrainingWrapper
+from .utils.other import AuxiliaryTrainingWrapper, newly_started_heads
 from .utils.peft_types import PeftType, TaskType
 from .utils.save_and_load import (
     collect_tensors,
@@ -132,7 +133,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.active_adapter = adapter_name
         self.special_peft_forward_args = {"adapter_names"}
         self.load_reports: dict[str, LoadReport] = {}
-        config = self._with_heads(peft_config)
+        config = self._with_heads(peft_config, model)
         _warn_of_wrong_task(model, config)
         if config.is_prompt_learning:
             self.base_model = model
@@ -148,13 +149,16 @@ class PeftModel(PushToHubMixin, nn.Module):
         if _checkpoints_activations(model):
             self.prepare_model_for_gradient_checkpointing(model)
 
-    def _with_heads(self, peft_config: PeftConfig) -> PeftConfig:
+    def _with_heads(self, peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
         """Give the config with the task's heads among the modules that are trained in full."""
         if not self._head_names or not hasattr(peft_config, "modules_to_save"):
             return peft_config
         config = copy.copy(peft_config)
         own = list(config.modules_to_save or ())
         config.modules_to_save = own + [name for name in self._head_names if name not in own]
+        if config.loaded_from is None:  # a config that was saved names everything that there are tensors for
+            new = [name for name in newly_started_heads(model) if not ends_like(config.modules_to_save, name)]
+            config.modules_to_save += new
         return config
 
     # ------------------------------------------------------------------------------------------------- basic access
@@ -431,7 +435,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             )
         if adapter_name in self.peft_config:
             raise PeftValueError(f"there is an adapter named {adapter_name!r} already; delete it or use another name")
-        self._tuner.add_adapter(adapter_name, self._with_heads(peft_config), low_cpu_mem_usage, autocast_adapter_dtype)
+        config = self._with_heads(peft_config, self.get_base_model())
+        self._tuner.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """
@@ -641,7 +646,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             raise PeftValueError(f"config must be a PeftConfig, found a {type(config).__name__}")
         # files are read before the model is touched
         config, weights = _read_adapter(model_id, kwargs, config, "cpu", key_mapping)
-        config = _for_this_run(config, is_trainable, ephemeral_gpu_offload)
+        config = _for_this_run(config, model_id, is_trainable, ephemeral_gpu_offload)
         model_cls = cls
         if cls is PeftModel:
             from .task_models import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -701,7 +706,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         config, weights = _read_adapter(model_id, kwargs, present, torch_device or "cpu", key_mapping)
         with all_or_nothing(self):
             if present is None:
-                config = _for_this_run(config, is_trainable, ephemeral_gpu_offload)
+                config = _for_this_run(config, model_id, is_trainable, ephemeral_gpu_offload)
                 self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
             result = self._fill_adapter(adapter_name, weights, strict, ignore_mismatched_sizes)
         if not is_trainable:
@@ -761,7 +766,9 @@ def _checkpoints_activations(model: nn.Module) -> bool:
     return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
 
 
-def _for_this_run(config: PeftConfig, is_trainable: bool, ephemeral_gpu_offload: bool) -> PeftConfig:
+def _for_this_run(
+    config: PeftConfig, model_id: str | os.PathLike, is_trainable: bool, ephemeral_gpu_offload: bool
+) -> PeftConfig:
     """Copy a config, with the settings of this run."""
     if config.is_prompt_learning and is_trainable:
         raise PeftValueError(
@@ -770,6 +777,7 @@ def _for_this_run(config: PeftConfig, is_trainable: bool, ephemeral_gpu_offload:
         )
     config = copy.copy(config)
     config.inference_mode = not is_trainable
+    config.loaded_from = config.loaded_from or os.fspath(model_id)  # callers may have brought a config of their own
     if hasattr(config, "runtime_config"):
         config.runtime_config = dataclasses.replace(config.runtime_config, ephemeral_gpu_offload=ephemeral_gpu_offload)
     return config

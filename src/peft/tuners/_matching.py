@@ -54,11 +54,26 @@ def matching_entry(names: Names, key: str) -> str | None:
     return next((ending for ending in dotted_endings(key) if ending in lookup), None)
 
 
+def ends_like(names: Iterable[str], key: str) -> bool:
+    """
+    Say whether a module's full name ends with one of some names, from a dot on or not.
+
+    Modules that are trained beside the adapter layers, in full or token by token, are named like that: `classifier`
+    stands for a `pre_classifier` too, and `norm` for every norm.
+
+    Example:
+
+        >>> ends_like(["norm"], "model.layers.0.input_norm"), matching_entry(["norm"], "model.layers.0.input_norm")
+        (True, None)
+    """
+    return key.endswith(tuple(name for name in names if name))
+
+
 def lies_in(names: Collection[str], key: str) -> bool:
-    """Say whether a module is, or lies inside, a module that matches an entry (see `matching_entry`)."""
-    lookup = set(names)
+    """Say whether a module is, or lies inside, a module whose name ends with an entry (see `ends_like`)."""
+    entries = tuple(name for name in names if name)
     ends = [i for i, character in enumerate(key) if character == "."] + [len(key)]
-    return any(matching_entry(lookup, key[:end]) is not None for end in ends)
+    return any(key.endswith(entries, 0, end) for end in ends)
 
 
 def outermost(names: Iterable[str]) -> list[str]:
@@ -76,18 +91,21 @@ def layer_index(key: str, layers_pattern: str | Collection[str] | None) -> int |
 
     Args:
         key: full name of a module.
-        layers_pattern: name of the list of layers, or several such names; any list if it is left out. Where several
-            lists are nested, the innermost counts.
+        layers_pattern: name of the list of layers, or several such names, of which the first that the module lies in
+            counts; any list if it is left out. Where several lists are nested, the outermost counts. Without a
+            pattern that is one inside a module, if there is such a list: what stands in a list of the model itself,
+            such as `down_blocks`, has layers of its own.
 
     Returns:
         The index, or None if the module lies in no such list.
     """
     if not layers_pattern:
-        patterns = [r"[^.]+"]
+        expressions = [r".+?\.[^.]+\.(\d+)\.", r"[^.]+\.(\d+)\."]
     else:
-        patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern)
-    for pattern in patterns:
-        found = compiled(rf"(?:.*\.)?(?:{pattern})\.(\d+)\.").match(key)
+        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        expressions = [rf"(?:.*?\.)??(?:{pattern})\.(\d+)\." for pattern in patterns]
+    for expression in expressions:
+        found = compiled(expression).match(key)
         if found:
             return int(found.group(1))
     return None
@@ -96,6 +114,8 @@ def layer_index(key: str, layers_pattern: str | Collection[str] | None) -> int |
 def _layer_is_chosen(config: Any, key: str) -> bool:
     chosen = getattr(config, "layers_to_transform", None)
     if chosen is None or chosen == [] or isinstance(config.target_modules, str):  # an expression names layers itself
+        return True
+    if key in config.target_modules:  # the full name of one module needs no layer
         return True
     index = layer_index(key, getattr(config, "layers_pattern", None))
     return index is not None and (index == chosen if isinstance(chosen, int) else index in chosen)

@@ -61,9 +61,11 @@ from ._layer import ActivationLayer, AdditiveLayer, BaseTunerLayer, ReplacementL
 from ._matching import (
     Targets,
     check_target_module_exists,
+    ends_like,
     find_targets,
     layer_index,
     lies_in,
+    matching_entry,
     names_in_text,
     near_names,
     pattern_lookup,
@@ -365,8 +367,9 @@ class BaseTuner(nn.Module, ABC):
         if config.target_modules == DUMMY_TARGET_MODULES:
             return []
         targets = find_targets(config, candidates)
-        saved = getattr(config, "modules_to_save", None)
+        saved = _as_names(getattr(config, "modules_to_save", None))
         if saved:  # what is trained in full needs no adapter
+            _warn_of_targets_in_full(saved, targets.names)
             targets.names = [name for name in targets.names if not lies_in(saved, name)]
         if not targets.names and config.target_modules is not None and not parameters:
             raise NoMatchingPeftModuleError(self._explain_no_match(config, targets, candidates))
@@ -889,6 +892,19 @@ def _explain_absent_layers(absent: list[int], last: int) -> str:
     return f"there is no layer {', '.join(map(str, absent))}; the indices of the model's layers go from 0 to {last}"
 
 
+def _warn_of_targets_in_full(saved: Collection[str], targets: list[str]) -> None:
+    """Warn of targets that `modules_to_save` takes by a part of their names only, which is easily overlooked."""
+    lookup = set(saved)
+    names = [name for name in targets if ends_like(saved, name) and matching_entry(lookup, name) is None]
+    if names:
+        entry = next(entry for entry in saved if ends_like([entry], names[0]))
+        warn(
+            f"target_modules reaches {', '.join(map(repr, names[:FEW]))}, whose names end with the modules_to_save "
+            f"entry {entry!r}; what that reaches is trained in full and gets no adapter. Leave them out of "
+            "target_modules"
+        )
+
+
 def with_ties(names: list[str], ties: dict[str, str]) -> list[str]:
     """
     Add the modules that have to be adapted because of a tie.
@@ -940,7 +956,8 @@ def check_adapter_name(name: str, prefix: str) -> None:
 
 def all_linear_names(model: nn.Module, config: PeftConfig) -> set[str]:
     """
-    Find what target_modules="all-linear" stands for: every linear layer but the model's output head.
+    Find what target_modules="all-linear" stands for: every linear layer but the model's output head, and but those
+    that `modules_to_save` trains in full.
 
     Args:
         model: the base model.
@@ -949,7 +966,8 @@ def all_linear_names(model: nn.Module, config: PeftConfig) -> set[str]:
     Returns:
         Full names of the layers.
     """
-    names = {name for name, module in walk(model) if is_linear(unwrapped(module))}
+    saved = _as_names(getattr(config, "modules_to_save", None))
+    names = {name for name, module in walk(model) if is_linear(unwrapped(module)) and not ends_like(saved, name)}
     if not hasattr(model, "get_output_embeddings"):
         return names
     head = output_embedding(model)

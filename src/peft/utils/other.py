@@ -11,11 +11,10 @@ from torch import nn
 from ..config import PeftConfig
 from ..tuners._matching import (
     check_target_module_exists,
-    dotted_endings,
+    ends_like,
     get_pattern_key,
     lies_in,
     match_target_against_key,
-    matching_entry,
     near_names,
     outermost,
 )
@@ -30,6 +29,7 @@ from .constants import (
     SEQ_CLS_HEAD_NAMES,
     WEIGHTS_NAME,
 )
+from .embeddings import output_embedding
 from .error import PeftTypeError, PeftValueError
 from .fsdp import fsdp_auto_wrap_policy
 from .kbit_training import prepare_model_for_kbit_training
@@ -73,18 +73,50 @@ __all__ = [
 
 def _modules_named(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
     """
-    Find the modules one of whose full names, or its ending from a dot on, is in `names`.
+    Find the modules one of whose full names ends with one of `names`; see `ends_like`.
 
     Returns:
         First full name -> module, in the order of the model.
     """
-    wanted = set(names)
+    wanted = tuple(names)
     first: dict[int, str] = {}
     found = {}
     for name, module in names_of_modules(model).items():
         first.setdefault(id(module), name)
-        if name and matching_entry(wanted, name) is not None:
+        if ends_like(wanted, name):
             found[first[id(module)]] = module
+    return found
+
+
+def newly_started_heads(model: nn.Module) -> list[str]:
+    """
+    Find the modules that a model of transformers has on top of its body, and that no checkpoint has filled.
+
+    They hold random values, which an adapter has to train and save, whatever they are called.
+
+    Args:
+        model: a base model, with or without adapters.
+
+    Returns:
+        Full names; none for models that do not say which module their body is.
+    """
+    body = model._modules.get(getattr(model, "base_model_prefix", None) or "")
+    if body is None:
+        return []
+    output = output_embedding(model)
+    of_body = {id(parameter) for parameter in body.parameters()}
+    found = []
+    waiting = [(name, child) for name, child in reversed(model._modules.items()) if child not in (None, body, output)]
+    while waiting:
+        name, module = waiting.pop()
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            waiting.extend((f"{name}.{key}", child) for key, child in reversed(module._modules.items()))
+            continue
+        parameters = list(module.parameters())
+        tied = any(id(parameter) in of_body for parameter in parameters)
+        # transformers notes on each parameter that it has read
+        if any(not getattr(p, "_is_hf_initialized", False) for p in parameters) and not tied:
+            found.append(name)
     return found
 
 
@@ -106,7 +138,7 @@ def _set_trainable(
     Args:
         model: the model.
         adapter_name: name of the adapter.
-        module_names: names of modules, or their endings from a dot on.
+        module_names: names of modules, or their endings.
         inference_mode: freeze what is made.
         strict_module_check: raise if no module matches.
         wrapper_cls: which wrapper.
@@ -173,8 +205,8 @@ def check_additional_trainable_modules(model: nn.Module, peft_config: PeftConfig
     _check_token_modules(model, peft_config, names)
     # the names of classification heads are tried for every model of their task
     optional = {*SEQ_CLS_HEAD_NAMES, *QUESTION_ANSWERING_HEAD_NAMES}
-    endings = {ending for name in names_of_modules(model) for ending in dotted_endings(name)} if names else ()
-    unmatched = [entry for entry in names if entry not in endings]
+    full_names = list(names_of_modules(model)) if names else []
+    unmatched = [entry for entry in names if not any(ends_like([entry], name) for name in full_names)]
     for entry in unmatched[:FEW]:
         if entry not in optional:
             near = near_names(entry, [name for name, _ in bare_modules(model)])

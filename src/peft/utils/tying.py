@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
-from ..tuners._matching import check_target_module_exists, matching_entry, near_names, outermost
+from ..tuners._matching import check_target_module_exists, ends_like, matching_entry, near_names, outermost
 from ..tuners._replication import REPLICATED_FROM
 from ..tuners._surgery import bare_modules, base_modules, innermost_module
 from .adapter_keys import Place
@@ -206,7 +206,8 @@ def find_token_modules(model: nn.Module, tokens: Collection[int] | Mapping[str, 
 
     Args:
         model: the model.
-        tokens: ids for the input embedding, or name of a module (or its ending from a dot on) -> ids.
+        tokens: ids for the input embedding, or name of a module (or its ending, see `ends_like`) -> ids. Where several
+            names fit a module, the first counts.
 
     Returns:
         Full name -> ids.
@@ -232,14 +233,14 @@ def find_token_modules(model: nn.Module, tokens: Collection[int] | Mapping[str, 
             raise PeftValueError(
                 f"trainable_token_indices names {entry!r}, which the model does not have{did_you_mean(near)}"
             )
-        modules.update((name, list(indices)) for name in names)
+        for name in names:
+            modules.setdefault(name, list(indices))
     return modules
 
 
 def _names_matching(model: nn.Module, entries: Collection[str]) -> list[str]:
-    wanted = set(entries)
-    names = dict.fromkeys(name for name, _ in bare_modules(model) if name)
-    return [name for name in names if matching_entry(wanted, name) is not None]
+    names = dict.fromkeys(name for name, _ in bare_modules(model))
+    return [name for name in names if ends_like(entries, name)]
 
 
 def containing(modules: Iterable[str], name: str) -> str | None:
