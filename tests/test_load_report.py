@@ -11,7 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import bert_classifier, features, llama, logits, randomise, refused, snapshot, stack, warned
+from helpers import (
+    assert_close,
+    bert_classifier,
+    features,
+    llama,
+    logits,
+    randomise,
+    refused,
+    snapshot,
+    stack,
+    warned,
+)
+from method_options import OPTIONS
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,6 +44,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import LoadReport, PeftLoadError, PeftWarning
 from peft.utils.hotswap import hotswap_adapter
 
@@ -39,6 +52,7 @@ from peft.utils.hotswap import hotswap_adapter
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
 
 WEIGHTS = "adapter_model.safetensors"
+X = features()
 HEAD_B = "base_model.model.head.lora_B.weight"
 Tensors = dict[str, torch.Tensor]
 
@@ -359,3 +373,69 @@ def test_a_warning_that_is_an_error_leaves_the_model_as_it_was(saved: Path) -> N
     with pytest.raises(PeftWarning, match="lacks"):
         model.load_adapter(saved, "default")
     assert snapshot(model) == before and model.load_reports == {}
+
+
+# ------------------------------------------------------------------------------------------ an adapter that is there
+def fresh(method: str, **changes: Any) -> PeftModel:
+    """An adapter of a method, with an effect."""
+    config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    options = {"target_modules": ["up"], **OPTIONS.get(method, {}), **changes}
+    model = get_peft_model(stack(), config_cls(**options)).eval()
+    randomise(model, getattr(model.base_model, "prefix", "lora_"))
+    return model
+
+
+SETTINGS = [
+    ("LORA", "lora_alpha", 8, 32),
+    ("LORA", "use_rslora", False, True),
+    ("LORA", "lora_dropout", 0.0, 0.5),
+    ("LORA", "alpha_pattern", None, {"layers.0.up": 5}),
+    ("LORA", "target_modules", ["up"], ["down", "up"]),
+    ("LORA", "r", 2, 3),
+    ("LOHA", "alpha", 8, 3),
+    ("LOKR", "alpha", 8, 3),
+    ("VBLORA", "topk", 2, 1),
+]
+
+
+@pytest.mark.parametrize("method, name, old, new", SETTINGS, ids=lambda value: str(value))
+def test_settings_of_an_adapter_that_is_there(tmp_path: Path, method: str, name: str, old: Any, new: Any) -> None:
+    fresh(method, **{name: new}).save_pretrained(tmp_path)
+    model = fresh(method)
+    mentions = ("adapter 'default'", f"{name}: checkpoint {new!r}, model {old!r}", "delete_adapter", "another name")
+    with refused(model, RuntimeError, *mentions):
+        model.load_adapter(tmp_path, "default", strict=True)
+    if name == "r":
+        with refused(model, RuntimeError, *mentions, "another shape"):
+            model.load_adapter(tmp_path, "default")
+    else:
+        with warned(*mentions):
+            report = model.load_adapter(tmp_path, "default").report
+        assert report.settings == {name: (new, old)} and not report.complete
+        assert f"setting     {name}" in str(report) and "everything fits" not in str(report)
+        assert PeftModel.from_pretrained(stack(), tmp_path).load_reports["default"].settings == {}
+    # both ways out of which the message speaks
+    expected = logits(PeftModel.from_pretrained(stack(), tmp_path), X)
+    model.load_adapter(tmp_path, "other")
+    model.set_adapter("other")
+    assert_close(logits(model, X), expected)
+    model.delete_adapter("default")
+    model.load_adapter(tmp_path, "default", strict=True)
+    model.set_adapter("default")
+    assert_close(logits(model, X), expected)
+
+
+def test_settings_that_say_the_same(saved: Path) -> None:
+    """Where an adapter is from, the order of names, and what was left out are no differences."""
+    model = get_peft_model(stack(), config(target_modules={"head", "up"}, rank_pattern={}, task_type="CAUSAL_LM"))
+    model.peft_config["default"].base_model_name_or_path = "elsewhere"
+    assert model.load_adapter(saved, "default", strict=True).report.complete
+    (saved / "adapter_config.json").unlink()
+    assert model.load_adapter(saved, "default", strict=True).report.complete
+
+
+def test_another_method_under_a_name_that_is_there(tmp_path: Path) -> None:
+    fresh("LOHA").save_pretrained(tmp_path)
+    model = get_peft_model(stack(), config())
+    with refused(model, RuntimeError, "none of the checkpoint's"):
+        model.load_adapter(tmp_path, "default")

@@ -26,6 +26,7 @@ from .utils.near_names import FEW, did_you_mean, nearest
 from .utils.patterns import compiled
 from .utils.peft_types import PeftType, TaskType
 from .utils.warning import warn
+from .utils.wrapped_names import with_plain_names
 
 
 if TYPE_CHECKING:
@@ -393,6 +394,55 @@ class PromptLearningConfig(TyingConfig):
     def is_prompt_learning(self) -> bool:
         """Whether the method puts virtual tokens in front of the inputs."""
         return True
+
+
+# where an adapter is from, and what a run does with it; none of them says what it computes
+_FIELDS_OF_ORIGIN = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+)
+
+
+def config_differences(one: PeftConfigMixin, other: PeftConfigMixin) -> dict[str, tuple[Any, Any]]:
+    """
+    Find the fields in which two configs describe different adapters.
+
+    Args:
+        one: a config.
+        other: another one.
+
+    Returns:
+        Field name -> value in each of the two. Of two methods, the method alone.
+
+    Example:
+
+        >>> from peft import LoraConfig
+        >>> from peft.config import config_differences
+        >>> config_differences(LoraConfig(lora_alpha=16), LoraConfig(inference_mode=True))
+        {'lora_alpha': (16, 8)}
+    """
+    if one.peft_type != other.peft_type:
+        return {"peft_type": (_plain(one.peft_type), _plain(other.peft_type))}
+    values = one.to_dict(), other.to_dict()
+    names = [name for name in {**values[0], **values[1]} if name not in _FIELDS_OF_ORIGIN]
+    pairs = {name: tuple(_plain(fields.get(name)) for fields in values) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _plain(value: Any) -> Any:
+    """Bring values that mean the same to one form: names in any order, and nothing that was left out or is empty."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {key: _plain(content) for key, content in with_plain_names(value).items()} or None
+    if isinstance(value, (list, tuple, set, frozenset)):
+        names = with_plain_names(value)
+        return (sorted(names) if all(isinstance(name, str) for name in names) else list(names)) or None
+    return with_plain_names(value)
 
 
 def check_layer_selection(config: PeftConfig, refused_with_pattern: Iterable[str] = LAYER_FIELDS) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from transformers.utils.hub import PushToHubMixin
 
-from .config import PeftConfig
+from .config import PeftConfig, config_differences
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from .model_card import write_model_card
 from .model_status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
@@ -683,7 +683,8 @@ class PeftModel(PushToHubMixin, nn.Module):
 
         Args:
             model_id: folder, or hub id.
-            adapter_name: name to give the adapter; if there is one of that name, its tensors are replaced.
+            adapter_name: name to give the adapter; if there is one of that name, its tensors are replaced, and its
+                config stays; a warning names what the file's config sets otherwise.
             is_trainable: let it be trained; otherwise the model is put in eval mode.
             torch_device: where its file is read to.
             autocast_adapter_dtype: keep its tensors in float32 where the base is in half precision.
@@ -703,23 +704,31 @@ class PeftModel(PushToHubMixin, nn.Module):
             PeftLoadError: if its tensors do not fit the model; the model stays as it was.
         """
         present = self.peft_config.get(adapter_name)
-        config, weights = _read_adapter(model_id, kwargs, present, torch_device or "cpu", key_mapping)
+        config, weights = _read_adapter(
+            model_id, kwargs, None, torch_device or "cpu", key_mapping, present is not None
+        )
+        settings = config_differences(config, present) if config and present else {}
         with all_or_nothing(self):
             if present is None:
                 config = _for_this_run(config, model_id, is_trainable, ephemeral_gpu_offload)
                 self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
-            result = self._fill_adapter(adapter_name, weights, strict, ignore_mismatched_sizes)
+            result = self._fill_adapter(adapter_name, weights, strict, ignore_mismatched_sizes, settings)
         if not is_trainable:
             self.eval()
         return result
 
     def _fill_adapter(
-        self, adapter_name: str, weights: dict[str, torch.Tensor], strict: bool, ignore_mismatched_sizes: bool
+        self,
+        adapter_name: str,
+        weights: dict[str, torch.Tensor],
+        strict: bool,
+        ignore_mismatched_sizes: bool,
+        settings: dict[str, tuple[Any, Any]] | None = None,
     ) -> LoadResult:
         """Put a checkpoint's tensors into an adapter; those that get nothing and have no storage start anew."""
         if not weights:
             raise PeftRuntimeError(f"{SAFETENSORS_WEIGHTS_NAME} holds no tensor at all; save the adapter again")
-        result = load_tensors(self, weights, adapter_name, ignore_mismatched_sizes, strict)
+        result = load_tensors(self, weights, adapter_name, ignore_mismatched_sizes, strict, settings=settings)
         for _, module in adapter_modules(self):
             if any(parameter.is_meta for parameter in module.adapter_parameters(adapter_name)):
                 module.fill_missing(adapter_name, self.peft_config[adapter_name])
@@ -732,17 +741,27 @@ def _read_adapter(
     config: PeftConfig | None,
     device: str,
     key_mapping: dict[str, str] | None,
-) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    can_lack_config: bool = False,
+) -> tuple[PeftConfig | None, dict[str, torch.Tensor]]:
     """Read a config, unless there is one, and tensors: those of one save, should somebody save meanwhile."""
     name = os.fspath(model_id)
     folder = os.path.join(name, options.get("subfolder") or "")
     for _ in range(_READINGS):
         before = state_of_config(folder)
-        found = PeftConfig.from_pretrained(name, **options) if config is None else config
+        found = _read_config(name, options, can_lack_config) if config is None else config
         tensors = load_peft_weights(name, device=device, key_mapping=key_mapping, **options)
         if config is not None or state_of_config(folder) == before:
             return found, tensors
     raise PeftRuntimeError(f"{folder!r} was saved to again and again while it was read; load it when that has ended")
+
+
+def _read_config(name: str, options: dict[str, Any], can_be_missing: bool) -> PeftConfig | None:
+    try:
+        return PeftConfig.from_pretrained(name, **options)
+    except PeftPathError:
+        if can_be_missing:  # if it is the adapter that is missing, reading its tensors will say so
+            return None
+        raise
 
 
 def _text(peft_type: Any) -> str:

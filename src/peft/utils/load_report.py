@@ -5,6 +5,7 @@
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -16,6 +17,7 @@ from .warning import warn
 Shape = tuple[int, ...]
 
 _SHOWN = 4
+_REMEDY_FOR_SETTINGS = "to have the checkpoint's config, call delete_adapter first, or load under another name"
 # comparing a name with all names of a large model would take longer than loading it
 _COMPARED = 200
 
@@ -59,6 +61,8 @@ class LoadReport:
         tied: key -> key of the tensor that it shares in the model; the latter's value was taken.
         overruled: those keys of `tied` for which the checkpoint has another value.
         resized: key -> shape before and after, of tensors of the model that were made to fit the checkpoint.
+        settings: field of the config -> value in the checkpoint's config and value in the model's, where these differ;
+            an adapter that is there keeps its own.
         about: which method, task and base model the adapter has, and which model it was loaded into.
 
     Example:
@@ -87,13 +91,14 @@ class LoadReport:
     tied: Mapping[str, str] = field(default_factory=dict)
     overruled: tuple[str, ...] = ()
     resized: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    settings: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     about: str = ""
 
     @property
     def complete(self) -> bool:
-        """Whether each tensor of the checkpoint is in the model, and each of the adapter was in the checkpoint."""
-        problems = (self.missing, self.unexpected, self.mismatched, self.mistyped, self.not_finite, self.overruled)
-        return not any(problems)
+        """Whether each tensor of the checkpoint is in the model, each of the adapter was in it, and settings agree."""
+        tensors = (self.missing, self.unexpected, self.mismatched, self.mistyped, self.not_finite, self.overruled)
+        return not any(tensors) and not self.settings
 
     def near(self, key: str) -> list[str]:
         """
@@ -115,6 +120,7 @@ class LoadReport:
         rows += [("not finite", key, "") for key in self.not_finite]
         rows += [("overruled", key, f"has the value of {self.tied[key]}") for key in self.overruled]
         rows += [("tied", key, f"to {owner}") for key, owner in self.tied.items() if key not in self.overruled]
+        rows += [("setting", name, _pair_text(*map(repr, values))) for name, values in self.settings.items()]
         rows += [("resized", key, f"{old} -> {new}") for key, (old, new) in self.resized.items()]
         text = head + (", everything fits" if self.complete else f"; {self.about}" if self.about else "")
         return "\n".join([text, *(f"  {kind:<10}  {key}  {note}".rstrip() for kind, key, note in rows)])
@@ -147,6 +153,8 @@ class LoadReport:
             problems.append((self._text_unexpected(), ""))
         if strict and self.overruled:
             problems.append((self._text_overruled(), ""))
+        if self.settings and (strict or problems):  # they may be why something does not fit
+            problems.append((self._text_settings(), _REMEDY_FOR_SETTINGS))
         if problems:
             remedies = [remedy for _, remedy in problems if remedy]
             remedies += ["strict=False loads what fits"] if len(remedies) < len(problems) else []
@@ -170,12 +178,14 @@ class LoadReport:
             texts.append(f"{self._text_mismatched()}; they were left out, because ignore_mismatched_sizes=True")
         if self.overruled:
             texts.append(f"{self._text_overruled()}; the owner's values are used")
+        if self.settings:
+            texts.append(f"{self._text_settings()}; the tensors were loaded, and the model's settings kept")
         if texts:
-            remedy = ""
-            if not quiet and (self.missing or self.unexpected):
-                remedy = "strict=True refuses such a checkpoint"
-                remedy += ", key_mapping translates its keys" if self.missing and self.unexpected else ""
-            warn(". ".join(part for part in ("; ".join(texts), self._about(), remedy) if part))
+            remedies = [_REMEDY_FOR_SETTINGS] if self.settings else []
+            if not quiet and (self.missing or self.unexpected or self.settings):
+                remedies.append("strict=True refuses such a checkpoint")
+                remedies += ["key_mapping translates its keys"] if self.missing and self.unexpected else []
+            warn(". ".join(part for part in ("; ".join(texts), self._about(), ", ".join(remedies)) if part))
 
     def _fail(self, message: str) -> None:
         error = PeftLoadError(message)
@@ -230,6 +240,13 @@ class LoadReport:
         return (
             f"the checkpoint has other values for {_listed(values)}, although these modules are tied in the model, "
             "probably because it was saved by a version that let ties come apart"
+        )
+
+    def _text_settings(self) -> str:
+        details = [f"{name}: {_pair_text(*map(repr, values))}" for name, values in self.settings.items()]
+        return (
+            f"the checkpoint's config differs from that of adapter {self.adapter_name!r}, which is there already "
+            f"({_listed(details, '; ')})"
         )
 
     def _remedy_for_shapes(self) -> str:

@@ -185,6 +185,7 @@ def load_tensors(
     ignore_mismatched_sizes: bool = False,
     strict: bool = False,
     quiet: bool = False,
+    settings: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> LoadResult:
     """
     Do what `set_peft_model_state_dict` does.
@@ -196,6 +197,7 @@ def load_tensors(
         ignore_mismatched_sizes: leave out tensors of another shape.
         strict: raise on anything that does not fit.
         quiet: do not warn about tensors that are missing or unexpected.
+        settings: fields in which the checkpoint's config differs from the adapter's; see `LoadReport`.
     """
     config = _config_of(model, adapter_name)
     tensors = renamed(tensors, plain_name)
@@ -233,6 +235,7 @@ def load_tensors(
             for saved in expected
             if keys[saved].key in before and before[keys[saved].key] != live[keys[saved].key].shape
         },
+        settings=settings or {},
         about=_about(model, config),
     )
     report.refuse(strict, ignore_mismatched_sizes)
