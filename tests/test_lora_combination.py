@@ -189,6 +189,31 @@ def test_one_adapter_with_a_weight(kind: str) -> None:
         assert_close(delta(layer, "new"), -0.6 * delta(layer, "a"), atol=1e-4)
 
 
+PATTERNS = {"rank_pattern": {"lin": 2, "conv": 5}, "alpha_pattern": {"head": 3}}
+
+
+@pytest.mark.parametrize("kind", COMBINATION_TYPES)
+@pytest.mark.parametrize("patterns", [{}, PATTERNS], ids=["one_rank", "patterns"])
+def test_scaling_by_the_root_of_the_rank(kind: str, patterns: dict) -> None:
+    """One adapter with weight 1 is itself, and combinations do not depend on how the sources come by their scaling."""
+    options = {"density": 1.0} if OPTIONS[kind] else {}
+    model = with_adapters(config(use_rslora=True, **patterns), config(lora_alpha=1, **patterns))
+    model.add_weighted_adapter(["a"], [1.0], "same", combination_type=kind, **options)
+    model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "new", combination_type=kind, **options)
+    assert model.peft_config["new"].use_rslora
+    plain = with_adapters(config(**patterns), config(lora_alpha=1, **patterns))
+    for name, layer in layers(model).items():
+        assert_close(delta(layer, "same"), delta(layer, "a"), atol=1e-4)
+        other = layers(plain)[name]
+        other.scaling["a"] = layer.scaling["a"]
+        for adapter in "ab":
+            for here, there in zip(other.factor_weights(adapter), layer.factor_weights(adapter), strict=True):
+                here.data.copy_(there.data)
+    plain.add_weighted_adapter(["a", "b"], [0.7, -0.4], "new", combination_type=kind, **options)
+    for name, layer in layers(model).items():
+        assert_close(delta(layer, "new"), delta(layers(plain)[name], "new"), atol=1e-4)
+
+
 def loop_over_entries(kind: str, tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
     """Combine with a density of 1/2, one entry at a time."""
     kept = []

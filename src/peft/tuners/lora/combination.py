@@ -330,12 +330,21 @@ def add_weighted_adapter(
     _narrow_targets(model, config, set(layers), followers)
     _warn_about_changed_bases(weighted, configs)
     model.add_adapter(adapter_name, config)
-    # release 0.21.2 leaves the scaling of use_rslora out of account, which what it combined entry by entry depends on
-    exact = combination.kind == "cat" or combination.kind.endswith("svd")
+    exact = not _leaves_root_of_rank(combination, configs)
     for result in combined.values():
         result.write(adapter_name, exact)
     if source is not None:
         _copy_saved_modules(model, source, adapter_name)
+
+
+def _leaves_root_of_rank(combination: Combination, configs: Sequence[LoraConfig]) -> bool:
+    """
+    Say whether the new adapter's scaling, which is the root of its rank with `use_rslora`, comes on top of the sum.
+
+    Release 0.21.2 gives that for a linear combination, and what it gave is what people have tuned their weights to. A
+    single adapter, one of several that is scaled otherwise, and all other kinds come out as what they are.
+    """
+    return combination.kind == "linear" and len(configs) > 1 and all(config.use_rslora for config in configs)
 
 
 def _check_adapters(model: "LoraModel", adapters: Sequence[str], weights: list[float]) -> dict[str, float]:
