@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """Swapping adapters in place: equal to loading them, not compiled again, with ties kept, whole or not at all."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
     load_peft_weights,
 )
@@ -200,6 +202,121 @@ class TestPreparing:
             prepare_model_for_compiled_hotswap(compiled, target_rank=8, check_compiled="warn")
         prepare_model_for_compiled_hotswap(compiled, target_rank=9, check_compiled="ignore")
         assert query(model).lora_A["default"].weight.shape[0] == 9
+
+
+class Shared(nn.Module):
+    """A layer with two names, and one whose weight is adapted as a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.own = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.back = self.front
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.own(torch.tanh(self.back(self.front(x))))
+
+
+class Convolutions(nn.Module):
+    """Convolutions with groups, behind one without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv1d(6, 6, 3, padding=1), nn.Conv1d(6, 6, 3, groups=3), nn.Conv1d(6, 4, 1, groups=2, bias=False)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], dict, torch.Tensor]] = {
+    "tied": (
+        lambda: llama(tied=True),
+        {"target_modules": ["embed_tokens", "q_proj", "down_proj"], "ensure_weight_tying": True},
+        token_ids(),
+    ),
+    "two_names": (
+        Shared,
+        {"target_modules": ["front", "back"], "rank_pattern": {"back": 2}, "alpha_pattern": {"back": 12}},
+        torch.linspace(-1, 1, 16).view(2, 8),
+    ),
+    "parameters": (
+        Shared,
+        {
+            "target_modules": ["back"],
+            "target_parameters": ["own.weight"],
+            "rank_pattern": {"own.weight": 3},
+            "alpha_pattern": {"own.weight": 12},
+        },
+        torch.linspace(-1, 1, 16).view(2, 8),
+    ),
+    "groups": (
+        Convolutions,
+        {"r": 6, "target_modules": ["layers.0", "layers.1", "layers.2"]},
+        torch.linspace(-1, 1, 60).view(1, 6, 10),
+    ),
+    "rslora": (Convolutions, {"target_modules": ["layers.0", "layers.2"], "use_rslora": True}, torch.ones(1, 6, 9)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:an adapter on a convolution with")
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+class TestKindsOfLayers:
+    """Whatever a layer is, and however many names it has, it computes, swaps and saves as it does without room."""
+
+    def model(self, kind: str, seed: int, **changes: object) -> PeftModel:
+        make_base, options, _ = KINDS[kind]
+        torch.manual_seed(0)
+        model = get_peft_model(make_base(), lora(**{**options, **changes})).eval()
+        randomise(model, "lora_", seed)
+        return model
+
+    def output(self, kind: str, model: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            found = model(KINDS[kind][2])
+        return getattr(found, "logits", found)
+
+    def prepare(self, model: PeftModel, kind: str, prepared: bool) -> None:
+        before = self.output(kind, model)
+        if prepared:
+            prepare_model_for_compiled_hotswap(model, target_rank=13)
+        assert_close(self.output(kind, model), before)
+
+    def test_swapped_adapter_computes_what_it_did(self, kind: str, prepared: bool, tmp_path: Path) -> None:
+        model = self.model(kind, seed=1)
+        self.prepare(model, kind, prepared)
+        for name, changes in {"same": {}, "larger": {"r": 12}}.items():
+            other = self.model(kind, seed=7, **changes)
+            other.save_pretrained(tmp_path / name)
+            hotswap_adapter(model, tmp_path / name, "default")
+            assert_close(self.output(kind, model), self.output(kind, other))
+
+    def test_saved_adapter_can_be_loaded(self, kind: str, prepared: bool, tmp_path: Path) -> None:
+        model = self.model(kind, seed=1)
+        expected = {key: value.shape for key, value in get_peft_model_state_dict(model).items()}
+        self.prepare(model, kind, prepared)
+        before = self.output(kind, model)
+        for options in ({}, {"deduplicate_tied": True}):
+            model.save_pretrained(tmp_path, **options)
+            torch.manual_seed(0)
+            again = PeftModel.from_pretrained(KINDS[kind][0](), tmp_path, strict=True)
+            assert_close(self.output(kind, again), before)
+        assert {key: value.shape for key, value in get_peft_model_state_dict(model).items()} == expected
+        # into the model with room too
+        randomise(model, "lora_", seed=3)
+        model.load_adapter(tmp_path, "default", strict=True)
+        assert_close(self.output(kind, model), before)
+
+    def test_combined_adapters(self, kind: str, prepared: bool) -> None:
+        if kind in ("parameters", "groups"):
+            pytest.skip("such adapters cannot be combined")
+        model = self.model(kind, seed=1)
+        self.prepare(model, kind, prepared)
+        before = self.output(kind, model)
+        model.add_weighted_adapter(["default"], [1.0], "same", combination_type="linear")
+        model.set_adapter("same")
+        assert_close(self.output(kind, model), before)
 
 
 class TestRefusedSwaps:

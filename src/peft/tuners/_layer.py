@@ -279,10 +279,10 @@ class BaseTunerLayer(AdapterModule, ABC):
         Say which tensors stand in a checkpoint in another form than in the model, or can do so.
 
         Args:
-            adapter_name: name of an adapter that this layer has itself.
+            adapter_name: name of an adapter that this layer has, itself or from the one that it follows.
 
         Returns:
-            Key, as `adapter_keys` yields it first -> form.
+            Key, as `adapter_keys` or `adapter_aliases` yield it first -> form.
         """
         return {}
 

@@ -130,7 +130,7 @@ def _saved_forms(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Sav
     for _, module in modules:
         if isinstance(module, BaseTunerLayer) and module.has_adapter(adapter_name):
             prefix = prefixes[id(module)]
-            for key, form in module.source(adapter_name).saved_forms(adapter_name).items():
+            for key, form in module.saved_forms(adapter_name).items():
                 yield prefix + key, form
 
 

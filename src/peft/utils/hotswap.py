@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
-from ..tuners._matching import get_pattern_key
-from ..tuners._surgery import adapter_modules
+from ..tuners._layer import unwrapped
+from ..tuners._matching import get_pattern_key, pattern_lookup
+from ..tuners._surgery import adapter_modules, names_of_modules
 from ..tuners.lora.config import LoraConfig
 from ..tuners.lora.initialization import changes_base
 from ..tuners.lora.layer import LoraLayer, ParamWrapper
+from ..tuners.lora.room import RankAxis
 from .adapter_keys import adapter_key_map, read_forms
 from .error import PeftRuntimeError, PeftValueError
 from .load_report import LoadReport
@@ -44,8 +46,6 @@ CONFIG_KEYS_TO_CHECK = {
     PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "alora_invocation_tokens"]
 }
 
-# attribute that holds a factor -> dimension along which it has its rank
-_RANK_DIMENSION = {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}
 # what a config says about ranks and scalings, which is all that a swap changes in it
 _RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
@@ -167,12 +167,12 @@ def hotswap_adapter_from_state_dict(
             factor; if a compiled model has too little room for the rank.
     """
     is_compiled, model = _is_compiled(model), getattr(model, "_orig_mod", model)
-    layers = [(name, layer) for name, layer in _lora_layers(model) if layer.has_adapter(adapter_name)]
+    layers = [(names, layer) for names, layer in _lora_layers(model) if layer.has_adapter(adapter_name)]
     if any(adapter_name in layer.merged_adapters for _, layer in layers):
         raise PeftValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before it is replaced")
     values, tensors = _values(model, state_dict, adapter_name)
     padded = {id(tensor) for _, layer in layers for _, tensor in _factors(layer, adapter_name, only_padded=True)}
-    factors = {id(tensor): side for _, layer in layers for side, tensor in _factors(layer, adapter_name)}
+    factors = {id(tensor): place for _, layer in layers for place, tensor in _factors(layer, adapter_name)}
     fitted = {
         key: _fit(key, values.get(key), tensor, factors.get(id(tensor)), id(tensor) in padded)
         for key, tensor in tensors.items()
@@ -191,9 +191,10 @@ def hotswap_adapter_from_state_dict(
                 tensor.copy_(value)
             else:  # the parameter stays, and with it what is tied
                 tensor.data = value.to(tensor.device, tensor.dtype)
-    for name, layer in layers:
+    rank_of, alpha_of = pattern_lookup(config.rank_pattern), pattern_lookup(config.alpha_pattern)
+    for names, layer in layers:
         if layer.source(adapter_name) is layer:
-            _set_scaling(layer, name, adapter_name, config)
+            _set_scaling(layer, adapter_name, rank_of(names, config.r), alpha_of(names, config.lora_alpha))
             _note_sizes(layer, adapter_name)
     getattr(model, "load_reports", {}).pop(adapter_name, None)  # it was about the tensors that are gone
     present = (getattr(model, "peft_config", None) or {}).get(adapter_name)
@@ -241,8 +242,8 @@ def prepare_model_for_compiled_hotswap(
             raise PeftValueError(text)
         warn(text)
     owners = [
-        (name, layer, adapter)
-        for name, layer in _lora_layers(getattr(model, "_orig_mod", model))
+        (names[0], layer, adapter)
+        for names, layer in _lora_layers(getattr(model, "_orig_mod", model))
         for adapter in sorted(layer.available_adapters)
         if layer.source(adapter) is layer
     ]
@@ -251,8 +252,8 @@ def prepare_model_for_compiled_hotswap(
     if target_rank is not None:
         _check_room(owners, target_rank, config)
     for _, layer, adapter in owners:
-        for side, tensor in _factors(layer, adapter) if target_rank is not None else ():
-            tensor.data = _with_rank(tensor.detach(), _RANK_DIMENSION[side], target_rank)
+        for place, tensor in _factors(layer, adapter) if target_rank is not None else ():
+            tensor.data = place.pad(tensor.detach(), place.room(target_rank))
         _note_sizes(layer, adapter)
         scaling = layer.scaling[adapter]
         if not isinstance(scaling, torch.Tensor):
@@ -281,22 +282,30 @@ def _check_room(
             raise PeftValueError(f"{name} has rank {rank}, which is more than target_rank={target_rank}")
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield the layers of LoRA under their names in the base model; those of methods derived from it are others."""
-    prefix = "base_model.model." if hasattr(model, "base_model") and hasattr(model.base_model, "prefix") else ""
-    for name, module in adapter_modules(model):
+def _lora_layers(model: nn.Module) -> Iterator[tuple[list[str], LoraLayer]]:
+    """
+    Yield the layers of LoRA under all their names in the base model, as patterns of configs may match any of them.
+
+    Layers of methods that are derived from LoRA are others.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names: dict[int, list[str]] = {}
+    for name, module in names_of_modules(base).items():
+        names.setdefault(id(unwrapped(module)), []).append(name)
+    for name, module in adapter_modules(base):
         if isinstance(module, LoraLayer) and "lora_E" not in module.adapter_layer_names:
-            yield ".".join(part for part in name.removeprefix(prefix).split(".") if part != "base_layer"), module
+            own = names.get(id(unwrapped(module)), [name])  # wrappers of what is trained in full are not entered
+            yield own if module.parameter_name is None else [f"{n}.{module.parameter_name}" for n in own], module
 
 
-def _factors(layer: LoraLayer, adapter: str, only_padded: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the factors that an adapter has in a layer, with the attributes that hold them."""
+def _factors(layer: LoraLayer, adapter: str, only_padded: bool = False) -> Iterator[tuple[RankAxis, nn.Parameter]]:
+    """Yield the factors that an adapter has in a layer, with the place of their ranks."""
     if layer.source(adapter) is not layer or (only_padded and not isinstance(layer.scaling[adapter], torch.Tensor)):
         return
     for attribute, _ in layer.factor_layout:
         held = layer._modules[attribute]
         value = held[adapter]
-        yield attribute, value.weight if isinstance(value, nn.Module) else value
+        yield layer.rank_axis(attribute), value.weight if isinstance(value, nn.Module) else value
 
 
 def _values(
@@ -329,23 +338,23 @@ def _values(
 
 
 def _fit(
-    key: str, value: torch.Tensor | None, tensor: torch.Tensor, side: str | None, is_padded: bool
+    key: str, value: torch.Tensor | None, tensor: torch.Tensor, place: RankAxis | None, is_padded: bool
 ) -> torch.Tensor:
     """Give a value the shape that it will have in the model; a factor that is missing is one of zeros."""
     if value is None:
-        if side is None:
+        if place is None:
             raise PeftRuntimeError(f"the other adapter lacks {key!r}; nothing was changed")
         return torch.zeros_like(tensor)
     if value.shape == tensor.shape:
         return value
-    axis = _RANK_DIMENSION.get(side)
+    axis = None if place is None else place.axis
     if axis is None or _without(value.shape, axis) != _without(tensor.shape, axis):
         raise PeftRuntimeError(
             f"{key!r} has the shape {tuple(tensor.shape)}, the other adapter has {tuple(value.shape)}; nothing was "
             "changed. It was made for another base model"
         )
     if is_padded and value.shape[axis] < tensor.shape[axis]:
-        return _with_rank(value, axis, tensor.shape[axis])
+        return place.pad(value, tensor.shape[axis])
     return value
 
 
@@ -353,21 +362,10 @@ def _without(shape: torch.Size, axis: int) -> tuple[int, ...]:
     return tuple(size for i, size in enumerate(shape) if i != axis)
 
 
-def _with_rank(factor: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
-    """Add zeros to a factor until it has a rank."""
-    shape = list(factor.shape)
-    shape[axis] = rank - shape[axis]
-    return torch.cat([factor, factor.new_zeros(shape)], dim=axis)
-
-
-def _set_scaling(layer: LoraLayer, name: str, adapter: str, config: LoraConfig) -> None:
-    """Note an adapter's rank and scaling as its config has them for a layer."""
-    rank, alpha = (
-        patterns.get(get_pattern_key(patterns.keys(), name), default)
-        for patterns, default in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))
-    )
+def _set_scaling(layer: LoraLayer, adapter: str, rank: int, alpha: float) -> None:
+    """Note an adapter's rank, and its scaling, which is computed as it was for the adapter before."""
     layer.r[adapter], layer.lora_alpha[adapter] = rank, alpha
-    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    scaling = alpha / (math.sqrt(rank) if layer.use_rslora[adapter] else rank)
     if isinstance(layer.scaling[adapter], torch.Tensor):
         layer.scaling[adapter].fill_(scaling)
     else:
@@ -375,11 +373,13 @@ def _set_scaling(layer: LoraLayer, name: str, adapter: str, config: LoraConfig) 
 
 
 def _note_sizes(layer: LoraLayer, adapter: str) -> None:
-    """Let factors that are linear layers say what sizes they have now."""
+    """Let factors that are layers say what sizes they have now."""
     for attribute, _ in layer.factor_layout:
         factor = layer._modules[attribute][adapter]
         if isinstance(factor, nn.Linear):
             factor.out_features, factor.in_features = factor.weight.shape
+        elif isinstance(factor, nn.Module):  # a convolution
+            factor.out_channels, factor.in_channels = factor.weight.shape[0], factor.weight.shape[1] * factor.groups
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -244,7 +244,11 @@ def _groups(layer: LoraLayer) -> int:
 
 def _as_matrices(layer: LoraLayer, adapter: str) -> Factors:
     """Give a layer's factors as batches of matrices, in a type that is precise enough."""
-    into, out = layer.factor_weights(adapter)
+    # what has room for greater ranks counts with those that it has
+    into, out = (
+        layer.rank_axis(name).cut(factor, layer.r[adapter])
+        for name, factor in zip(("lora_A", "lora_B"), layer.factor_weights(adapter), strict=True)
+    )
     groups = _groups(layer)
     dtype = torch.promote_types(into.dtype, torch.float32)
     b = out.detach().reshape(groups, out.shape[0] // groups, -1)

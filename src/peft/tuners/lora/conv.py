@@ -2,6 +2,8 @@
 # peft: the fork in which tied weights stay tied
 """LoRA on convolutions: factor A is a convolution like the base layer, factor B one with a kernel of 1."""
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,6 +12,7 @@ from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
 from .._layer import AdditiveLayer, BaseTunerLayer
 from .config import LoraConfig
+from .room import RankAxis
 
 
 _CLASSES = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -81,6 +84,10 @@ class OnConvolution:
         self.lora_B[adapter] = _factor(
             self.new_parameter(base.out_channels, r // base.groups, *ones), bias, groups=base.groups
         )
+
+    def rank_axis(self, name: str) -> RankAxis:
+        """Say where a factor of this layer has its ranks; see `LoraLayer.rank_axis`."""
+        return dataclasses.replace(super().rank_axis(name), groups=self._groups)
 
     def follow(self, adapter_name: str, owner: BaseTunerLayer) -> None:
         """

@@ -19,6 +19,7 @@ from .config import LoraConfig
 from .conv import OnConvolution
 from .initialization import StartMethods, find_initialization
 from .mixed_batch import MixedBatches
+from .room import RankAxis, WithinRoom
 from .variants import LoraVariant, make_variant
 from .whole_weight import OnAttention, OnOutputProjection, OnParameter, warn_of_dropout
 
@@ -283,6 +284,26 @@ class LoraLayer(StartMethods, MixedBatches, Scaled, AdditiveLayer):
             yield saved, live, transposed != owned_transposed
         if adapter_name in self.variants:
             yield from self.variants[adapter_name].adapter_aliases(self, adapter_name)
+
+    def rank_axis(self, name: str) -> RankAxis:
+        """
+        Say where a factor of this layer has its ranks.
+
+        Args:
+            name: attribute that holds the factor.
+        """
+        return RankAxis(0 if name.endswith("_A") else 1)
+
+    def saved_forms(self, adapter_name: str) -> dict[str, WithinRoom]:
+        """Save factors that have room for greater ranks without it; see `BaseTunerLayer.saved_forms`."""
+        source, forms = self.source(adapter_name), {}
+        for name, _ in self.factor_layout:
+            place = source.rank_axis(name)
+            room = self._factor(name, adapter_name).shape[place.axis]
+            if room != place.length(source.r[adapter_name]):
+                key = name if self.is_embedding else f"{name}.weight"
+                forms[key] = WithinRoom(place, source.r[adapter_name], room)
+        return forms
 
     def _factor(self, name: str, adapter: str) -> torch.Tensor:
         value = getattr(self, name)[adapter]

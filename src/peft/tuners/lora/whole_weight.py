@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """LoRA on a parameter whose use nothing is known about: the base layer computes with W + delta in the place of W."""
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -14,6 +15,7 @@ from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
 from .._merging import merge_layer
 from .config import LoraConfig
+from .room import RankAxis
 
 
 class OnWholeWeight:
@@ -258,6 +260,10 @@ class OnParameter(OnWholeWeight):
     def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
         self._check_config(config)
         self._make_linear_factors(adapter, r * self.num_experts, with_bias=False)
+
+    def rank_axis(self, name: str) -> RankAxis:
+        """Say where a factor of this layer has its ranks; see `LoraLayer.rank_axis`."""
+        return dataclasses.replace(super().rank_axis(name), experts=self.num_experts)
 
     def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """

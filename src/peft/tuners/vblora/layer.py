@@ -63,8 +63,9 @@ class VBLoRALayer(AdditiveLayer):
 
     def saved_forms(self, adapter_name: str) -> dict[str, TopkForm]:
         """Give the short form of the logits."""
-        vectors = self.vblora_logits_A[adapter_name].shape[-1]
-        form = TopkForm(self.topk[adapter_name], vectors, self.save_only_topk_weights[adapter_name])
+        layer = self.source(adapter_name)
+        vectors = layer.vblora_logits_A[adapter_name].shape[-1]
+        form = TopkForm(layer.topk[adapter_name], vectors, layer.save_only_topk_weights[adapter_name])
         return dict.fromkeys(self.adapter_layer_names, form)
 
     def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
