@@ -28,6 +28,7 @@ from .utils.other import (
     check_additional_trainable_modules,
     set_additional_trainable_modules,
 )
+from .utils.quantization_utils import accompany_layer
 from .utils.tying import find_followers, keep_ties, one_object_each
 from .utils.warning import PeftWarning, warn
 
@@ -145,6 +146,7 @@ class PromptEncoders(nn.ModuleDict):
         if active:
             self._active_adapter = [adapter_name]
         for module in base_modules(model):
+            accompany_layer(module)
             for parameter in module._parameters.values():
                 if parameter is not None:
                     parameter.requires_grad = False

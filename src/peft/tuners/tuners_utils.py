@@ -42,7 +42,7 @@ from ..utils.other import (
     set_additional_trainable_modules,
 )
 from ..utils.peft_types import TaskType
-from ..utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from ..utils.quantization_utils import accompany_layer, get_quantization_kwargs, resolve_quantization_backend
 from ..utils.same_tensor import identity_of
 from ..utils.tying import (
     ReachedTie,
@@ -678,6 +678,7 @@ class BaseTuner(nn.Module, ABC):
             if isinstance(layer, BaseTunerLayer) and layer.quantization_backend is not None:
                 layer.quantization_backend = resolve_quantization_backend(layer.get_base_layer(), **quantization)
         for module in base_modules(self.model):
+            accompany_layer(module)
             for parameter in module._parameters.values():
                 if parameter is not None:
                     parameter.requires_grad = False
@@ -861,6 +862,8 @@ class BaseTuner(nn.Module, ABC):
             configs = [self.peft_config[name] for name in names if name in self.peft_config]
             kept = {name for config in configs for ties in _recorded_ties(config) for name in (*ties, *ties.values())}
             settle_ties(self.model, groups, kept)
+        for module in self.model.modules():
+            accompany_layer(module, leave=True)
         self.model.__dict__.pop("peft_config", None)
         unshield_tie_weights(self.model)
         return self.model

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .bnb_reordering import in_first_order, leave_order, may_reorder, watch_order
 from .error import PeftNotImplementedError, PeftTypeError
 
 
@@ -99,6 +100,24 @@ class QuantizationBackend(ABC):
         """
         return
 
+    def accompany(self, base_layer: nn.Module) -> None:
+        """
+        Do to a layer what it needs while there are adapters in its model, on itself or elsewhere.
+
+        Args:
+            base_layer: a layer of this backend.
+        """
+        return
+
+    def release(self, base_layer: nn.Module) -> None:
+        """
+        Take back what `accompany` did.
+
+        Args:
+            base_layer: a layer of this backend.
+        """
+        return
+
     def maybe_clone_base_result(self, x: torch.Tensor) -> torch.Tensor:
         """
         Give a layer's output in a form that can be changed in place.
@@ -126,6 +145,15 @@ class Bnb4bitBackend(QuantizationBackend):
         settings = {name: present.__dict__[name] for name in self._settings if name in present.__dict__}
         new = type(present)(weight.to("cpu"), requires_grad=False, **settings)
         return {"weight": new.to(present.device)}  # which is what quantises it
+
+    def accompany(self, base_layer: nn.Module) -> None:
+        """Keep gradients from being lost on some processors; see `bnb_reordering.py`."""
+        if may_reorder(base_layer):
+            watch_order(base_layer)
+
+    def release(self, base_layer: nn.Module) -> None:
+        """Take it back; see `QuantizationBackend`."""
+        leave_order(base_layer)
 
     def maybe_clone_base_result(self, x: torch.Tensor) -> torch.Tensor:
         """Copy the output, which autograd does not let change in place."""
@@ -324,6 +352,19 @@ def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Quanti
     return backend
 
 
+def accompany_layer(layer: nn.Module, leave: bool = False) -> None:
+    """
+    Do to a layer what its backend needs while there are adapters in its model.
+
+    Args:
+        layer: any layer of a base model.
+        leave: take it back.
+    """
+    backend = _backend_of_class(type(layer))
+    if backend is not None:
+        backend.release(layer) if leave else backend.accompany(layer)
+
+
 def _holds_codes(weight: torch.Tensor, layer_cls: type) -> bool:
     """Say whether a weight is of a type that a layer outside of torch must hold the key to: one byte, or integer."""
     is_code = weight.dtype.itemsize < 2 or not (weight.is_floating_point() or weight.is_complex())
@@ -445,10 +486,7 @@ def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> torch.Tens
     if kind == "4bit" and weight.quant_state is not None:
         from bitsandbytes import functional
 
-        codes, state = weight.data, weight.quant_state
-        if getattr(state, "packing_format_for_cpu", False):  # some processors compute with codes in another order
-            codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, copy.copy(state))
-        return functional.dequantize_4bit(codes, state)
+        return functional.dequantize_4bit(*in_first_order(weight))
     scales = getattr(weight, "SCB", None) if getattr(weight, "SCB", None) is not None else getattr(state, "SCB", None)
     if kind == "8bit" and scales is not None:
         from bitsandbytes.functional import int8_vectorwise_dequant
