@@ -10,6 +10,7 @@ m * (W + s B A) / ||W + s B A||, with aLoRA each sequence is computed on its own
 import copy
 import gc
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.helpers import DoraCaching
 from peft.tuners.lora.alora import calculate_alora_offsets
 from peft.tuners.lora.layer import Embedding, Linear
 
@@ -265,12 +267,65 @@ CHANGES = (
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_kept_norm_is_dropped_when_something_changes(change: Any, grad: bool) -> None:
     model, x = adapted("linear")
-    with torch.set_grad_enabled(grad):
+    with DoraCaching(), torch.set_grad_enabled(grad):
         before = model(x).detach()
         change(model.get_base_model()[0])
         after = model(x)
     assert differs(after, before)
     assert_close(after, by_hand(model, "linear", x, dense(model, "linear")))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_writes_that_torch_does_not_count_are_seen(training: bool) -> None:
+    """By default, that is; who asks for norms to be kept is told not to write like that."""
+    model, x = adapted("linear")
+    model.train(training)
+    layer = model.get_base_model()[0]
+    for tensor in (layer.lora_B["default"].weight, layer.get_base_weight(), layer.lora_A["default"].weight):
+        before = model(x)
+        tensor.data.mul_(3)
+        assert differs(model(x), before)
+        assert_close(model(x), by_hand(model, "linear", x, dense(model, "linear")))
+
+
+def test_nothing_is_kept_from_one_context_to_the_next() -> None:
+    model, x = adapted("linear")
+    with DoraCaching():
+        before = model(x)
+    model.get_base_model()[0].lora_B["default"].weight.data.mul_(3)
+    with DoraCaching():
+        assert differs(model(x), before)
+        assert_close(model(x), by_hand(model, "linear", x, dense(model, "linear")))
+
+
+@pytest.mark.parametrize("keeping", [False, True])
+def test_inference_first_and_gradients_then(keeping: bool) -> None:
+    model, x = adapted("linear")
+    with DoraCaching(enabled=keeping):
+        with torch.inference_mode():
+            before = model(x).clone()
+        after = model(x)
+        after.sum().backward()
+    assert_close(after.detach(), before)
+    assert model.get_base_model()[0].lora_A["default"].weight.grad.any()
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_norms_that_are_kept_are_none_of_a_transform(transform: Any) -> None:
+    model, x = adapted("linear")
+    name = next(name for name, _ in model.named_parameters() if "lora_B" in name)
+    weight = dict(model.named_parameters())[name].detach()
+    inputs = weight if transform is torch.func.grad else torch.stack([2 * weight, weight])
+    with DoraCaching():
+        expected = model(x).detach()
+        transform(lambda tensor: torch.func.functional_call(model, {name: tensor}, (x,)).sum())(inputs)
+        assert_close(model(x).detach(), expected)
+
+
+@pytest.fixture
+def norms_are_kept() -> Iterator[None]:
+    with DoraCaching():
+        yield
 
 
 def test_a_norm_is_kept_between_calls_and_not_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,13 +338,18 @@ def test_a_norm_is_kept_between_calls_and_not_in_training(monkeypatch: pytest.Mo
     calls.clear()
     for _ in range(3):
         model(x)
-    assert len(calls) == 1
-    model.train()
-    for _ in range(3):
-        model(x)
-    assert len(calls) == 4
+    assert len(calls) == 3
+    with DoraCaching():
+        for _ in range(3):
+            model(x)
+        assert len(calls) == 4
+        model.train()
+        for _ in range(3):
+            model(x)
+        assert len(calls) == 7
 
 
+@pytest.mark.usefixtures("norms_are_kept")
 def test_what_is_kept_is_neither_copied_nor_keeps_memory() -> None:
     model, x = adapted("linear")
     expected = model(x)
@@ -307,6 +367,7 @@ def test_what_is_kept_is_neither_copied_nor_keeps_memory() -> None:
     assert any(storage.expired() for storage, _ in kept._seen)
 
 
+@pytest.mark.usefixtures("norms_are_kept")
 def test_weights_that_count_no_changes() -> None:
     with torch.inference_mode():
         model, x = adapted("linear")

@@ -238,6 +238,8 @@ OF_BASE_TYPE = {("LN_TUNING", "*"): "copy"}
 NO_MIXED_BATCH = {("LORA-dora", "*"): "DoRA", ("LN_TUNING", "attention"): "MultiheadAttention"}
 # how far tensors are moved in tests, where it is not the usual
 MOVED_BY = {"ADALORA": 0.5, "LOHA": 0.4, "VBLORA": 0.5, "VERA": 0.5}
+# methods whose layers share a trained container
+SHARED_BY_LAYERS = {("VBLORA", "*"): "bank"}
 # stages that merge
 MERGING = ("merge", "unmerge", "two_active", "delete")
 # warnings that say what is tested here
@@ -379,6 +381,51 @@ def copies(cell: Cell, folder: Path) -> None:
     assert torch.equal(cell.outputs(model), expected)
 
 
+def nothing_is_stale(cell: Cell, folder: Path) -> None:
+    """What one call has computed is not used in the next one where it no longer holds, however tensors are written."""
+    model = cell.adapted()
+    with torch.inference_mode():
+        before = model(inputs(cell.kind, cell.dtype))
+    model(inputs(cell.kind, cell.dtype)).float().sum().backward()  # autograd cannot keep what inference mode has made
+    for parameter in adapter_tensors(model).values():
+        parameter.data.add_(parameter.roll(1) * 0.5 + 0.1)  # which torch does not count
+    assert cell.differs(cell.outputs(model), before)
+    assert torch.equal(cell.outputs(model), cell.outputs(pickle.loads(pickle.dumps(model))))
+    for parameter in (p for p in model.parameters() if not p.requires_grad and p.is_floating_point()):
+        parameter.data.mul_(1.25)
+    assert torch.equal(cell.outputs(model), cell.outputs(pickle.loads(pickle.dumps(model))))
+
+
+def functional(cell: Cell, folder: Path) -> None:
+    """A call with other tensors in the places of an adapter's: `functional_call`, `grad`, and `vmap` over adapters."""
+    model, x = cell.adapted(), inputs(cell.kind, cell.dtype)
+    own = {name: p for name, p in model.named_parameters() if id(p) in adapter_tensors(model)}
+    (model(x).float() ** 2).sum().backward()
+    gradients = {name: p.grad for name, p in own.items()}
+    one = {name: p.detach().clone() for name, p in own.items()}
+    two = {name: tensor * 1.2 + 0.01 for name, tensor in one.items()}
+    given = {name: tensor.clone() for name, tensor in two.items()}
+
+    def call(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        # torch does not put back what a module holds that stands in several places, and takes them for ties
+        ties = cell.exception(SHARED_BY_LAYERS) is None
+        return torch.func.functional_call(model, tensors, (x,), tie_weights=ties)
+
+    with torch.no_grad():
+        outputs = [call(tensors) for tensors in (one, two)]
+    for name, gradient in torch.func.grad(lambda tensors: (call(tensors).float() ** 2).sum())(one).items():
+        cell.assert_near(gradient, gradients[name])
+    stacked = {name: torch.stack([one[name], two[name]]) for name in one}
+    for together, alone in zip(torch.func.vmap(call)(stacked), outputs, strict=True):
+        cell.assert_near(together, alone)
+    assert all(torch.equal(two[name], tensor) for name, tensor in given.items())
+    assert torch.equal(cell.outputs(model), outputs[0])
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(two[name])
+    cell.assert_near(outputs[1], cell.outputs(model))
+
+
 class TensorCollector(pickle.Pickler):
     """A pickler that notes every tensor it meets, as often as it would write it."""
 
@@ -512,6 +559,8 @@ STAGES: dict[str, Callable[[Cell, Path], None]] = {
         disable,
         save_and_load,
         copies,
+        nothing_is_stale,
+        functional,
         pickled_once,
         delete,
         gradients,
@@ -603,6 +652,6 @@ def test_kind_is_refused(cell: Cell) -> None:
 def test_exceptions_are_used() -> None:
     """No entry of the tables above is left over."""
     everything = [cell for cell in cells() if cell.is_declared()]
-    for table in (REFUSED, NOT_MERGEABLE, NOT_IDENTITY, NO_DROPOUT, OF_BASE_TYPE, NO_MIXED_BATCH):
+    for table in (REFUSED, NOT_MERGEABLE, NOT_IDENTITY, NO_DROPOUT, OF_BASE_TYPE, NO_MIXED_BATCH, SHARED_BY_LAYERS):
         for method, kind in table:
             assert any(method in (cell.method, cell.name) and kind in (cell.kind, "*") for cell in everything)

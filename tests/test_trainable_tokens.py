@@ -3,15 +3,17 @@
 """Trainable tokens: rows of embeddings and heads, by themselves and beside LoRA, tied and untied."""
 
 import copy
+import time
 import warnings
 
 import pytest
 import torch
+from helpers import refused
 from tied_models import TIED_MODELS, TiedModel, llama
 from torch import nn
 
 from peft import LoraConfig, PeftModel, PeftWarning, TrainableTokensConfig, get_peft_model
-from peft.tuners.trainable_tokens.layer import AddColumns, TrainableTokensLayer
+from peft.tuners.trainable_tokens.layer import AddColumns, TrainableTokensLayer, check_token_indices
 from peft.utils import TrainableTokensWrapper
 from peft.utils.error import PeftError
 
@@ -234,7 +236,7 @@ def test_a_tied_and_an_untied_adapter_side_by_side() -> None:
 
 def test_unmerging_restores_the_matrix_bit_for_bit() -> None:
     model = get_peft_model(llama(), lora(TOKENS))
-    model.add_adapter("other", lora([7, 9]))
+    model.add_adapter("other", lora([5, 9]))
     randomise(model)
     weight = model.get_base_model().get_input_embeddings().original_module.weight
     before = weight.detach().clone()
@@ -242,6 +244,98 @@ def test_unmerging_restores_the_matrix_bit_for_bit() -> None:
     assert not torch.equal(weight, before)
     model.base_model.unmerge_adapter()
     assert torch.equal(weight, before)
+
+
+# ------------------------------------------------------------------------------------------ two active adapters
+def of_method(tokens: list[int], ensure: bool) -> TrainableTokensConfig:
+    """The method by itself, on both members of the tie."""
+    targets = ["embed_tokens", "lm_head"]
+    return TrainableTokensConfig(token_indices=tokens, target_modules=targets, ensure_weight_tying=ensure)
+
+
+def beside_lora(tokens: list[int], ensure: bool) -> LoraConfig:
+    """The same beside LoRA, whose own factors stay without effect."""
+    indices = {"embed_tokens": tokens, "lm_head": tokens}
+    return lora(indices, init_lora_weights=True, ensure_weight_tying=ensure)
+
+
+def two_active(route, others: list[int], tie: bool = True, order: tuple[str, str] = ("a", "b")) -> PeftModel:
+    """Two adapters with trained rows, both active."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)
+        model = get_peft_model(llama(tie), route(TOKENS, tie), "a")
+        model.add_adapter("b", route(others, tie))
+    for seed, name in enumerate("ab"):
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            for parameter in deltas(model):
+                if f".{name}" in [n[-2:] for n, p in model.named_parameters() if p is parameter]:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.base_model.set_adapter(list(order))
+    return model
+
+
+def with_rows_of(model: PeftModel, order: tuple[str, str], tie: bool) -> nn.Module:
+    """The base model with the rows of adapters written into it, the later ones over the earlier ones."""
+    reference = llama(tie)
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    for name in order:
+        for module in ("embed_tokens", "lm_head"):
+            key = next(key for key in tensors if module in key and key.endswith(f"trainable_tokens_delta.{name}"))
+            layer = model.get_submodule(key.rpartition(".trainable_tokens_delta")[0])
+            weight = next(m for n, m in reference.named_modules() if n.endswith(module)).weight
+            with torch.no_grad():
+                weight[layer.source(name).token_indices[name]] = tensors[key]
+    return reference
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+@pytest.mark.parametrize("others", [[7], [7, 11, 1], [1, 2], TOKENS[::-1]], ids=str)
+@pytest.mark.parametrize("route", [of_method, beside_lora])
+def test_the_later_of_two_active_adapters_counts(route, others: list[int], order: tuple[str, str], tie: bool) -> None:
+    """In the embedding as in the head; gradients too are those of the rows that count."""
+    model = two_active(route, others, tie, order)
+    reference = with_rows_of(model, order, tie)
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-5)
+    model(input_ids=IDS).logits.pow(2).mean().backward()
+    reference(input_ids=IDS).logits.pow(2).mean().backward()
+    expected = reference.get_input_embeddings().weight.grad
+    layer = next(m for m in model.modules() if isinstance(m, TrainableTokensLayer))
+    for name in "ab":
+        tokens = layer.token_indices[name]
+        lost = set(layer.token_indices[order[1]]) if name == order[0] else set()
+        counts = torch.tensor([[token not in lost] for token in tokens])
+        torch.testing.assert_close(layer.trainable_tokens_delta[name].grad, expected[tokens] * counts)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("route", [of_method, beside_lora])
+def test_adapters_that_share_a_token_are_not_merged_together(route, tie: bool) -> None:
+    """One row only could be merged, at once or one after the other, into the model or into a layer."""
+    model = two_active(route, [7, 1], tie)
+    layer = next(m for m in model.modules() if isinstance(m, TrainableTokensLayer))
+    for merge in (model.merge_adapter, model.merge_and_unload, layer.merge):
+        with refused(model, ValueError, "'a'", "'b'", "[7]"):
+            merge()
+    model.merge_adapter(["a"])
+    with refused(model, ValueError, "'a'", "'b'", "[7]"):
+        model.merge_adapter(["b"])
+    model.unmerge_adapter()
+    apart = two_active(route, [1, 2], tie)
+    expected = logits(apart)
+    apart.merge_adapter()
+    torch.testing.assert_close(logits(apart), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_checking_tokens_takes_a_time_in_proportion() -> None:
+    """Of a whole vocabulary too."""
+    embedding = nn.Embedding(200_000, 1)
+    started = time.process_time()
+    check_token_indices(embedding, "words", list(range(200_000)))
+    with pytest.raises(PeftError, match=r"\[7\] more than once"):
+        check_token_indices(embedding, "words", [*range(199_999), 7])
+    assert time.process_time() - started < 10
 
 
 # ------------------------------------------------------------------------------------------ combinations

@@ -183,9 +183,10 @@ class DoraCaching:
     """
     Says whether DoRA's layers keep the norms of their weights while a model is in eval mode.
 
-    They do so by default: a norm is kept for as long as base weight, factors and scaling stay as they are, so it is
-    never out of date, and takes one number per output feature. In a context the setting holds until its end; a call
-    changes it for good.
+    They do not by default. Where they do, a norm is kept for as long as base weight, factors and scaling stay as they
+    are, and takes one number per output feature. Writes through `.data` are the exception: torch does not count them,
+    so who keeps norms must not write like that. In a context the setting holds until its end; a call changes it for
+    good. Nothing is kept beyond the change of a setting.
 
     Args:
         enabled: False to compute norms in each forward pass.
@@ -194,11 +195,11 @@ class DoraCaching:
 
         >>> from peft.helpers import DoraCaching
         >>> from peft.tuners.lora import dora
-        >>> with DoraCaching(enabled=False):
+        >>> with DoraCaching():
         ...     dora.ENABLE_DORA_CACHING
-        False
-        >>> dora.ENABLE_DORA_CACHING
         True
+        >>> dora.ENABLE_DORA_CACHING
+        False
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -207,10 +208,10 @@ class DoraCaching:
 
     def __enter__(self) -> None:
         self._before.append(dora.ENABLE_DORA_CACHING)
-        dora.ENABLE_DORA_CACHING = self.enabled
+        dora.switch_caching(self.enabled)
 
     def __exit__(self, type: Any, value: Any, traceback: Any) -> None:
-        dora.ENABLE_DORA_CACHING = self._before.pop()
+        dora.switch_caching(self._before.pop())
 
     def __call__(self, enabled: bool = True) -> None:
         """
@@ -219,7 +220,7 @@ class DoraCaching:
         Args:
             enabled: whether norms are kept.
         """
-        dora.ENABLE_DORA_CACHING = enabled
+        dora.switch_caching(enabled)
 
 
 @contextmanager

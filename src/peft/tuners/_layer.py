@@ -253,14 +253,17 @@ class BaseTunerLayer(AdapterModule, ABC):
         return ((name, self._modules[name]) for name in self.shared_layer_names)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield the parameters of one adapter, those that all layers share too."""
+        """
+        Yield the parameters of one adapter, those that all layers share too.
+
+        Inside of `torch.func.functional_call` it is the tensors that stand in their places, which are no `Parameter`.
+        """
         for _, container in (*self._containers(), *self.shared_containers()):
-            if adapter_name in container:
-                value = container[adapter_name]
-                if isinstance(value, nn.Parameter):
-                    yield value
-                elif isinstance(value, nn.Module):
-                    yield from value.parameters()
+            own = container._parameters.get(adapter_name)
+            if own is not None:
+                yield own
+            elif isinstance(container._modules.get(adapter_name), nn.Module):
+                yield from container._modules[adapter_name].parameters()
 
     def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """
@@ -510,6 +513,10 @@ class BaseTunerLayer(AdapterModule, ABC):
         """Raise if this adapter cannot be merged into this base layer; by default every adapter can."""
         return
 
+    def check_mergeable_together(self, adapters: Sequence[str]) -> None:
+        """Raise if these adapters of the layer cannot all be merged into its base layer; by default they can."""
+        return
+
     def prepare_merge(self, adapter: str) -> None:
         """Compute what merging an adapter needs the base weight for, before others are merged into it."""
         return
@@ -655,9 +662,9 @@ class WeightLayer(BaseTunerLayer):
                 source = self.source(adapter)
                 x = source.transform_input(adapter, x.to(next(source.adapter_parameters(adapter)).dtype))
             result = self.base_layer(x.to(dtype), *args, **kwargs)
-            return self._corrected(adapters, x, result) if self.corrects_output else result
+            return self.correct_outputs(adapters, x, result) if self.corrects_output else result
         if self.corrects_output and not self.transforms_input:
-            return self._corrected(adapters, x, self.base_layer(x, *args, **kwargs))
+            return self.correct_outputs(adapters, x, self.base_layer(x, *args, **kwargs))
         layer = self.get_base_layer()
         weight = inner = self.inner_weight()
         for adapter in adapters:
@@ -677,7 +684,8 @@ class WeightLayer(BaseTunerLayer):
             return True
         return not self.corrects_output and type(self.source(adapter).get_base_layer()) is type(self.get_base_layer())
 
-    def _corrected(self, adapters: list[str], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    def correct_outputs(self, adapters: Sequence[str], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Do so for adapters one after the other."""
         for adapter in adapters:
             result = self.correct_output(adapter, x, result)
         return result

@@ -151,7 +151,11 @@ def _check_mergeable(layers: Iterable["BaseTunerLayer"], adapter_names: Sequence
     quantised: dict[str, None] = {}
     for layer in layers:
         base, backend = layer.get_base_layer(), layer.quantization_backend
-        for name in _wanted(layer, adapter_names):
+        wanted = _wanted(layer, adapter_names)
+        together = list(dict.fromkeys([*layer.merged_adapters, *wanted]))
+        if len(together) > 1:
+            layer.check_mergeable_together(together)
+        for name in wanted:
             refuse_merge_into_offloaded(base)
             _refuse_without_storage(layer, name)
             layer.check_mergeable(name)

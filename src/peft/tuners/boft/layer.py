@@ -71,19 +71,30 @@ class Butterfly(Rotation):
 class FastBlockDiag(torch.autograd.Function):
     """Put blocks (z, n, b, b) on the diagonals of matrices (z, n b, n b), which are 0 elsewhere."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, input: torch.Tensor) -> torch.Tensor:
+    def forward(input: torch.Tensor) -> torch.Tensor:
         """
         Build the matrices.
 
         Args:
-            ctx: context of autograd.
             input: blocks, (z, n, b, b).
         """
-        count, size = ctx.sizes = input.shape[1], input.shape[-1]
+        count, size = input.shape[1], input.shape[-1]
         matrices = input.new_zeros(len(input), count, size, count, size)
         torch.diagonal(matrices, dim1=1, dim2=3).copy_(input.movedim(1, -1))
         return matrices.view(len(input), count * size, count * size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        """Note the sizes of the blocks."""
+        ctx.sizes = inputs[0].shape[1], inputs[0].shape[-1]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:
+        """Treat the tangent as the blocks: the matrices are linear in them."""
+        return FastBlockDiag.forward(tangent)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:

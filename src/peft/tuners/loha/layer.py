@@ -3,6 +3,7 @@
 """LoHa's layers: W + scaling * (A1 B1) * (A2 B2), where * between matrices multiplies entry by entry."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ FACTORS_COST = 4
 class HadaWeight(torch.autograd.Function):
     """The delta of two pairs of factors. Keeps the factors for the backward pass and not the products."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         w1a: torch.Tensor,
         w1b: torch.Tensor,
         w2a: torch.Tensor,
@@ -31,9 +33,14 @@ class HadaWeight(torch.autograd.Function):
         scale: torch.Tensor | float = 1.0,
     ) -> torch.Tensor:
         """Compute scale * (w1a w1b) * (w2a w2b)."""
-        ctx.save_for_backward(w1a, w1b, w2a, w2b)
-        ctx.scale = scale
-        return ((w1a * scale) @ w1b).mul_(w2a @ w2b)
+        return ((w1a * scale) @ w1b) * (w2a @ w2b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        """Keep the factors."""
+        *factors, ctx.scale = inputs
+        ctx.save_for_backward(*factors)
+        ctx.save_for_forward(*factors)
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -43,13 +50,19 @@ class HadaWeight(torch.autograd.Function):
         grad_2 = grad_out * ((w1a * ctx.scale) @ w1b)
         return grad_1 @ w1b.T, w1a.T @ grad_1, grad_2 @ w2b.T, w2a.T @ grad_2, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        """Compute how the delta moves when the factors do."""
+        return _product_rule(HadaWeight.forward, ctx.saved_tensors, tangents, ctx.scale)
+
 
 class HadaWeightCP(torch.autograd.Function):
     """The delta of a convolution in Tucker form. Keeps the factors for the backward pass and not the products."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         t1: torch.Tensor,
         w1a: torch.Tensor,
         w1b: torch.Tensor,
@@ -59,9 +72,14 @@ class HadaWeightCP(torch.autograd.Function):
         scale: torch.Tensor | float = 1.0,
     ) -> torch.Tensor:
         """Compute scale * X1 * X2, X(out, in, ...) = sum over i, j of t(i, j, ...) wa(i, out) wb(j, in)."""
-        ctx.save_for_backward(t1, w1a, w1b, t2, w2a, w2b)
-        ctx.scale = scale
-        return tucker(t1, w1a * scale, w1b).mul_(tucker(t2, w2a, w2b))
+        return tucker(t1, w1a * scale, w1b) * tucker(t2, w2a, w2b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        """Keep the factors."""
+        *factors, ctx.scale = inputs
+        ctx.save_for_backward(*factors)
+        ctx.save_for_forward(*factors)
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -79,6 +97,26 @@ class HadaWeightCP(torch.autograd.Function):
                 torch.einsum("oik,po,pjk->ji", grad, wa, core),
             ]
         return (*gradients, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        """Compute how the delta moves when the factors do."""
+        return _product_rule(HadaWeightCP.forward, ctx.saved_tensors, tangents, ctx.scale)
+
+
+def _product_rule(
+    product: Callable[..., torch.Tensor],
+    factors: tuple[torch.Tensor, ...],
+    tangents: tuple[torch.Tensor | None, ...],
+    scale: torch.Tensor | float,
+) -> torch.Tensor:
+    """Differentiate what is linear in each of its factors: the sum over factors with the tangent in its place."""
+    terms = [
+        product(*factors[:i], tangent, *factors[i + 1 :], scale)
+        for i, tangent in enumerate(tangents[: len(factors)])
+        if tangent is not None
+    ]
+    return sum(terms[1:], terms[0])
 
 
 def tucker(t: torch.Tensor, wa: torch.Tensor, wb: torch.Tensor) -> torch.Tensor:

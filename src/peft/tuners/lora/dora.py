@@ -26,8 +26,25 @@ if TYPE_CHECKING:
     from .config import LoraConfig
     from .layer import LoraLayer
 
-# whether norms are kept where that is safe; `peft.helpers.DoraCaching` changes it
-ENABLE_DORA_CACHING = True
+# Whether norms are kept from one forward pass to the next; `peft.helpers.DoraCaching` changes it. Torch does not count
+# writes through `.data`, so a norm can be out of date without a sign of it, and only who asks for it has it kept.
+ENABLE_DORA_CACHING = False
+
+# how often caching was switched; nothing is kept from one time to the next
+_switched = 0
+
+
+def switch_caching(enabled: bool) -> None:
+    """
+    Say whether norms are kept; what was kept before is not used again.
+
+    Args:
+        enabled: whether they are.
+    """
+    global ENABLE_DORA_CACHING, _switched
+    ENABLE_DORA_CACHING = enabled
+    _switched += 1
+
 
 # numbers of a weight in half precision that are merged at a time
 _MERGED_AT_A_TIME = 1 << 22
@@ -52,14 +69,21 @@ class Kept:
 
     A tensor counts as changed if its storage is another one or was written to, but for writes through `.data`, which
     torch does not count. The storages are not kept alive, and nothing is kept of tensors that count no changes.
+
+    Args:
+        value: no inference tensor, so that autograd can keep it too.
+        tensors: what it was computed from.
+        number: a number that it was computed from.
     """
 
     def __init__(self, value: torch.Tensor, tensors: tuple[torch.Tensor, ...], number: float):
-        self._value, self._number = value, number
+        self._value, self._number, self._switched = value, number, _switched
         self._seen = [(StorageWeakRef(t.untyped_storage()), t._version) for t in tensors]
 
     def get(self, tensors: tuple[torch.Tensor, ...], number: float) -> torch.Tensor | None:
-        """Give the value, or None if a tensor or the number has changed."""
+        """Give the value, or None if a tensor or the number has changed, or caching was switched."""
+        if self._switched != _switched:
+            return None
         for (storage, version), tensor in zip(self._seen, tensors, strict=True):
             if version != tensor._version or storage.cdata != tensor.untyped_storage()._cdata:
                 return None
@@ -67,10 +91,13 @@ class Kept:
 
     @staticmethod
     def is_possible(tensors: tuple[torch.Tensor, ...]) -> bool:
-        """Say whether something is to be kept at all, and changes of tensors are counted."""
-        if not ENABLE_DORA_CACHING or torch.compiler.is_compiling():
+        """Say whether something can be kept at all: changes of the tensors are counted."""
+        if torch.compiler.is_compiling():
             return False
-        return not any(tensor.is_inference() or tensor.is_meta for tensor in tensors)
+        try:
+            return not any(t.is_inference() or t.is_meta or t.untyped_storage() is None for t in tensors)
+        except NotImplementedError:  # tensors inside of `torch.func.vmap` and the like have no storage
+            return False
 
 
 class Dora(LoraVariant):
@@ -83,7 +110,6 @@ class Dora(LoraVariant):
 
     name = "DoRA (use_dora)"
     # Neither is part of the object's state, so that copies and pickles start without.
-    _base_squares: Kept | None = None
     _norm: Kept | None = None
     _norm_before_merge: torch.Tensor | None = None
 
@@ -123,7 +149,7 @@ class Dora(LoraVariant):
 
     def forget(self) -> None:
         """Drop norms that were kept."""
-        self._norm = self._base_squares = None
+        self._norm = None
 
     def scale(self, layer: "LoraLayer", adapter: str) -> torch.Tensor:
         """
@@ -136,30 +162,19 @@ class Dora(LoraVariant):
         return layer.lora_magnitude_vector[adapter].weight.flatten() / self._norm_of(layer, adapter)
 
     def _norm_of(self, layer: "LoraLayer", adapter: str) -> torch.Tensor:
-        """Compute the norm, or take the one that was kept; it is kept in evaluation only."""
-        if layer.training:  # optimisers may write through .data
-            return self._new_norm(layer, adapter)
+        """Compute the norm, or take the one that was kept; that needs to be asked for, and is for evaluation only."""
+        if layer.training or not ENABLE_DORA_CACHING:
+            return weight_norm(layer, adapter)
         tensors, scaling = (layer.stored_weight(), *layer.delta_factors(adapter)), layer.scaling[adapter]
         if not Kept.is_possible(tensors):
             return weight_norm(layer, adapter)
         kept = self._norm
         norm = kept.get(tensors, scaling) if kept is not None else None
         if norm is None:
-            norm = self._new_norm(layer, adapter)
+            with torch.inference_mode(False):
+                norm = weight_norm(layer, adapter)
             self._norm = Kept(norm, tensors, scaling)
         return norm
-
-    def _new_norm(self, layer: "LoraLayer", adapter: str) -> torch.Tensor:
-        """Compute the norm; that of the base weight alone is kept."""
-        stored, weight = layer.stored_weight(), layer.get_base_weight()
-        if not Kept.is_possible((stored,)):
-            return weight_norm(layer, adapter, weight=weight)
-        kept = self._base_squares
-        squares = kept.get((stored,), 0.0) if kept is not None else None
-        if squares is None:
-            squares = base_squares(layer, weight)
-            self._base_squares = Kept(squares, (stored,), 0.0)
-        return weight_norm(layer, adapter, squares, weight)
 
     # ------------------------------------------------------------------------------------------------------- forward
     def forward(
@@ -263,7 +278,6 @@ def base_squares(layer: "LoraLayer", weight: torch.Tensor) -> torch.Tensor:
 def weight_norm(
     layer: "LoraLayer",
     adapter: str | None,
-    squares: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
@@ -274,14 +288,13 @@ def weight_norm(
     Args:
         layer: the layer that has the adapter's tensors.
         adapter: name; None for the norm of W alone.
-        squares: ||w||^2, if it is known.
         weight: W; the base weight if left out.
 
     Returns:
         (out,) in float32 at least, and never 0.
     """
     weight = layer.get_base_weight() if weight is None else weight
-    squares = base_squares(layer, weight) if squares is None else squares
+    squares = base_squares(layer, weight)
     if adapter is not None:
         with gather_params_ctx(weight), torch.autocast(weight.device.type, enabled=False):
             squares = squares + _squares_added(layer, adapter, weight, squares.dtype)

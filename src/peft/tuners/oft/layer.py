@@ -161,21 +161,33 @@ class OFTRotationModule(nn.Module):
 
     def blocks(self) -> torch.Tensor:
         """Compute the blocks, (r, block_size, block_size), that rows are multiplied by from the right."""
-        if self.coft:
+        weight = self.weight
+        if self.coft and isinstance(weight, nn.Parameter):
             self.project_()
-        skew = skew_symmetric(full_precision(self.weight), self.block_size)
+        elif self.coft:  # a functional call has put a tensor of the caller's here, who shall find it unchanged
+            weight = weight + (self.projected(weight) - weight).detach()
+        skew = skew_symmetric(full_precision(weight), self.block_size)
         return cayley_neumann(skew, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(skew)
 
     @torch.no_grad()
     def project_(self) -> None:
         """Bring blocks that have left the ball that `eps` allows back to its surface; a step of projected descent."""
+        self.weight.data.copy_(self.projected(self.weight.data))
+
+    def projected(self, weight: torch.Tensor) -> torch.Tensor:
+        """
+        Compute what `project_` makes of a weight.
+
+        Args:
+            weight: of the shape of this module's; it stays as it is.
+        """
         # every entry stands in its matrix twice, and each block has an equal part in the sum of squares
-        radius = self.eps / math.sqrt(2 * len(self.weight))
-        norms = torch.linalg.vector_norm(self.weight.data, dim=1, keepdim=True)
+        radius = self.eps / math.sqrt(2 * len(weight))
+        norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
         shrink = (radius / norms).nan_to_num(1.0)
         # what lies on the surface but for rounding stays as it is, or each forward pass would give something else
         is_outside = shrink < 1 - 8 * torch.finfo(shrink.dtype).eps
-        self.weight.data.mul_(torch.where(is_outside, shrink, 1.0))
+        return weight * torch.where(is_outside, shrink, 1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """

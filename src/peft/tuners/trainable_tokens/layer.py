@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """Rows of an embedding in whose place an adapter has its own, and the same for an output head."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -124,21 +125,58 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
             weight = self.source(adapter).transform_weight(adapter, weight)
         return weight
 
+    def correct_outputs(self, adapters: Sequence[str], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Exchange looked-up rows, or correct logits; where two adapters have a token, the later one counts."""
+        if isinstance(self.get_base_layer(), nn.Embedding) or len(adapters) == 1:
+            return super().correct_outputs(adapters, x, result)
+        for i, adapter in enumerate(adapters):
+            result = self._correct_logits(adapter, x, result, later=adapters[i + 1 :])
+        return result
+
     def correct_output(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """Exchange looked-up rows, or correct the logits of the adapter's tokens."""
         source = self.source(adapter)
         rows, base = source.trainable_tokens_delta[adapter], self.get_base_layer()
-        if isinstance(base, nn.Embedding):
-            slots = source.token_slots[adapter][x]
-            own = scale_rows(base, F.embedding(slots.clamp(min=0), rows)).to(result.dtype)
-            return torch.where((slots >= 0).unsqueeze(-1), own, result)
+        if not isinstance(base, nn.Embedding):
+            return self._correct_logits(adapter, x, result)
+        slots = source.token_slots[adapter][x]
+        own = scale_rows(base, F.embedding(slots.clamp(min=0), rows)).to(result.dtype)
+        return torch.where((slots >= 0).unsqueeze(-1), own, result)
+
+    def _correct_logits(
+        self, adapter: str, x: torch.Tensor, result: torch.Tensor, later: Sequence[str] = ()
+    ) -> torch.Tensor:
+        """Correct the logits of an adapter's tokens, but for those that a later adapter has too."""
+        source = self.source(adapter)
+        rows = source.trainable_tokens_delta[adapter]
         indices = torch.tensor(source.token_indices[adapter], device=result.device, dtype=torch.long)
         # what is added, not what is put in their place: so the gradient of the logits need not be copied
         difference = rows - self.get_base_weight()[indices].detach().to(rows.dtype)
+        for other in later:
+            is_others = self.source(other).token_slots[other].to(indices.device)[indices] >= 0
+            difference = difference.masked_fill(is_others.unsqueeze(1), 0)
         columns = F.linear(x.to(rows.dtype), difference).to(result.dtype)
         if torch.compiler.is_compiling() or (result.is_leaf and result.requires_grad):
             return result.index_add(-1, indices, columns)
         return AddColumns.apply(result, columns, indices)
+
+    def check_mergeable_together(self, adapters: Sequence[str]) -> None:
+        """
+        Refuse adapters that have a token in common: of two rows one would be lost.
+
+        Raises:
+            PeftValueError: in that case, as release 0.21.2 does.
+        """
+        owners: dict[int, str] = {}
+        for adapter in adapters:
+            tokens = self.source(adapter).token_indices[adapter]
+            common = [token for token in tokens if token in owners]
+            if common:
+                raise PeftValueError(
+                    f"adapters {owners[common[0]]!r} and {adapter!r} both train the tokens {common[:5]}, of which one "
+                    "row only could be merged; merge one of the adapters"
+                )
+            owners.update(dict.fromkeys(tokens, adapter))
 
 
 class AddColumns(torch.autograd.Function):
@@ -150,16 +188,42 @@ class AddColumns(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, result: torch.Tensor, columns: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    def forward(result: torch.Tensor, columns: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Add `columns` (..., n) to the columns `indices` (n,) of `result` (..., width)."""
-        ctx.save_for_backward(indices)
         return result.detach().index_add_(-1, indices, columns)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        """Keep the places of the columns."""
+        ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         """Pass the gradient on, and pick its columns."""
         (indices,) = ctx.saved_tensors
         return gradient, gradient.index_select(-1, indices), None
+
+    @staticmethod
+    def jvp(ctx: Any, result: torch.Tensor, columns: torch.Tensor, indices: None) -> torch.Tensor:
+        """Add the tangents likewise."""
+        return result.index_add(-1, ctx.saved_tensors[0], columns)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, int | None, None],
+        result: torch.Tensor,
+        columns: torch.Tensor,
+        indices: torch.Tensor,
+    ) -> tuple[torch.Tensor, int]:
+        """Compute a batch of such sums; the memory of one result would not hold them."""
+        batches = (
+            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            for tensor, dim in zip((result, columns), in_dims, strict=False)
+        )
+        result, columns = batches
+        return result.index_add(-1, indices, columns), 0
 
 
 def check_token_indices(layer: nn.Module, name: str, indices: Sequence[int]) -> None:
@@ -193,6 +257,6 @@ def check_token_indices(layer: nn.Module, name: str, indices: Sequence[int]) -> 
             f"token indices{where} must lie between 0 and {rows - 1}, found {outside[:5]}; to train new tokens, call "
             "resize_token_embeddings on the base model first"
         )
-    twice = sorted({index for index in indices if list(indices).count(index) > 1})
+    twice = sorted(index for index, count in Counter(indices).items() if count > 1)
     if twice:
         raise PeftValueError(f"token indices{where} hold {twice[:5]} more than once; name each token once")
