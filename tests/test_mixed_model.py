@@ -24,6 +24,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
+    weight_tying_report,
 )
 from peft.tuners import MixedModel
 from peft.tuners.loha.layer import LoHaLayer
@@ -154,6 +155,28 @@ class TestAdapters:
         model = mixed(("lora",))
         model.set_modules_to_save(LoraConfig(modules_to_save=["lm_head"]), "lora")
         assert "lora" in model.get_base_model().lm_head.modules_to_save
+
+    @pytest.mark.parametrize(
+        "route", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"lm_head": [3]}}]
+    )
+    def test_modules_to_save_are_tied_if_that_is_asked_for(self, route: dict) -> None:
+        model, ids = mixed(("lora", "oft"), llama(tied=True)), token_ids()
+        model.set_modules_to_save(LoraConfig(**route, ensure_weight_tying=True), "lora")
+        randomise(model, "modules_to_save|trainable_tokens")
+        report = weight_tying_report(model)
+        assert report.holds and [row.route for row in report.rows if row.adapter == "lora"] == list(route)
+        expected = logits(model, ids)
+        merged = model.merge_and_unload()
+        assert merged.lm_head.weight is merged.model.embed_tokens.weight
+        assert_close(logits(merged, ids), expected)
+
+    def test_modules_to_save_that_come_apart_are_warned_about_or_refused(self) -> None:
+        model = mixed(("lora",), llama(tied=True), target_modules=["q_proj"])
+        with warned("'lm_head'", "ensure_weight_tying=True"):
+            model.set_modules_to_save(LoraConfig(modules_to_save=["lm_head"]), "lora")
+        model = mixed(("lora",), llama(tied=True), target_modules=["lm_head"])
+        with refused(model, TypeError, "'lm_head'", "'model.embed_tokens'"):
+            model.set_modules_to_save(LoraConfig(modules_to_save=["embed_tokens"], ensure_weight_tying=True), "lora")
 
     def test_a_copy_is_a_model_of_its_own(self) -> None:
         model, ids = mixed(("lora", "oft")), token_ids()

@@ -198,6 +198,22 @@ def test_what_is_trained_apart_is_merged_apart(tmp_path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ several adapters
+@pytest.mark.parametrize("name", [name for name, tied in TIED_MODELS.items() if len(tied.members) > 2])
+def test_any_member_of_a_larger_tie_can_be_named(name: str) -> None:
+    tied = TIED_MODELS[name]
+    for member in tied.members:
+        module = member.rpartition(".")[0]
+        model = get_peft_model(tied.build(), lora({module: [3, 5]}, tied.targets, ensure_weight_tying=True)).eval()
+        randomise(model)
+        (rows,) = {id(rows): rows for rows in deltas(model)}.values()
+        expected = tied.forward(model)
+        merged = model.merge_and_unload()
+        matrix = merged.get_parameter(tied.members[0])
+        assert all(merged.get_parameter(other) is matrix for other in tied.members)
+        torch.testing.assert_close(matrix[[3, 5]], rows)
+        torch.testing.assert_close(tied.forward(merged), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_two_adapters_with_other_tokens_on_a_tied_model() -> None:
     model = get_peft_model(llama(), lora(TOKENS))
     model.add_adapter("other", lora([1, 2]))

@@ -6,10 +6,11 @@ import warnings
 
 import pytest
 import torch
+from helpers import refused
 from tied_models import TIED_MODELS, Transposed, llama
 from torch import nn
 
-from peft import LoraConfig, PeftError, PeftWarning
+from peft import LoHaConfig, LoraConfig, PeftError, PeftWarning, get_peft_model
 from peft.tuners.lora.model import LoraModel
 
 
@@ -145,3 +146,57 @@ def test_a_regex_that_reaches_half_a_group_is_told_of_the_other_half():
     tuner, texts = inject(llama(), target_modules=r".*(q_proj|lm_head)", ensure_weight_tying=True)
     assert texts == []
     assert tuner.peft_config["default"].target_modules_to_tie == {"lm_head": "model.embed_tokens"}
+
+
+@pytest.mark.parametrize("name", [name for name, tied in TIED_MODELS.items() if "c_attn" not in tied.targets])
+def test_parameters_that_come_apart_are_named(name):
+    tied = TIED_MODELS[name]
+    for member in tied.members:
+        texts = inject(tied.build(), target_modules=tied.targets, target_parameters=[member])[1]
+        assert len(texts) == 1 and f"with others: {member!r} (tied: " in texts[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "left_out", "reached"),
+    [
+        (LoraConfig(target_modules=["embed_tokens"], exclude_modules=["lm_head"]), "lm_head", "embed_tokens"),
+        (LoHaConfig(target_modules=["lm_head"], exclude_modules=r".*embed_tokens"), "embed_tokens", "lm_head"),
+    ],
+    ids=["lora", "loha"],
+)
+def test_a_member_that_is_left_out_by_name_is_not_brought_in_by_its_tie(config, left_out, reached):
+    model = llama()
+    config.ensure_weight_tying = True
+    with refused(model, ValueError, "exclude_modules leaves out", left_out, reached, "Leave one of the two"):
+        get_peft_model(model, config)
+
+
+def test_what_is_left_out_of_targets_can_follow_a_module_that_is_trained_in_full():
+    tuner, texts = inject(
+        llama(),
+        target_modules=r".*(q_proj|lm_head)",
+        exclude_modules=["lm_head"],
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=True,
+    )
+    assert texts == [] and tuner.peft_config["default"].modules_to_tie == {"lm_head": "model.embed_tokens"}
+
+
+def test_a_refusal_says_that_a_tie_has_brought_the_module_in():
+    model, config = llama(), {"target_modules": ["q_proj", "lm_head"], "alora_invocation_tokens": [1, 2]}
+    reason = "'model.embed_tokens' is not named in target_modules: it shares its weight with 'lm_head'"
+    with refused(model, ValueError, "does not exist for Embedding", reason):
+        get_peft_model(model, LoraConfig(**config, task_type="CAUSAL_LM", ensure_weight_tying=True))
+    with pytest.raises(PeftError) as refusal:
+        get_peft_model(model, LoraConfig(target_modules=["embed_tokens"], alora_invocation_tokens=[1, 2]))
+    assert "tie" not in str(refusal.value)
+
+
+@pytest.mark.filterwarnings("ignore:the config reaches modules that share")
+@pytest.mark.parametrize(
+    "route", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": {"embed_tokens": [3]}}], ids=str
+)
+def test_a_follower_that_another_adapter_has_adapted_is_refused(route):
+    model = get_peft_model(llama(), LoraConfig(target_modules=["lm_head"]))
+    with refused(model, TypeError, "reaches 'lm_head'", "shares its weight with 'model.embed_tokens'", "already"):
+        model.add_adapter("other", LoraConfig(target_modules=["q_proj"], **route, ensure_weight_tying=True))

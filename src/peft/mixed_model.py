@@ -18,7 +18,6 @@ from .tuners.mixed import MixedModel
 from .utils.error import PeftNotImplementedError, PeftValueError
 from .utils.load_report import LoadReport, LoadResult
 from .utils.near_names import explain_unknown_adapters
-from .utils.other import set_additional_trainable_modules
 
 
 __all__ = ["MixedModel", "PeftConfig", "PeftMixedModel", "PeftModel"]
@@ -164,18 +163,19 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
 
     def set_modules_to_save(self, peft_config: PeftConfig, adapter_name: str) -> None:
         """
-        Let an adapter train further modules in full.
+        Let an adapter train further modules in full. What is tied follows, as it does in `add_adapter`.
 
         Args:
-            peft_config: config whose `modules_to_save` names them; without any, nothing is done.
+            peft_config: config whose `modules_to_save` names them, and whose `ensure_weight_tying` says what is to
+                become of ties; without any modules, nothing is done.
             adapter_name: name of an adapter of the model.
+
+        Raises:
+            PeftError: if a module cannot be trained in full, or a tie not be kept; the model stays as it was.
         """
         self._check_names([adapter_name])
-        base = self.get_base_model()
-        active = adapter_name in self.active_adapters
-        set_additional_trainable_modules(
-            base, peft_config, self.base_model.get_model_config(base), adapter_name, active
-        )
+        if getattr(peft_config, "modules_to_save", None) or getattr(peft_config, "trainable_token_indices", None):
+            self.base_model.train_in_full(peft_config, adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """

@@ -47,6 +47,7 @@ from .utils.save_and_load import (
     refuse_without_storage,
     write_peft_weights,
 )
+from .utils.tied_checkpoints import config_for_members
 from .utils.warning import warn
 
 
@@ -647,6 +648,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         # files are read before the model is touched
         config, weights = _read_adapter(model_id, kwargs, config, "cpu", key_mapping)
         config = _for_this_run(config, model_id, is_trainable, ephemeral_gpu_offload)
+        config = config_for_members(config, model, weights, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
         model_cls = cls
         if cls is PeftModel:
             from .task_models import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -711,6 +713,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         with all_or_nothing(self):
             if present is None:
                 config = _for_this_run(config, model_id, is_trainable, ephemeral_gpu_offload)
+                prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+                config = config_for_members(config, self.get_base_model(), weights, prefix)
                 self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
             result = self._fill_adapter(adapter_name, weights, strict, ignore_mismatched_sizes, settings)
         if not is_trainable:

@@ -46,12 +46,14 @@ from ..utils.quantization_utils import accompany_layer, get_quantization_kwargs,
 from ..utils.same_tensor import identity_of
 from ..utils.tying import (
     ReachedTie,
+    explaining_tie,
     find_followers,
     find_following_parameters,
     find_tied_groups,
     keep_ties,
     module_of,
     one_object_each,
+    refuse_excluded,
     settle_ties,
 )
 from ..utils.warning import warn
@@ -484,6 +486,7 @@ class BaseTuner(nn.Module, ABC):
         """
         kept = keep_ties(model, peft_config, lambda tie: self._ties_unasked(peft_config, tie))
         targeted = [tie for tie in kept if tie.targeted]
+        refuse_excluded(peft_config, targeted)
         self._check_ties_of_targets(model, peft_config, targeted)
         peft_config.modules_to_tie = find_followers(tie for tie in kept if tie.saved)
         peft_config.token_modules_to_tie = find_followers(tie for tie in kept if tie.tokens)
@@ -566,7 +569,8 @@ class BaseTuner(nn.Module, ABC):
                     if key is None:
                         self._check_kind(module, name, arguments.get("owner"))
                     updated.append(present)
-                    present.update_layer(adapter_name, config=config, **arguments)
+                    with explaining_tie(name, ties, config):
+                        present.update_layer(adapter_name, config=config, **arguments)
                     if not module.training:
                         module.train(False)
                     layers[name] = present
@@ -574,7 +578,8 @@ class BaseTuner(nn.Module, ABC):
                     arguments.update({"shared": shared} if shared else {})
                     arguments.update({"parameter_name": key} if key is not None else {})
                     inner = outermost.get(id(module), module)
-                    layers[name] = self._create_layer(inner, name, adapter_name, config, arguments)
+                    with explaining_tie(name, ties, config):
+                        layers[name] = self._create_layer(inner, name, adapter_name, config, arguments)
                     created.append((inner, layers[name]))
                     outermost[id(module)] = layers[name]
         except BaseException:

@@ -202,6 +202,7 @@ def check_additional_trainable_modules(model: nn.Module, peft_config: PeftConfig
                 f"modules_to_save reaches {name!r}, which another adapter has adapted already; a module is either "
                 "adapted or trained in full. Leave it out of modules_to_save, or delete the other adapter"
             )
+    _check_followers(model, peft_config)
     _check_token_modules(model, peft_config, names)
     # the names of classification heads are tried for every model of their task
     optional = {*SEQ_CLS_HEAD_NAMES, *QUESTION_ANSWERING_HEAD_NAMES}
@@ -217,6 +218,31 @@ def check_additional_trainable_modules(model: nn.Module, peft_config: PeftConfig
             f"{type(model).__name__} has no module named {' or '.join(unmatched)}, so no head is trained and saved; "
             "name the head in modules_to_save, or use a model that has one for the task"
         )
+
+
+def _check_followers(model: nn.Module, peft_config: PeftConfig) -> None:
+    """
+    Refuse modules that a tie brings in, and that cannot be wrapped because another adapter has adapted them.
+
+    Raises:
+        PeftTypeError: if there is one.
+    """
+    recorded = (
+        ("modules_to_save", peft_config.modules_to_tie, ModulesToSaveWrapper),
+        ("trainable_token_indices", peft_config.token_modules_to_tie, TrainableTokensWrapper),
+    )
+    for route, ties, wrapper_cls in recorded:
+        for name in dict.fromkeys(name for pair in (ties or {}).items() for name in pair):
+            module = model.get_submodule(name)
+            if is_adapter_module(module) and not isinstance(module, wrapper_cls):
+                others = ", ".join(
+                    repr(other) for pair in ties.items() if name in pair for other in pair if other != name
+                )
+                raise PeftTypeError(
+                    f"{route} reaches {name!r}, since it shares its weight with {others}, and another adapter has "
+                    "adapted it already; a module is adapted in one way. Leave the tied modules out, or delete the "
+                    "other adapter"
+                )
 
 
 def _check_token_modules(model: nn.Module, peft_config: PeftConfig, saved: Collection[str]) -> None:
@@ -300,7 +326,9 @@ def _train_tokens(model: nn.Module, peft_config: PeftConfig, adapter_name: str, 
     }
     for name in dict.fromkeys([*tokens, *ties.values()]):
         if name not in ties:
-            indices = tokens.get(name) or next(tokens[follower] for follower in ties if ties[follower] == name)
+            # members beside the named one follow too, so only some of the followers have tokens
+            named = (tokens[follower] for follower, owner in ties.items() if owner == name and follower in tokens)
+            indices = tokens.get(name) or next(named)
             _set_trainable(model, adapter_name, [name], token_indices=indices, **options)
     for follower, owner in ties.items():
         layer = model.get_submodule(owner).token_adapter

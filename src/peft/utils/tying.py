@@ -23,7 +23,7 @@ from ..tuners._replication import REPLICATED_FROM
 from ..tuners._surgery import bare_modules, base_modules, innermost_module
 from .adapter_keys import Place
 from .embeddings import input_embedding, without_adapters_around
-from .error import PeftValueError
+from .error import PeftError, PeftValueError
 from .near_names import did_you_mean
 from .same_tensor import identity_of
 from .warning import warn
@@ -315,6 +315,28 @@ def _wrappable_modules(tie: ReachedTie) -> list[str]:
     return list(dict.fromkeys(module for member, module in modules.items() if member not in containers))
 
 
+@contextmanager
+def explaining_tie(name: str, ties: Mapping[str, str], config: PeftConfig) -> Iterator[None]:
+    """
+    Say, if a module is refused inside, that a tie has brought it in, unless the config targets it.
+
+    Args:
+        name: full name of the module.
+        ties: follower -> module that it follows.
+        config: a config whose targets are resolved.
+    """
+    try:
+        yield
+    except PeftError as error:
+        others = [other for pair in ties.items() if name in pair for other in pair if other != name]
+        if not others or check_target_module_exists(config, name):
+            raise
+        raise type(error)(
+            f"{error}. {name!r} is not named in target_modules: it shares its weight with "
+            f"{', '.join(map(repr, others))}, and is adapted to keep the tie"
+        ) from error
+
+
 def refuse_two_routes(reached: Iterable[ReachedTie]) -> None:
     """
     Refuse groups whose members are to be adapted in different ways, or with different tokens.
@@ -335,6 +357,30 @@ def refuse_two_routes(reached: Iterable[ReachedTie]) -> None:
             raise PeftValueError(
                 f"ensure_weight_tying=True cannot be kept for {members}, whose tokens differ ({found}); give all of "
                 "them the same indices, or set ensure_weight_tying=False to train them apart"
+            )
+
+
+def refuse_excluded(config: PeftConfig, ties: Iterable[ReachedTie]) -> None:
+    """
+    Refuse ties that would bring in a module which `exclude_modules` leaves out.
+
+    Args:
+        config: a config whose targets are resolved.
+        ties: tied groups that are to be adapted as targets.
+
+    Raises:
+        PeftValueError: if there is one. Nothing has been changed then.
+    """
+    excluded = getattr(config, "exclude_modules", None)
+    for tie in ties:
+        modules = list(map(module_of, tie.group.members))
+        left_out = [name for name in modules if matching_entry(excluded, name) is not None]
+        if left_out:
+            apart = ", or set ensure_weight_tying=False to adapt them apart" if config.ensure_weight_tying else ""
+            raise PeftValueError(
+                f"exclude_modules leaves out {', '.join(map(repr, left_out))}, and target_modules reaches "
+                f"{', '.join(repr(module_of(member)) for member in tie.targeted)}, which shares its weight with it; a "
+                f"tie is kept by adapting all of its members. Leave one of the two entries out{apart}"
             )
 
 
@@ -361,9 +407,8 @@ def describe_loss(config: PeftConfig, ties: Iterable[ReachedTie]) -> str:
     """
     parts = []
     for tie in ties:
-        named = ", ".join(
-            repr(name) for name in dict.fromkeys([*tie.saved.values(), *map(module_of, [*tie.targeted, *tie.tokens])])
-        )
+        modules = map(module_of, [*tie.targeted, *tie.tokens])
+        named = ", ".join(map(repr, dict.fromkeys([*tie.saved.values(), *modules, *tie.parameters])))
         members = ", ".join(repr(member) for member in tie.group.members)
         parts.append(f"{named} (tied: {members})")
     ways = "set ensure_weight_tying=True to train them as one, or name none of these modules, so that all stay frozen"

@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """Adapters of several methods in one model: each method's own tuner works on the model that they share."""
 
+import copy
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from ...config import PeftConfig
 from ...mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...utils.other import check_additional_trainable_modules, set_additional_trainable_modules
 from ...utils.peft_types import PeftType
+from ...utils.tying import find_followers, keep_ties, one_object_each
 from ..tuners_utils import BaseTuner, BaseTunerLayer
 
 
@@ -91,6 +94,31 @@ class MixedModel(BaseTuner):
         self.targeted_module_names = tuner.targeted_module_names
         self.targeted_parameter_names = tuner.targeted_parameter_names
         model.peft_config = self.peft_config
+
+    def train_in_full(self, peft_config: PeftConfig, adapter_name: str) -> None:
+        """
+        Let an adapter train further modules in full, or tokens of them; if it is refused, the model stays as it was.
+
+        Args:
+            peft_config: config whose `modules_to_save` or `trainable_token_indices` names them. Its targets have no
+                effect; its `ensure_weight_tying` has.
+            adapter_name: name of an adapter of the model.
+
+        Raises:
+            PeftError: if a module cannot be trained, or a tie not be kept.
+        """
+        asked = copy.copy(peft_config)
+        asked.target_modules = asked.target_parameters = None
+        model, present = self.model, self._config_of(adapter_name)
+        kept = keep_ties(model, asked, lambda tie: tie.trains_the_same_tokens)
+        asked.modules_to_tie = find_followers(tie for tie in kept if tie.saved)
+        asked.token_modules_to_tie = find_followers(tie for tie in kept if tie.tokens)
+        check_additional_trainable_modules(model, asked)
+        active = adapter_name in self.active_adapters
+        with one_object_each(model):
+            set_additional_trainable_modules(model, asked, self.get_model_config(model), adapter_name, active)
+        present.modules_to_tie = {**(present.modules_to_tie or {}), **asked.modules_to_tie}
+        present.token_modules_to_tie = {**(present.token_modules_to_tie or {}), **asked.token_modules_to_tie}
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """
