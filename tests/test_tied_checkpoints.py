@@ -65,6 +65,11 @@ def test_the_embeddings_part_is_loaded_where_the_named_head_is_absent(name, dedu
     model.set_adapter("second")
     torch.testing.assert_close(embeddings(model), expected)
 
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* belong to nothing in the model")
+        warnings.filterwarnings("error", message=".*config|.*setting|.*differ")
+        model.load_adapter(tmp_path, "default")
+
     model.save_pretrained(tmp_path / "again", selected_adapters=["default"])
     for base in (classifier(), llama(tied=True)):
         again = quiet(PeftModel.from_pretrained, base, tmp_path / "again")

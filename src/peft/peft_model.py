@@ -709,12 +709,13 @@ class PeftModel(PushToHubMixin, nn.Module):
         config, weights = _read_adapter(
             model_id, kwargs, None, torch_device or "cpu", key_mapping, present is not None
         )
+        if config is not None:
+            prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+            config = config_for_members(config, self.get_base_model(), weights, prefix)
         settings = config_differences(config, present) if config and present else {}
         with all_or_nothing(self):
             if present is None:
                 config = _for_this_run(config, model_id, is_trainable, ephemeral_gpu_offload)
-                prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
-                config = config_for_members(config, self.get_base_model(), weights, prefix)
                 self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
             result = self._fill_adapter(adapter_name, weights, strict, ignore_mismatched_sizes, settings)
         if not is_trainable:
