@@ -5,6 +5,7 @@
 import copy
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,7 @@ from peft import (
     PeftConfig,
     PeftMixedModel,
     PeftModel,
+    PeftWarning,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -177,6 +179,16 @@ class TestVirtualTokens:
         assert_close(model.get_prompt(2), table.expand(2, -1, -1))
         assert_close(model.get_prompt_embedding_to_save("default"), table.detach())
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_dropout_of_the_network_follows_the_base_model(self, training: bool) -> None:
+        config = CONFIGS["lstm"](task_type="CAUSAL_LM", encoder_dropout=0.5)
+        model = get_peft_model(llama().train(training), config)
+        model.add_adapter("other", config)
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            prompts = [model.get_prompt(1).detach() for _ in range(4)]
+            assert any(differs(prompt, prompts[0]) for prompt in prompts) == training
+
     def test_multitask(self) -> None:
         model = prompted(llama(), "multitask")
         encoder = model.prompt_encoder["default"]
@@ -214,15 +226,37 @@ class TestVirtualTokens:
     def test_question_answering(self) -> None:
         base = bert(BertForQuestionAnswering)
         model = prompted(base, "prompt", "QUESTION_ANS")
-        start, end = torch.tensor([0, 1]), torch.tensor([2, 2])
+        start, end = torch.tensor([3, 4]), torch.tensor([5, 4])
         expected = base(
-            inputs_embeds=in_front(model, base.get_input_embeddings()(IDS)),
-            start_positions=start + TOKENS,
-            end_positions=end + TOKENS,
+            inputs_embeds=in_front(model, base.get_input_embeddings()(IDS)), start_positions=start, end_positions=end
         )
         output = model(input_ids=IDS, start_positions=start, end_positions=end)
         assert_equal(output.start_logits, expected.start_logits)
         assert_equal(output.loss, expected.loss)
+
+    @pytest.mark.parametrize("method", ["prompt", "mlp", "lstm", "prefix"])
+    def test_positions_of_answers_are_read_where_they_were_given(self, method: str) -> None:
+        model = prompted(bert(BertForQuestionAnswering), method, "QUESTION_ANS")
+        shift = 0 if method == "prefix" else TOKENS  # to the rows of the tokens
+        wanted = {"start_positions": torch.tensor([1, 0]) + shift, "end_positions": torch.tensor([4, 2]) + shift}
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(30):
+            model(input_ids=IDS, **wanted).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        output = model(input_ids=IDS)
+        assert_equal(output.start_logits.argmax(-1), wanted["start_positions"])
+        assert_equal(output.end_logits.argmax(-1), wanted["end_positions"])
+
+    def test_positions_of_virtual_tokens_are_no_answers(self) -> None:
+        positions = {"start_positions": torch.tensor([3, 2]), "end_positions": torch.tensor([4, 4])}
+        model = prompted(bert(BertForQuestionAnswering), "prompt", "QUESTION_ANS")
+        with warned("start_positions", "2", "num_virtual_tokens=3"):
+            model(input_ids=IDS, **positions)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PeftWarning)
+            prompted(bert(BertForQuestionAnswering), "prefix", "QUESTION_ANS")(input_ids=IDS, **positions)
+            model(input_ids=IDS, **{name: position + TOKENS for name, position in positions.items()})
 
     def test_feature_extraction(self) -> None:
         base = bert(BertModel)

@@ -704,8 +704,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             PeftPathError: if there is no adapter at `model_id`.
             PeftLoadError: if its tensors do not fit the model; the model stays as it was.
+            PeftValueError: if `is_trainable` asks to go on with a prompt whose network is not in the file.
         """
         present = self.peft_config.get(adapter_name)
+        if present is not None and is_trainable and "prompt_encoder" in self._modules:
+            self.prompt_encoder.check_training_goes_on(adapter_name)
         config, weights = _read_adapter(
             model_id, kwargs, None, torch_device or "cpu", key_mapping, present is not None
         )

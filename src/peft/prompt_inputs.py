@@ -137,9 +137,7 @@ def _put_virtual_tokens(prompts: PromptEncoders, inputs: Inputs, task_ids: torch
     _lengthen(inputs, "token_type_ids", tokens, 0)
     if config.task_type in _LABELLED_TOKENS:
         _lengthen(inputs, "labels", tokens, _IGNORED_LABEL)
-    for name in ("start_positions", "end_positions"):
-        if name in inputs:
-            inputs[name] = inputs[name] + tokens
+    _warn_of_answers_in_prompt(inputs, tokens)
 
 
 def _with_encoder_prompt(prompts: PromptEncoders, inputs: Inputs, task_ids: torch.Tensor | None) -> Inputs:
@@ -192,6 +190,19 @@ def _leave_out_what_has_no_place(prompts: PromptEncoders, inputs: Inputs) -> Non
     for name in dropped:
         if inputs.pop(name, None) is not None:
             warn(f"{name} cannot be used together with a prompt, and is ignored")
+
+
+def _warn_of_answers_in_prompt(inputs: Inputs, tokens: int) -> None:
+    """Notice positions of answers that do not count the virtual tokens, whose rows stand in the logits too."""
+    for name in ("start_positions", "end_positions"):
+        positions = inputs.get(name)
+        if positions is not None and (inside := positions[(positions >= 0) & (positions < tokens)]).numel():
+            warn(
+                f"{name} holds {int(inside.max())}, which is the row of a virtual token: positions count the rows of "
+                f"the logits, as in the released package, and these begin with num_virtual_tokens={tokens} of them. "
+                "Add that number to the positions, and take it off those that you read from the logits"
+            )
+            return
 
 
 # ------------------------------------------------------------------------------------------ tensors

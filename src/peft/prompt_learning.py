@@ -141,7 +141,7 @@ class PromptEncoders(nn.ModuleDict):
         with one_object_each(model), making:
             encoder = self._make_encoder(encoder_cls, config)
             set_additional_trainable_modules(model, config, {}, adapter_name, activate_adapter=active)
-        self[adapter_name] = encoder.train(self.training)
+        self[adapter_name] = encoder.train(model.training)
         self.peft_config[adapter_name] = config
         if active:
             self._active_adapter = [adapter_name]
@@ -294,6 +294,24 @@ class PromptEncoders(nn.ModuleDict):
             warn(
                 f"the checkpoint holds the finished prompt of adapter {adapter_name!r}, not the network that computed "
                 "it, so the network is dropped; make the optimizer after loading if you train on"
+            )
+
+    def check_training_goes_on(self, adapter_name: str) -> None:
+        """
+        Refuse to go on with the training of a prompt from a checkpoint if a network computes it, which is not there.
+
+        Args:
+            adapter_name: name.
+
+        Raises:
+            PeftValueError: in that case.
+        """
+        if adapter_name in self and self[adapter_name].is_computed:
+            raise PeftValueError(
+                f"training of adapter {adapter_name!r} cannot be resumed: a network computes its prompt, and the "
+                "checkpoint holds the finished prompt alone, so that an optimizer's state fits no longer. Start anew, "
+                "or fill the adapter with load_adapter before the Trainer or the optimizer is made, and train without "
+                "resume_from_checkpoint and without is_trainable=True"
             )
 
     def fill_missing(self, adapter_name: str, config: PeftConfig) -> None:

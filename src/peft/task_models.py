@@ -294,8 +294,9 @@ class PeftModelForQuestionAnswering(PeftModel):
             token_type_ids: (batch, length), question or text.
             position_ids: (batch, length).
             inputs_embeds: (batch, length, width), instead of `input_ids`.
-            start_positions: (batch,) first token of the answer.
-            end_positions: (batch,) last token of the answer.
+            start_positions: (batch,) first token of the answer, counted as the rows of the logits are, which begin
+                with the virtual tokens of a prompt.
+            end_positions: (batch,) last token of the answer, likewise.
             output_attentions: return the attention weights.
             output_hidden_states: return the hidden states.
             return_dict: return an object with names, not a tuple.

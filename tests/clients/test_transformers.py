@@ -11,7 +11,17 @@ from tied_models import llama
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, weight_tying_report
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftWarning,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    weight_tying_report,
+)
 
 
 CLIENT = "transformers"
@@ -129,7 +139,7 @@ def test_adapters_are_switched_and_deleted(route, base, tmp_path):
 
 
 def test_adapters_are_enabled_again(base):
-    """This holds for adapter layers; transformers 5.23.0 leaves modules_to_save off, whatever peft is used."""
+    """This holds for adapter layers; transformers 5.24.0 leaves modules_to_save off, whatever peft is used."""
     model = read(base)
     model.add_adapter(lora("targets"))
     randomise(model, TRAINED)
@@ -149,7 +159,10 @@ SAMPLES = [
 
 def trainer(route: str, folder: Path, **changes) -> Trainer:
     """A trainer of a fresh model: four steps, saved after each second one."""
-    model = get_peft_model(llama(), lora(route, task_type="CAUSAL_LM"))
+    return trainer_of(get_peft_model(llama(), lora(route, task_type="CAUSAL_LM")), folder, **changes)
+
+
+def trainer_of(model: nn.Module, folder: Path, **changes) -> Trainer:
     options = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -183,6 +196,42 @@ def test_training_goes_on_from_a_checkpoint(route, tmp_path):
     assert_tied(resumed.model, route != "untouched")
     optimised = [id(p) for group in resumed.optimizer.param_groups for p in group["params"]]
     assert sorted(optimised) == sorted({id(p) for p in resumed.model.parameters() if p.requires_grad})
+
+
+def test_training_of_a_prompt_goes_on_from_a_checkpoint(tmp_path):
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    whole = trainer_of(get_peft_model(llama(), config), tmp_path)
+    whole.train()
+    resumed = trainer_of(get_peft_model(llama(), config), tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    torch.testing.assert_close(learned(resumed.model), learned(whole.model), atol=0.0, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM"),
+        PrefixTuningConfig(num_virtual_tokens=3, encoder_hidden_size=8, prefix_projection=True, task_type="CAUSAL_LM"),
+    ],
+    ids=["p_tuning", "projection"],
+)
+def test_training_of_a_prompt_whose_network_is_not_saved_does_not_go_on(config, tmp_path):
+    """A checkpoint holds the finished prompt: it fits no optimiser that has trained the network behind it."""
+    trainer_of(get_peft_model(llama(), config), tmp_path).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    resumed = trainer_of(get_peft_model(llama(), config), tmp_path)
+    before = learned(resumed.model)
+    with pytest.raises(ValueError, match="cannot be resumed: a network computes its prompt.*resume_from_checkpoint"):
+        resumed.train(resume_from_checkpoint=checkpoint)
+    torch.testing.assert_close(learned(resumed.model), before, atol=0.0, rtol=0.0)
+
+    with pytest.warns(PeftWarning, match="the network is dropped"):  # the way out that the message names
+        resumed.model.load_adapter(checkpoint, "default")
+    start = learned(resumed.model)
+    goes_on = trainer_of(resumed.model, tmp_path)
+    goes_on.train()
+    assert set(start) == {"prompt_encoder.default.embedding.weight"}
+    assert all(not torch.equal(tensor, start[name]) for name, tensor in learned(goes_on.model).items())
 
 
 @each_route
