@@ -26,7 +26,13 @@ from method_options import OPTIONS, SECOND, layered_methods
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft import PeftModel, PeftWarning, get_peft_model
+from peft import (
+    PeftModel,
+    PeftWarning,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._surgery import adapter_modules
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, ReplacementLayer, WeightLayer
@@ -241,7 +247,7 @@ MOVED_BY = {"ADALORA": 0.5, "LOHA": 0.4, "VBLORA": 0.5, "VERA": 0.5}
 # methods whose layers share a trained container
 SHARED_BY_LAYERS = {("VBLORA", "*"): "bank"}
 # stages that merge
-MERGING = ("merge", "unmerge", "two_active", "delete")
+MERGING = ("merge", "unmerge", "two_active", "one_of_two_merged", "change_while_merged", "cast_while_merged", "delete")
 # warnings that say what is tested here
 EXPECTED_WARNINGS = ("an adapter on a convolution with 2 groups cannot be merged", "lora_dropout=0.5 has no effect")
 
@@ -338,6 +344,50 @@ def two_active(cell: Cell, folder: Path) -> None:
     model.unmerge_adapter()
     cell.assert_near(cell.outputs(model), both)
     cell.assert_near(cell.outputs(model.merge_and_unload()), both)
+
+
+def one_of_two_merged(cell: Cell, folder: Path) -> None:
+    """Of two active adapters one is merged, and the other one goes on counting; then the other way round."""
+    model = cell.with_second()
+    model.base_model.set_adapter(["default", "other"])
+    both = cell.outputs(model)
+    for names in (["default", "other"], ["other", "default"]):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(not|nothing to|already) merge", PeftWarning)
+            warnings.filterwarnings("ignore", "no adapter is merged", PeftWarning)
+            for name in names:
+                model.merge_adapter([name])
+                cell.assert_near(cell.outputs(model), both)
+            model.unmerge_adapter()
+        cell.assert_near(cell.outputs(model), both)
+
+
+def change_while_merged(cell: Cell, folder: Path) -> None:
+    """Other tensors are loaded into an adapter that is merged: it computes with them, and unmerging finds the base."""
+    model, other = cell.adapted(), moved(cell.adapted(), seed=7)
+    model.merge_adapter()
+    set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+    cell.assert_near(cell.outputs(model), cell.outputs(other))
+    model.unmerge_adapter()
+    cell.assert_near(cell.outputs(model), cell.outputs(other))
+    cell.assert_near(cell.outputs(model.unload()), cell.outputs(cell.base))
+
+
+def cast_while_merged(cell: Cell, folder: Path) -> None:
+    """A merged model is cast: what was kept for unmerging is cast with it."""
+    model = cell.adapted()
+    kept = all(not layer.can_unmerge("default") for layer in layers_of(model))
+    model.merge_adapter()
+    model.to(torch.float64)
+    model.unmerge_adapter()
+    bare = model.unload()
+    for key, tensor in cell.base.state_dict().items():
+        found = bare.state_dict()[key]
+        assert found.dtype == (torch.float64 if tensor.is_floating_point() else tensor.dtype)
+        if kept:
+            assert torch.equal(found, tensor.to(found.dtype)), key
+        else:
+            cell.assert_near(found, tensor)
 
 
 def disable(cell: Cell, folder: Path) -> None:
@@ -556,6 +606,9 @@ STAGES: dict[str, Callable[[Cell, Path], None]] = {
         merge,
         unmerge,
         two_active,
+        one_of_two_merged,
+        change_while_merged,
+        cast_while_merged,
         disable,
         save_and_load,
         copies,

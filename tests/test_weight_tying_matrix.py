@@ -398,13 +398,14 @@ def untie_after_wrapping(patch: pytest.MonkeyPatch) -> None:
 def merge_twice(patch: pytest.MonkeyPatch) -> None:
     """Every layer that uses a weight merges into it."""
 
-    def merge_each(layers: list, adapter_names: Any, holders: int, for_good: bool) -> None:
+    def merge_each(layers: list, adapter_names: Any, holders: int, for_good: bool) -> dict:
         for layer in layers:
             for name in layer.active_adapters:
                 if layer.has_adapter(name):
                     with torch.no_grad():
                         layer.source(name).merge_weight_(name, layer.get_base_weight())
-            layer._merge_state.contributions.extend((layer.source(n), n) for n in layer.active_adapters)
+            layer._merge_state.contributions.extend((layer, n) for n in layer.active_adapters)
+        return {}
 
     patch.setattr(_merging, "merge_weight", merge_each)
 
@@ -413,9 +414,9 @@ def merge_into_copies(patch: pytest.MonkeyPatch) -> None:
     """Members that are adapted alike get a weight each."""
     merge = _merging._merge_sharing
 
-    def merge_apart(layers: list, contributions: Any, apart: bool, for_good: bool = False) -> None:
-        for layer in layers:
-            merge([layer], contributions, True, for_good)
+    def merge_apart(members: list, apart: bool, for_good: bool) -> None:
+        for member in members:
+            merge([member], True, for_good)
 
     patch.setattr(_merging, "_merge_sharing", merge_apart)
 

@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .config import PeftConfig
 from .peft_model import PeftModel
+from .tuners._merging import taken_out
 from .tuners._surgery import bare_modules
 from .tuners.lora import dora
 from .tuners.lora.layer import LoraLayer
@@ -143,7 +144,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     Multiply the scaling of all LoRA adapters inside a context.
 
     Args:
-        model: a model with LoRA layers; adapters that are merged keep what was merged.
+        model: a model with LoRA layers; adapters that are merged are merged anew.
         multiplier: factor; 0 switches the adapters off, values between let them take part.
 
     Raises:
@@ -170,13 +171,23 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         raise PeftValueError("the model has no LoRA layer whose scaling could be changed")
     # in tied layers the scaling is the owner's, which is among the layers too; what stands in the table is their own
     before = [dict(layer.scaling) for layer in layers]
-    for layer, scaling in zip(layers, before, strict=True):
-        layer.scaling.update({name: value * multiplier for name, value in scaling.items()})
+    with _merged_taken_out(layers):
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update({name: value * multiplier for name, value in scaling.items()})
     try:
         yield
     finally:
-        for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling.update((name, value) for name, value in scaling.items() if name in layer.scaling)
+        with _merged_taken_out(layers):
+            for layer, scaling in zip(layers, before, strict=True):
+                layer.scaling.update((name, value) for name, value in scaling.items() if name in layer.scaling)
+
+
+@contextmanager
+def _merged_taken_out(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in {name: None for layer in layers for name in layer.merged_adapters}:
+            stack.enter_context(taken_out(layers, name))
+        yield
 
 
 class DoraCaching:

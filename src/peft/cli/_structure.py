@@ -126,7 +126,8 @@ class Structure:
     @contextmanager
     def _filled(self, unit: Unit, values: dict[str, torch.Tensor]) -> Iterator[None]:
         """Give a unit's base layers their weights inside a context, and forget afterwards what was merged."""
-        states = [(layer, layer._merge_state) for layer in unit.layers]
+        states = {id(layer._merge_state): layer._merge_state for layer in unit.layers}.values()
+        merged = [(state, state.contributions.copy(), state.originals.copy()) for state in states]
         filled: dict[int, torch.Tensor] = {}
         for name, value in values.items():
             tensor = self.base[name]
@@ -139,8 +140,8 @@ class Structure:
         finally:
             for name, (held, key) in self._of(unit).items():
                 held[key] = self.base[name]
-            for layer, state in states:
-                layer._merge_state = state
+            for state, contributions, originals in merged:
+                state.contributions[:], state.originals[:] = contributions, originals
 
 
 def _layers(model: nn.Module) -> list[BaseTunerLayer]:

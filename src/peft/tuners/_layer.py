@@ -22,7 +22,16 @@ from ..utils.warning import warn
 from ._adapter_module import AdapterModule, copy_borrowing, shared_places
 from ._buffer_dict import BufferDict
 from ._kinds import along_axis, along_features, apply_weight, feature_axis, features
-from ._merging import MergeState, check_adapters_to_merge, merge_layer, original_weights, unmerge_layer
+from ._merging import (
+    MergeState,
+    Sharing,
+    check_adapters_to_merge,
+    merge_layer,
+    original_weights,
+    take_adapter_out,
+    undo_merge,
+    unmerge_layer,
+)
 from ._new_tensors import copy_module, new_parameter
 
 
@@ -67,6 +76,7 @@ class BaseTunerLayer(AdapterModule, ABC):
     _owners: dict[str, "BaseTunerLayer"]
     _trainable_adapters: set[str]
     _merge_state: MergeState
+    _sharing: Sharing | None
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
 
@@ -106,8 +116,8 @@ class BaseTunerLayer(AdapterModule, ABC):
             in_features=in_features,
             out_features=out_features,
             _merge_state=self._state_of_stack(),
-            # whether other modules hold the base weight too; merging this layer alone must not change theirs
-            base_is_tied=False,
+            # who else holds the base weight; merging this layer alone must not change theirs
+            _sharing=None,
             # layers that are followed: their adapters have no tensors here
             _owners={},
             # Adapters that shall be trained while adapters are enabled. Kept, so that switching adapters costs time
@@ -120,10 +130,9 @@ class BaseTunerLayer(AdapterModule, ABC):
         inner = self.base_layer
         while isinstance(inner, BaseTunerLayer):
             if inner.weight_name == self.weight_name:
-                inner._merge_state.layers.append(self)
                 return inner._merge_state
             inner = inner.base_layer
-        return MergeState(layers=[self])
+        return MergeState()
 
     # ---------------------------------------------------------------------------------------------- the base layer
     def get_base_layer(self) -> nn.Module:
@@ -152,10 +161,8 @@ class BaseTunerLayer(AdapterModule, ABC):
     def effective_weight(self) -> torch.Tensor:
         """Compute the weight with what the active adapters do to it, here and in adapter layers inside."""
         weight = self.inner_weight()
-        if not (self._disable_adapters or self.merged):
-            for adapter in self.active_adapters:
-                if self.has_adapter(adapter):
-                    weight = self.source(adapter).weight_with(adapter, weight)
+        for adapter in self.adapters_to_apply():
+            weight = self.source(adapter).weight_with(adapter, weight)
         return weight
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
@@ -348,7 +355,7 @@ class BaseTunerLayer(AdapterModule, ABC):
     @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into the base weight, in the order of merging."""
-        return [name for source, name in self._merge_state.contributions if self.source(name) is source]
+        return [name for layer, name in self._merge_state.contributions if layer is self]
 
     @property
     def merged(self) -> bool:
@@ -377,7 +384,7 @@ class BaseTunerLayer(AdapterModule, ABC):
         Args:
             enabled: True to switch on. What was trainable before is trainable again.
         """
-        if not enabled and self.merged:
+        if not enabled:
             unmerge_layer(self)
         self._disable_adapters = not enabled
         for name in self._trainable_adapters:
@@ -419,8 +426,7 @@ class BaseTunerLayer(AdapterModule, ABC):
         Args:
             adapter_name: name; a layer that does not have it stays as it is.
         """
-        if adapter_name in self.merged_adapters:
-            unmerge_layer(self)
+        take_adapter_out(self, adapter_name)
         self._owners.pop(adapter_name, None)
         self.give_back(adapter_name)
         for name in (*self.adapter_layer_names, *self.other_param_names, *self.shared_layer_names):
@@ -444,14 +450,22 @@ class BaseTunerLayer(AdapterModule, ABC):
             kwargs: passed on too, but for `adapter_names`: one name per sample of the batch, `"__base__"` for none.
         """
         adapter_names = kwargs.pop("adapter_names", None)
-        if self._disable_adapters or self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
+        if adapter_names is not None and not (self._disable_adapters or self.merged):
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        active = [name for name in self.active_adapters if self.has_adapter(name)]
-        if not active:
+        adapters = self.adapters_to_apply() if adapter_names is None else None
+        if not adapters:
             return self.base_layer(x, *args, **kwargs)
-        return self.adapter_forward(active, x, *args, **kwargs)
+        return self.adapter_forward(adapters, x, *args, **kwargs)
+
+    def adapters_to_apply(self) -> list[str]:
+        """Name the adapters that have to be computed here: the active ones that are not in the base weight already."""
+        if self._disable_adapters:
+            return []
+        active = [name for name in self.active_adapters if self.has_adapter(name)]
+        if self._merge_state.contributions:
+            merged = self.merged_adapters
+            return [name for name in active if name not in merged]
+        return active
 
     def _mixed_batch_forward(
         self, x: torch.Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
@@ -521,10 +535,36 @@ class BaseTunerLayer(AdapterModule, ABC):
         """Compute what merging an adapter needs the base weight for, before others are merged into it."""
         return
 
+    def commutes_with(self, adapter: str, other: "BaseTunerLayer", other_adapter: str) -> bool:
+        """
+        Say whether an adapter and another one around the same base layer give the same in whichever order they come.
+
+        Where they do not, the later one cannot be merged while the earlier one is active and not merged.
+
+        Args:
+            adapter: name of an adapter of this layer.
+            other: this layer, or one inside it.
+            other_adapter: name of an adapter of that layer.
+        """
+        return False
+
+    @torch.no_grad()
     def weight_before_merge(self) -> torch.Tensor:
-        """Give the base weight without what is merged, where a copy of it was kept; else as it is."""
+        """Give the base weight without what is merged: as it is, the copy that was kept, or a new one."""
+        if not self._merge_state.contributions:
+            return self.get_base_weight()
+        if not self._merge_state.replaces(self.weight_name):
+            weight = self.get_base_weight().clone()
+            undo_merge(self, weight)
+            return weight
         with original_weights([self]):
             return self.get_base_weight()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """Move or cast what is kept of the base model while adapters are merged, too; see `torch.nn.Module._apply`."""
+        module = super()._apply(fn, recurse)
+        self._merge_state.apply(fn)
+        return module
 
     @abstractmethod
     def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
@@ -615,6 +655,14 @@ class AdditiveLayer(BaseTunerLayer):
             else:
                 result = result + self.delta_forward(adapter, x)
         return result if result.dtype == dtype else result.to(dtype)
+
+    def adds_delta(self, adapter: str) -> bool:
+        """Say whether an adapter does nothing but add its delta to whatever weight there is."""
+        return True
+
+    def commutes_with(self, adapter: str, other: BaseTunerLayer, other_adapter: str) -> bool:
+        """Sums have no order."""
+        return isinstance(other, AdditiveLayer) and self.adds_delta(adapter) and other.adds_delta(other_adapter)
 
     def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Add the delta."""
@@ -743,6 +791,10 @@ class ActivationLayer(BaseTunerLayer):
     def _meets_input(self, adapter: str) -> bool:
         """Say whether an adapter scales the inputs of this layer; what it scales in the weight is up to its owner."""
         return self.source(adapter)._axis(adapter) == feature_axis(self.get_base_layer(), of_input=True)
+
+    def commutes_with(self, adapter: str, other: BaseTunerLayer, other_adapter: str) -> bool:
+        """Factors have no order, be they those of rows or of columns."""
+        return isinstance(other, ActivationLayer)
 
     def can_unmerge(self, adapter: str) -> bool:
         """A feature that was scaled by 0 cannot be brought back."""

@@ -2,6 +2,8 @@
 # peft: the fork in which tied weights stay tied
 """The number that an adapter's part is multiplied by, for methods that have one."""
 
+from ._merging import changes_adapter, taken_out
+
 
 class Scaled:
     """
@@ -15,6 +17,7 @@ class Scaled:
     def _configured_scaling(self, adapter: str) -> float:
         raise NotImplementedError
 
+    @changes_adapter
     def set_scale(self, adapter: str, scale: float) -> None:
         """
         Set an adapter's scaling to a multiple of the one that its config says.
@@ -35,7 +38,8 @@ class Scaled:
         """
         for adapter in self.active_adapters:
             if adapter in self.scaling:  # the settings of adapters that follow are the owner's to change
-                self.scaling[adapter] *= scale
+                with taken_out([self], adapter):
+                    self.scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """
@@ -47,4 +51,5 @@ class Scaled:
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 configured = self._configured_scaling(adapter)
-                self.scaling[adapter] = configured if scale is None else self.scaling[adapter] / scale
+                with taken_out([self], adapter):
+                    self.scaling[adapter] = configured if scale is None else self.scaling[adapter] / scale

@@ -10,7 +10,7 @@ from torch import nn
 from ..utils.other import AuxiliaryTrainingWrapper
 from ..utils.warning import warn
 from ._layer import BaseTunerLayer
-from ._merging import unmerge_layer
+from ._merging import unmerge_layers
 from ._surgery import adapter_modules
 
 
@@ -34,11 +34,9 @@ def set_adapter(
     layers = [module for module in modules if isinstance(module, layer_cls)]
     for wrapper in wrappers:  # may refuse several names, so they come first
         wrapper.check_set_adapter(adapter_name)
-    merged = [layer for layer in layers if layer.merged]
-    if merged:
+    if any(layer.merged for layer in layers):
         warn("adapters are merged; they are unmerged before another one is set")
-        for layer in merged:
-            unmerge_layer(layer)
+    unmerge_layers(layers)
     for module in (*layers, *wrappers):
         module.set_adapter(adapter_name, inference_mode=inference_mode)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ._merging import original_weights
-from ._surgery import adapter_modules, base_modules, without_adapters
+from ._merging import merging_layers, original_weights
+from ._surgery import base_modules, without_adapters
 
 
 def shield_tie_weights(model: nn.Module) -> None:
@@ -35,6 +35,5 @@ def unshield_tie_weights(model: nn.Module) -> None:
 
 
 def _tie_base_weights(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    layers = [layer for _, layer in adapter_modules(module) if hasattr(layer, "_merge_state")]
-    with original_weights(layers), without_adapters(module):
+    with original_weights(merging_layers(module)), without_adapters(module):
         return type(module).tie_weights(module, *args, **kwargs)

@@ -15,6 +15,7 @@ from ..utils.error import PeftValueError
 from ..utils.warning import warn
 from ._kinds import CONVOLUTIONS, along_axis, apply_weight
 from ._layer import AdditiveLayer
+from ._merging import changes_adapter
 from ._scaling import Scaled
 from .tuners_utils import BaseTuner
 
@@ -104,6 +105,7 @@ class LycorisLayer(Scaled, AdditiveLayer):
         kernel = base.kernel_size if isinstance(base, CONVOLUTIONS) else ()
         return (self.out_features, self.in_features // getattr(base, "groups", 1), *kernel)
 
+    @changes_adapter
     def reset_adapter_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """
         Start an adapter anew: each tensor is uniform within 1/sqrt(inputs), or zero.

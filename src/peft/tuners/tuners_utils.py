@@ -43,7 +43,6 @@ from ..utils.other import (
 )
 from ..utils.peft_types import TaskType
 from ..utils.quantization_utils import accompany_layer, get_quantization_kwargs, resolve_quantization_backend
-from ..utils.same_tensor import identity_of
 from ..utils.tying import (
     ReachedTie,
     explaining_tie,
@@ -73,7 +72,14 @@ from ._matching import (
     pattern_lookup,
     patterns_without_use,
 )
-from ._merging import check_adapters_to_merge, merge_layers, original_weights, unmerge_layer
+from ._merging import (
+    check_adapters_to_merge,
+    merge_layers,
+    note_sharing,
+    original_weights,
+    take_adapter_out,
+    unmerge_layers,
+)
 from ._new_tensors import making_tensors
 from ._parameters import check_stacks, find_parameters, stack_of
 from ._prompt_encoder import BasePromptEncoder
@@ -273,7 +279,8 @@ class BaseTuner(nn.Module, ABC):
             all_names.setdefault(id(module), []).append(name)
         matched = self._matched_names(modules, config, state_dict, parameters)
         refuse_offloaded(model, config, matched)
-        self._check_tied_modules(model, config)
+        with original_weights(self._layers()):
+            self._check_tied_modules(model, config)
         names = with_ties(matched, config.target_modules_to_tie or {})
         self._check_targets(model, config, names)
         targets = {name: modules[name] for name in self._with_parts(names, modules, all_names)}
@@ -569,6 +576,7 @@ class BaseTuner(nn.Module, ABC):
                     if key is None:
                         self._check_kind(module, name, arguments.get("owner"))
                     updated.append(present)
+                    take_adapter_out(present, adapter_name)
                     with explaining_tie(name, ties, config):
                         present.update_layer(adapter_name, config=config, **arguments)
                     if not module.training:
@@ -595,7 +603,6 @@ class BaseTuner(nn.Module, ABC):
                 layer.train(False)
             layer._active_adapter = self.active_adapters
             slots.replace(module, layer)
-        self._mark_tied_bases(model)
 
     def _present_layer(self, module: nn.Module, parameter: str | None) -> BaseTunerLayer | None:
         """Find the layer that adapts a module, or a parameter of it, for other adapters already."""
@@ -604,13 +611,6 @@ class BaseTuner(nn.Module, ABC):
         # one method's layers may derive from another's, as AdaLoRA's do from LoRA's
         kinds = tuple(self.layer_classes.values()) or self.tuner_layer_cls
         return next((layer for layer in stack_of(module) if isinstance(layer, kinds)), None)
-
-    def _mark_tied_bases(self, model: nn.Module) -> None:
-        """Tell layers whose base weight other modules hold too, so that merging one of them alone leaves those be."""
-        tied = {identity_of(group.parameter) for group in find_tied_groups(model, with_replicas=True)}
-        for layer in self._layers() if tied else ():
-            weight = layer.stored_weight()
-            layer.base_is_tied = weight is not None and identity_of(weight) in tied
 
     def _layer_arguments_for(self, config: PeftConfig) -> Callable[[list[str]], dict[str, Any]]:
         """Give a function from the names of a target to what its layer is made with beside the config."""
@@ -678,6 +678,7 @@ class BaseTuner(nn.Module, ABC):
     def _finish(self, adapter_name: str, config: PeftConfig) -> None:
         """Freeze the base model and let the active adapters be trained."""
         shield_tie_weights(self.model)
+        note_sharing(self.model)
         quantization = get_quantization_kwargs(self.model)
         for layer in self.model.modules() if quantization else ():
             if isinstance(layer, BaseTunerLayer) and layer.quantization_backend is not None:
@@ -752,6 +753,7 @@ class BaseTuner(nn.Module, ABC):
                     f"adapter {name!r} was trained with bias={bias!r}: biases are changed in the base model itself, "
                     "so switching the adapter off does not give the base model's outputs"
                 )
+        unmerge_layers(self._layers())  # all at once: layers that share a weight would each be left with a copy
         for _, module in adapter_modules(self.model):
             module.enable_adapters(False)
 
@@ -775,9 +777,8 @@ class BaseTuner(nn.Module, ABC):
             PeftValueError: if there is no adapter of that name.
         """
         self._config_of(adapter_name)
-        for layer in self._layers():
-            if adapter_name in layer.merged_adapters:  # may be impossible, and then nothing has been deleted yet
-                unmerge_layer(layer)
+        # may be impossible, and then nothing has been deleted yet
+        unmerge_layers(layer for layer in self._layers() if adapter_name in layer.merged_adapters)
         delete_adapter(self.model, adapter_name, self.prefix)
         del self.peft_config[adapter_name]
         if adapter_name in self.active_adapters:
@@ -808,11 +809,9 @@ class BaseTuner(nn.Module, ABC):
 
     def unmerge_adapter(self) -> None:
         """Take merged adapters out of the base weights."""
-        merged = [layer for layer in self._layers() if layer.merged]
-        if not merged:
+        if not any(layer.merged for layer in self._layers()):
             warn("no adapter is merged, so there is nothing to unmerge")
-        for layer in merged:
-            unmerge_layer(layer)
+        unmerge_layers(self._layers())
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -846,9 +845,7 @@ class BaseTuner(nn.Module, ABC):
         Biases that were trained (`bias="all"`) are part of the base model and stay; modules that were trained in full
         stay with them then, so that the result is not half of one model and half of another.
         """
-        for layer in self._layers():
-            if layer.merged:
-                unmerge_layer(layer)
+        unmerge_layers(self._layers())
         biases = [name for name in self.active_adapters if getattr(self.peft_config[name], "bias", "none") != "none"]
         return self._unload(merge=bool(biases), safe_merge=False, adapter_names=None)
 

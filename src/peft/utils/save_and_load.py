@@ -22,6 +22,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ..config import HUB_KWARGS, refuse_local
 from ..tuners._layer import BaseTunerLayer
+from ..tuners._merging import merging_layers, taken_out
 from ..tuners._surgery import adapter_modules, innermost_module
 from .adapter_keys import Place, adapter_key_map, bias_key_map, embedding_key_map, read_forms, write_forms
 from .constants import (
@@ -242,7 +243,8 @@ def load_tensors(
     report.warn(quiet)
     present = model.state_dict(keep_vars=True)
     missing = [plain_name(key) for key, tensor in present.items() if id(tensor) not in filled]
-    _assign(model, live, values)
+    with taken_out(merging_layers(model), adapter_name):
+        _assign(model, live, values)
     if hasattr(model, "load_reports"):
         model.load_reports[adapter_name] = report
     result = LoadResult(missing_keys=missing, unexpected_keys=list(report.unexpected))

@@ -390,9 +390,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     @property
     def weight(self) -> torch.Tensor:
         """The weight with the tokens of the active adapters, for those who compute with it instead of the module."""
-        layer = self.token_adapter
-        off = layer.disable_adapters or layer.merged
-        return layer.get_merged_weights([] if off else filter(layer.has_adapter, layer.active_adapters))
+        return self.token_adapter.get_merged_weights(self.token_adapter.adapters_to_apply())
 
     @property
     def _disable_adapters(self) -> bool:

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..tuners._layer import BaseTunerLayer
-from ..tuners._surgery import adapter_modules
+from ..tuners._merging import merging_layers, original_weights
+from ..tuners._surgery import adapter_modules, bare_modules
 from .same_tensor import identity_of
 from .tying import TiedGroup, containing, contains_one_of, declared_but_untied, find_tied_groups, module_of
 
@@ -82,7 +83,8 @@ def weight_tying_report(model: nn.Module) -> TyingReport:
 
     Args:
         model: any model: bare, with injected adapters, a `PeftModel`, or a merged one. Ties that a transformers model
-            declares and does not have are reported as not shared.
+            declares and does not have are reported as not shared, and so are those whose members are not merged alike
+            at this moment.
 
     Example:
 
@@ -96,10 +98,11 @@ def weight_tying_report(model: nn.Module) -> TyingReport:
         0.weight, 1.weight          -        base model  yes     64
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    groups = find_tied_groups(base)
+    with original_weights(merging_layers(base)):  # while something is merged, a tie may have come apart
+        groups, declared = find_tied_groups(base), declared_but_untied(base)
     rows = []
     for group in groups:
-        rows.append(_row(group.members, None, "base model", [group.parameter]))
+        rows.append(_row(group.members, None, "base model", _at_members(base, group)))
         for adapter in getattr(model, "peft_config", None) or ():
             present = _in_place_of(base, group, adapter)
             if any(identity_of(parameter) != identity_of(group.parameter) for parameter in present):
@@ -107,7 +110,7 @@ def weight_tying_report(model: nn.Module) -> TyingReport:
             rows += _target_row(base, group, adapter)
     rows += [
         _row((owner, follower), None, "declared by the model", [one, other])
-        for owner, follower, one, other in declared_but_untied(base)
+        for owner, follower, one, other in declared
     ]
     return TyingReport(tuple(rows))
 
@@ -190,6 +193,12 @@ def _row(members: tuple[str, ...], adapter: str | None, route: str, present: lis
     tensors = {identity_of(tensor): tensor for tensor in present}
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return TyingRow(members, members[0], adapter, route, len(tensors) == 1, size)
+
+
+def _at_members(base: nn.Module, group: TiedGroup) -> list[torch.Tensor]:
+    """Find what the base model has at each member of a group at this moment."""
+    modules = dict(bare_modules(base))
+    return [modules[module_of(member)]._parameters[member.rpartition(".")[2]] for member in group.members]
 
 
 def _in_place_of(base: nn.Module, group: TiedGroup, adapter: str) -> list[nn.Parameter]:

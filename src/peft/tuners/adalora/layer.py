@@ -12,6 +12,7 @@ from torch import nn
 from ...utils.error import PeftValueError
 from .._kinds import stores_weight_transposed
 from .._layer import AdditiveLayer, BaseTunerLayer, unwrapped
+from .._merging import changes_adapter
 from ..lora.layer import Linear, LoraLayer
 from .allocation import RankAllocator
 from .config import AdaLoraConfig
@@ -139,6 +140,7 @@ class AdaLoraLayer(LoraLayer):
             for name in RANK_AXIS:
                 getattr(self, name)[adapter_name].normal_()
 
+    @changes_adapter
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str) -> None:
         """
@@ -151,6 +153,7 @@ class AdaLoraLayer(LoraLayer):
         self.lora_A[adapter_name].normal_(std=0.02)
         self.lora_B[adapter_name].normal_(std=0.02)
 
+    @changes_adapter
     @torch.no_grad()
     def resize(self, adapter_name: str, mask: Sequence[bool]) -> None:
         """

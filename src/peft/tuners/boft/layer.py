@@ -14,6 +14,7 @@ from torch import nn
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
 from .._kinds import stores_weight_transposed
+from .._merging import changes_adapter, take_adapter_out
 from .._rotations import BlockRotation, Rotation, RotationLayer, cayley, full_precision, identity_like
 from ..tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from .config import BOFTConfig
@@ -232,6 +233,7 @@ class BOFTLayer(RotationLayer):
         """Start as the identity, or at random."""
         self.reset_boft_parameters(adapter_name, config.init_weights)
 
+    @changes_adapter
     def reset_boft_parameters(self, adapter_name: str, init_weights: bool) -> None:
         """
         Start an adapter anew.
@@ -252,6 +254,7 @@ class BOFTLayer(RotationLayer):
         present, factors = self.boft_R[adapter_name], found.pop()
         if factors != len(present):
             _check_factors(factors, self.rows_to_rotate(), present.shape[-1])
+            take_adapter_out(self, adapter_name)  # which takes the factors that were merged
             data = present.data.new_empty(factors, *present.shape[1:])
             self.boft_R[adapter_name] = nn.Parameter(data, requires_grad=present.requires_grad)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
+from .._merging import changes_adapter
 from .._rotations import Rotation, RotationLayer, full_precision
 from ..tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from .config import HRAConfig
@@ -108,6 +109,7 @@ class HRALayer(RotationLayer):
         else:
             self.reset_hra_parameters(adapter_name)
 
+    @changes_adapter
     def reset_hra_parameters(self, adapter_name: str) -> None:
         """
         Start an adapter anew, as the identity if the number of reflections is even.
@@ -126,6 +128,7 @@ class HRALayer(RotationLayer):
             nn.init.kaiming_uniform_(half, a=5**0.5)
             u.data.copy_(half.repeat_interleave(2, dim=1))
 
+    @changes_adapter
     def reset_hra_parameters_random(self, adapter_name: str) -> None:
         """
         Start an adapter anew, at random.

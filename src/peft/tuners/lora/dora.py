@@ -288,12 +288,12 @@ def weight_norm(
     Args:
         layer: the layer that has the adapter's tensors.
         adapter: name; None for the norm of W alone.
-        weight: W; the base weight if left out.
+        weight: W; the base weight if left out, without what is merged.
 
     Returns:
         (out,) in float32 at least, and never 0.
     """
-    weight = layer.get_base_weight() if weight is None else weight
+    weight = layer.weight_before_merge() if weight is None else weight
     squares = base_squares(layer, weight)
     if adapter is not None:
         with gather_params_ctx(weight), torch.autocast(weight.device.type, enabled=False):

@@ -13,7 +13,7 @@ from torch import nn
 from ...utils.error import PeftRuntimeError, PeftValueError
 from .._kinds import embed, stores_weight_transposed
 from .._layer import AdditiveLayer, BaseTunerLayer, unwrapped
-from .._merging import check_adapters_to_merge
+from .._merging import changes_adapter, check_adapters_to_merge
 from .._scaling import Scaled
 from .config import LoraConfig
 from .conv import OnConvolution
@@ -325,6 +325,7 @@ class LoraLayer(StartMethods, MixedBatches, Scaled, AdditiveLayer):
         left, right = (w.T if t else w for w, (_, t) in zip(factors, self.factor_layout, strict=True))
         return left, right
 
+    @changes_adapter
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """
         Start an adapter's factors anew.
@@ -415,6 +416,10 @@ class LoraLayer(StartMethods, MixedBatches, Scaled, AdditiveLayer):
             self.variants[adapter].unmerge_weight_(self, adapter, weight)
         else:
             super().unmerge_weight_(adapter, weight)
+
+    def adds_delta(self, adapter: str) -> bool:
+        """Say whether the adapter is plain LoRA; a variant may do something else with the weight."""
+        return adapter not in self.variants
 
     def can_unmerge(self, adapter: str) -> bool:
         """Say whether the adapter can be taken out of a weight again; plain LoRA can."""

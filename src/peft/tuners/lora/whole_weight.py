@@ -32,9 +32,7 @@ class OnWholeWeight:
     @property
     def applied_adapters(self) -> list[str]:
         """Names of the adapters that the base layer has to be given at the moment."""
-        if self._disable_adapters or self.merged:
-            return []
-        return [name for name in self.active_adapters if self.has_adapter(name)]
+        return self.adapters_to_apply()
 
     def adapted_weight(self) -> torch.Tensor:
         """Compute the base weight with the active adapters, in the weight's type."""

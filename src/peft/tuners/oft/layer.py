@@ -10,6 +10,7 @@ from torch import nn
 
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
+from .._merging import changes_adapter
 from .._rotations import BlockRotation, RotationLayer, cayley, full_precision, identity_like
 from ..tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from .config import OFTConfig
@@ -281,6 +282,7 @@ class OFTLayer(RotationLayer):
         """Start without a turn, or at random."""
         self.reset_oft_parameters(adapter_name, config.init_weights)
 
+    @changes_adapter
     def reset_oft_parameters(self, adapter_name: str, init_weights: bool) -> None:
         """
         Start an adapter anew.

@@ -15,7 +15,7 @@ from ...utils.integrations import dequantize_module_weight, gather_params_ctx
 from .._adapter_module import Borrowed
 from .._buffer_dict import BufferDict
 from .._kinds import scale_rows
-from .._layer import WeightLayer, unwrapped
+from .._layer import BaseTunerLayer, WeightLayer, unwrapped
 from .config import TrainableTokensConfig
 
 
@@ -107,6 +107,15 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
         """Put the rows in their places, and keep those that stood there."""
         self.trainable_tokens_original[adapter] = self._rows(adapter, weight).detach().clone()
         super().merge_weight_(adapter, weight)
+
+    def commutes_with(self, adapter: str, other: BaseTunerLayer, other_adapter: str) -> bool:
+        """Rows of different tokens have no order."""
+        if not isinstance(other, TrainableTokensLayer):
+            return False
+        tokens, others = (
+            layer.source(name).token_indices[name] for layer, name in ((self, adapter), (other, other_adapter))
+        )
+        return set(tokens).isdisjoint(others)
 
     def inverse_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         """Put back the rows that stood there."""
