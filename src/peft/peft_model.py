@@ -520,8 +520,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             save_directory: folder; it is made if it is missing.
             safe_serialization: write safetensors; False writes a pickle.
             selected_adapters: names to write; all if left out.
-            save_embedding_layers: also write the base weights of the embeddings; "auto" does so if the vocabulary was
-                resized.
+            save_embedding_layers: also write the base weights of the embeddings; "auto" does so if they
+                differ from those of the published base model, as after resizing the vocabulary.
             is_main_process: False to write nothing, on all processes of a run but one.
             path_initial_model_for_weight_conversion: folder with a LoRA adapter as it was before training. What was
                 trained from it is written as plain LoRA of twice the rank, which fits the base model as it was before

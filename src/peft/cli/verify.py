@@ -73,7 +73,7 @@ def _check_fit(file: "TensorFile", skeleton: "nn.Module", config: Any) -> list[t
     """Compare names, shapes and ties with those of an adapter that is made for the base model."""
     from ..mapping_func import get_peft_model
     from ..tuners._surgery import adapter_modules
-    from ..utils.adapter_keys import adapter_key_map, bias_key_map, embedding_key_map, read_forms
+    from ..utils.adapter_keys import Place, adapter_key_map, bias_key_map, embedding_tensors, read_forms
     from ..utils.save_and_load import live_tensors, under_new_names
     from ..utils.tying import restore_aliases
 
@@ -84,7 +84,7 @@ def _check_fit(file: "TensorFile", skeleton: "nn.Module", config: Any) -> list[t
         module.prepare_to_load("default", found)
     keys = adapter_key_map(model, "default")
     keys.update(bias_key_map(model, "default", getattr(config, "bias", "none")))
-    optional = {key: place for key, place in embedding_key_map(model).items() if key not in keys}
+    optional = {key: Place(key) for key in embedding_tensors(model) if key not in keys}
     keys.update(optional)
     content = read_forms(model, "default", under_new_names(model, found, "default", keys))
     live = live_tensors(model, {place.key for place in keys.values()})

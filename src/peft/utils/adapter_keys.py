@@ -193,14 +193,29 @@ def bias_key_map(model: nn.Module, adapter_name: str, which: str) -> dict[str, P
 
 
 def embedding_key_map(model: nn.Module) -> dict[str, Place]:
-    """List the base weights of a model's input and output embeddings."""
+    """List the base weights of a model's input and output embeddings, those that the model itself names."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     wanted = {id(without_adapters_around(layer)) for layer in (input_embedding(base), output_embedding(base))}
-    keys = {}
-    for name, module in walk(model, into_bases=True):
-        if id(module) in wanted and module._parameters.get("weight") is not None:
-            live = f"{name}.weight"
-            # a module that is trained in full is in the checkpoint already, under the name that the base has
-            if ".original_module" not in name:
-                keys[live] = Place(live)
-    return keys
+    weights = embedding_tensors(model).items()
+    return {live: Place(live) for live, (module, key) in weights if id(module) in wanted and key == "weight"}
+
+
+def embedding_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """
+    List the base weights of all embeddings, and weight and bias of the output embedding: what has a row per token.
+
+    A module that is trained in full is left out: it is in a checkpoint already, under the name that the base has.
+
+    Returns:
+        Name of the tensor -> the module that holds it, and its name there.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = without_adapters_around(output_embedding(base))
+    main = without_adapters_around(input_embedding(base))
+    return {
+        f"{name}.{key}": (module, key)
+        for name, module in walk(model, into_bases=True)
+        if (isinstance(module, nn.Embedding) or module is head or module is main) and ".original_module" not in name
+        for key in ("weight", "bias")
+        if module._parameters.get(key) is not None
+    }

@@ -24,7 +24,15 @@ from ..config import HUB_KWARGS, refuse_local
 from ..tuners._layer import BaseTunerLayer
 from ..tuners._merging import merging_layers, taken_out
 from ..tuners._surgery import adapter_modules, innermost_module
-from .adapter_keys import Place, adapter_key_map, bias_key_map, embedding_key_map, read_forms, write_forms
+from .adapter_keys import (
+    Place,
+    adapter_key_map,
+    bias_key_map,
+    embedding_key_map,
+    embedding_tensors,
+    read_forms,
+    write_forms,
+)
 from .constants import (
     EMBEDDING_LAYER_NAMES,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -41,7 +49,7 @@ from .offload import computing_device, is_offloaded
 from .other import AuxiliaryTrainingWrapper, infer_device
 from .tensor_hashes import hashes_to_header
 from .tying import aliases_to_header, restore_aliases, split_aliases
-from .vocabulary import vocabulary_has_grown
+from .vocabulary import changed_embeddings
 from .warning import warn
 from .wrapped_names import plain_name, renamed
 
@@ -77,8 +85,8 @@ def get_peft_model_state_dict(
         state_dict: the model's state dict, if it had to be gathered from several processes.
         adapter_name: name.
         unwrap_compiled: take the model out of `torch.compile`'s wrapper first.
-        save_embedding_layers: also write the base weights of the embeddings; "auto" does so if the vocabulary was
-            resized since the base model was loaded.
+        save_embedding_layers: also write the base weights of the embeddings; "auto" does so if they differ
+            from those of the published base model, as after resizing the vocabulary.
 
     Raises:
         PeftKeyError: if there is no adapter of that name.
@@ -116,7 +124,7 @@ def collect_tensors(
     state_dict = renamed(model.state_dict() if state_dict is None else state_dict, plain_name)
     keys = adapter_key_map(model, adapter_name)
     keys.update(bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
-    keys.update(_chosen_embedding_keys(model, config, save_embedding_layers))
+    keys.update(_chosen_embedding_keys(model, adapter_name, state_dict, save_embedding_layers))
     missing = [place.key for place in keys.values() if place.key not in state_dict]
     if missing:
         raise PeftKeyError(
@@ -135,15 +143,26 @@ def _config_of(model: nn.Module, adapter_name: str) -> Any:
     return configs[adapter_name]
 
 
-def _chosen_embedding_keys(model: nn.Module, config: Any, choice: str | bool) -> dict[str, Place]:
-    if not choice or (choice == "auto" and not vocabulary_has_grown(model, config)):
+def _chosen_embedding_keys(
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor], choice: str | bool
+) -> dict[str, Place]:
+    """Choose the base weights of embeddings that are saved with an adapter."""
+    if not choice:
         return {}
     keys = embedding_key_map(model)
-    if keys and choice == "auto":
-        warn(
-            "the vocabulary was resized, so the base weights of the embeddings are saved with the adapter; "
-            "save_embedding_layers=False leaves them out"
-        )
+    if choice == "auto":
+        changed = changed_embeddings(model, _config_of(model, adapter_name), state_dict)
+        report = getattr(model, "load_reports", {}).get(adapter_name)
+        brought = set(report.loaded) - set(report.expected) if report is not None else set()
+        if not changed and not brought.intersection(keys):
+            return {}
+        keys.update((name, Place(name)) for name in changed)
+        if changed:
+            warn(
+                f"{', '.join(changed[:4])}{' ...' if len(changed) > 4 else ''} differ from the published base "
+                "model's, as they do after the vocabulary was resized, so the base weights of the embeddings are "
+                "saved with the adapter; save_embedding_layers=False leaves them out"
+            )
     if not keys and input_embedding(model) is None:
         warn("save_embedding_layers was given, but the model does not say which layers its embeddings are")
     return keys
@@ -208,8 +227,8 @@ def load_tensors(
     keys = adapter_key_map(model, adapter_name)
     keys.update(bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
     expected = tuple(keys)
-    for saved, place in embedding_key_map(model).items():
-        keys.setdefault(saved, place)
+    for name in embedding_tensors(model):
+        keys.setdefault(name, Place(name))
     tensors = under_new_names(model, tensors, adapter_name, keys)
     live = live_tensors(model, {place.key for place in keys.values()})
     content = read_forms(model, adapter_name, tensors)
