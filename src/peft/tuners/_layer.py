@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..utils.error import PeftNotImplementedError
-from ..utils.offload import computing_device
+from ..utils.offload import computing_device, refuse_copy_of_offloaded, tensor_of
 from ..utils.quantization_utils import QuantizationBackend, quantization_extra_repr, resolve_quantization_backend
 from ..utils.warning import warn
 from ._adapter_module import AdapterModule, copy_borrowing, shared_places
@@ -149,7 +149,9 @@ class BaseTunerLayer(AdapterModule, ABC):
     def get_base_weight(self) -> torch.Tensor:
         """Give the weight of the base layer that is adapted; if it is quantised, as a dense matrix of its own."""
         backend = self.quantization_backend
-        return self.stored_weight() if backend is None else backend.get_base_weight(self.get_base_layer())
+        if backend is not None:
+            return backend.get_base_weight(self.get_base_layer())
+        return tensor_of(self.get_base_layer(), self.weight_name)
 
     def inner_weight(self) -> torch.Tensor:
         """Give the weight that this layer's adapters meet: the base weight as adapter layers inside leave it."""
@@ -187,7 +189,7 @@ class BaseTunerLayer(AdapterModule, ABC):
     @property
     def bias(self) -> torch.Tensor | None:
         """Bias of the base layer, None for layers without one."""
-        return getattr(self.get_base_layer(), "bias", None)
+        return tensor_of(self.get_base_layer(), "bias")
 
     def extra_repr(self) -> str:
         """Say how the base layer is quantised, if it is."""
@@ -717,7 +719,7 @@ class WeightLayer(BaseTunerLayer):
         weight = inner = self.inner_weight()
         for adapter in adapters:
             weight = self.source(adapter).forward_weight(adapter, weight)
-        bias, dtype = getattr(layer, "bias", None), self.stored_weight().dtype
+        bias, dtype = tensor_of(layer, "bias"), self.stored_weight().dtype
         if self.quantization_backend is not None:  # the layer would bring inputs and bias to a type of its own
             dtype = x.dtype if x.is_floating_point() else weight.dtype
             bias = None if bias is None else bias.to(dtype)
@@ -831,6 +833,7 @@ class ReplacementLayer(BaseTunerLayer):
 
     def make_adapter(self, adapter_name: str, config: Any, **arguments: Any) -> None:
         """Copy the base layer."""
+        refuse_copy_of_offloaded(self.get_base_layer())
         self._copies()[adapter_name] = copy_module(self.get_base_layer()).requires_grad_(True)
 
     def follow(self, adapter_name: str, owner: "ReplacementLayer") -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..utils.error import PeftRuntimeError, PeftTypeError, PeftValueError
-from ..utils.offload import refuse_merge_into_offloaded
+from ..utils.offload import Replacements, is_offloaded, refuse_merge_into_offloaded
 from ..utils.same_tensor import identity_of
 from ..utils.warning import warn
 from ._surgery import adapter_modules, base_modules
@@ -122,9 +122,11 @@ class Sharing:
     places: list[tuple[nn.Module, str]]
 
 
-def _holder(module: nn.Module, name: str) -> dict[str, torch.Tensor | None]:
+def _holder(module: nn.Module, name: str) -> dict[str, torch.Tensor | None] | Replacements:
     holders = (module._parameters, module._buffers, module.__dict__)
-    return next(held for held in holders if name in held)
+    held = next(held for held in holders if name in held)
+    # a placeholder stays where it is, and what it stands for is replaced
+    return Replacements(module) if getattr(held[name], "is_meta", False) and is_offloaded(module) else held
 
 
 def check_adapters_to_merge(module: "BaseTunerLayer", adapter_names: Sequence[str] | None = None) -> list[str]:
@@ -201,10 +203,10 @@ def _check_mergeable(layers: Iterable["BaseTunerLayer"], adapter_names: Sequence
         if len(together) > 1:
             layer.check_mergeable_together(together)
         for name in wanted:
-            refuse_merge_into_offloaded(base)
             _refuse_without_storage(layer, name)
             layer.check_mergeable(name)
             if backend is not None:
+                refuse_merge_into_offloaded(base)
                 backend.check_mergeable(base)
                 quantised[backend.name] = None
     if quantised:
@@ -464,10 +466,11 @@ def _merge_sharing(
     layers = [layer for layer, _ in members]
     first, everything = members[0]
     state, backend = first._merge_state, first.quantization_backend
-    needs_original = backend is not None or not all(layer.source(name).can_unmerge(name) for layer, name in everything)
-    copied = backend is None and (apart or (needs_original and not for_good))
-    # what is rounded each time that it is changed is merged anew, from the original
-    not_replaced = backend is not None or not state.replaces(first.weight_name)
+    # what is rounded each time that it is changed, or is not here, is merged anew, from the original
+    anew = backend is not None or is_offloaded(first.get_base_layer())
+    needs_original = anew or not all(layer.source(name).can_unmerge(name) for layer, name in everything)
+    copied = not anew and (apart or (needs_original and not for_good))
+    not_replaced = anew or not state.replaces(first.weight_name)
     if state.contributions and (copied or needs_original) and not_replaced:
         _unmerge_all(layers)
     done = len(state.contributions)
@@ -476,6 +479,8 @@ def _merge_sharing(
     for layer, name in everything[done:]:
         layer.source(name).prepare_merge(name)
     weight = first.get_base_weight()
+    if anew and backend is None:
+        weight = weight.detach().clone()
     for place in range(done, len(everything)):
         layer, name = everything[place]
         layer.source(name).merge_weight_(name, weight)
@@ -484,6 +489,9 @@ def _merge_sharing(
             other._merge_state.contributions.append(target[place])
     if backend is not None:
         _store_quantized(layers, weight, keep=apart or not for_good)
+    elif anew:
+        for layer in layers:
+            layer._merge_state.replace(layer.get_base_layer(), layer.weight_name, weight)
 
 
 def _replace_weight(layers: Sequence["BaseTunerLayer"]) -> None:
@@ -513,7 +521,7 @@ def _merge_other_tensors(contributions: Iterable["Contribution"]) -> None:
             path, _, tensor_name = tensor_key.rpartition(".")
             module = base.get_submodule(path)
             present = _holder(module, tensor_name)[tensor_name]
-            key = identity_of(present)
+            key = (id(module), tensor_name) if present is None else identity_of(present)
             if key not in merged:
                 is_parameter = isinstance(present, nn.Parameter)
                 merged[key] = nn.Parameter(value, present.requires_grad) if is_parameter else value

@@ -130,7 +130,7 @@ class Dora(LoraVariant):
     def start(self, layer: "LoraLayer", adapter: str, init_lora_weights: bool | str) -> None:
         """Start the factors, and the magnitudes so that the weight is W + scaling * B A at first."""
         magnitude = layer.lora_magnitude_vector[adapter].weight
-        is_known = not (magnitude.is_meta or layer.stored_weight().is_meta)
+        is_known = not (magnitude.is_meta or layer.get_base_weight().is_meta)
         # where the start takes B A out of W, the sum is what W was
         norm = weight_norm(layer, None) if is_known and changes_base(init_lora_weights) else None
         layer.start_factors(adapter, init_lora_weights)

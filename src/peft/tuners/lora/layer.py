@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...utils.error import PeftRuntimeError, PeftValueError
+from ...utils.offload import tensor_of
 from .._kinds import embed, stores_weight_transposed
 from .._layer import AdditiveLayer, BaseTunerLayer, unwrapped
 from .._merging import changes_adapter, check_adapters_to_merge
@@ -487,7 +488,7 @@ class LoraLayer(StartMethods, MixedBatches, Scaled, AdditiveLayer):
         Args:
             adapters: names.
         """
-        bias = getattr(self.get_base_layer(), self.bias_name, None)
+        bias = tensor_of(self.get_base_layer(), self.bias_name)
         for adapter in adapters:
             if self.lora_bias[adapter]:
                 own = self.lora_B[adapter].bias * self.scaling[adapter]
@@ -498,7 +499,7 @@ class LoraLayer(StartMethods, MixedBatches, Scaled, AdditiveLayer):
         """Add factor B's bias to the base layer's."""
         if not self.lora_bias[adapter]:
             return {}
-        return {self.bias_name: self.merged_bias(adapter, getattr(self.get_base_layer(), self.bias_name))}
+        return {self.bias_name: self.merged_bias(adapter, tensor_of(self.get_base_layer(), self.bias_name))}
 
     # ------------------------------------------------------------------------------------------------------- scaling
     def _configured_scaling(self, adapter: str) -> float:

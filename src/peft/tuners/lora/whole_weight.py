@@ -12,6 +12,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...utils.offload import onloaded, tensor_of
 from ...utils.warning import warn
 from .._merging import merge_layer
 from .config import LoraConfig
@@ -49,7 +50,7 @@ class OnWholeWeight:
         return weight
 
     def _with_biases(self, adapters: list[str]) -> torch.Tensor | None:
-        bias = getattr(self.get_base_layer(), self.bias_name, None)
+        bias = tensor_of(self.get_base_layer(), self.bias_name)
         for adapter in adapters:
             if self.lora_bias[adapter]:
                 bias = self.merged_bias(adapter, bias)
@@ -79,7 +80,8 @@ class OnWholeWeight:
         if any(self.lora_bias[adapter] for adapter in adapters):
             tensors[inside + self.bias_name] = self._with_biases(adapters)
         # another name of the same parameter is another place, which has an adapter of its own if it has one
-        return functional_call(self.base_layer, tensors, (x, *args), kwargs, tie_weights=False)
+        with onloaded(self.get_base_layer()):
+            return functional_call(self.base_layer, tensors, (x, *args), kwargs, tie_weights=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """

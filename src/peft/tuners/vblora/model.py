@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.offload import computing_device
 from ...utils.quantization_utils import stored_weight
 from .._new_tensors import check_size, new_parameter
 from ..tuners_utils import BaseTuner
@@ -76,8 +77,9 @@ class VBLoRAModel(BaseTuner):
             return
         weight = stored_weight(layers[0])
         like, bound = new_parameter(weight, 0), config.init_vector_bank_bound
-        check_size((config.num_vectors, config.vector_length), weight, like.dtype, weight.device)
-        bank = torch.empty(config.num_vectors, config.vector_length, dtype=like.dtype, device=weight.device)
+        device = computing_device(layers[0], weight)
+        check_size((config.num_vectors, config.vector_length), weight, like.dtype, device)
+        bank = torch.empty(config.num_vectors, config.vector_length, dtype=like.dtype, device=device)
         self.vblora_vector_bank[adapter_name] = nn.Parameter(nn.init.uniform_(bank, -bound, bound))
 
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:

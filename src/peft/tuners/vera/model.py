@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.offload import computing_device
 from ...utils.quantization_utils import stored_weight
 from .._kinds import features
 from .._new_tensors import check_size, new_parameter
@@ -79,7 +80,8 @@ class VeraModel(BaseTuner):
         for container, shape in ((self.vera_A, (config.r, inputs)), (self.vera_B, (outputs, config.r))):
             check_size(shape, largest, torch.float32, "cpu")
             container.persistent = config.save_projection
-            container[adapter_name] = draw_projection(shape, weight, generator)
+            drawn = draw_projection(shape, weight, generator)
+            container[adapter_name] = drawn.to(computing_device(layers[0], weight))
 
 
 def draw_projection(shape: tuple[int, int], weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -90,10 +92,10 @@ def draw_projection(shape: tuple[int, int], weight: torch.Tensor, generator: tor
 
     Args:
         shape: (outputs, inputs).
-        weight: base weight, whose device and type the matrix belongs to.
+        weight: base weight, whose type the matrix is rounded to.
         generator: on the CPU, so that a seed stands for the same matrix on every device.
     """
     bound = math.sqrt(6 / shape[1])
     matrix = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
     dtype = new_parameter(weight, 0).dtype
-    return (matrix.to(weight.dtype) if weight.dtype.itemsize > 1 else matrix).to(weight.device, dtype)
+    return (matrix.to(weight.dtype) if weight.dtype.itemsize > 1 else matrix).to(dtype)
