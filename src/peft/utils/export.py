@@ -22,7 +22,8 @@ from torch import nn
 from ..tuners._surgery import adapter_modules
 from .error import PeftNotImplementedError, PeftRuntimeError, PeftValueError
 from .files import write_atomically
-from .tying import aliases_to_header, configs_that_tie, find_tied_groups, split_aliases
+from .tie_flag import configs_that_tie
+from .tying import aliases_to_header, find_tied_groups, split_aliases
 from .tying_report import weight_tying_report
 
 

@@ -26,6 +26,7 @@ from .embeddings import input_embedding, without_adapters_around
 from .error import PeftError, PeftValueError
 from .near_names import did_you_mean
 from .same_tensor import identity_of
+from .tie_flag import computes_with_flag, configs_that_tie, forget_declared_ties
 from .warning import warn
 
 
@@ -575,27 +576,34 @@ def _set_parameter(model: nn.Module, member: str, parameter: nn.Parameter) -> No
 def _declare_untied(model: nn.Module, apart: Iterable[TiedGroup]) -> None:
     """Make a model whose members were adapted apart survive saving and loading with transformers."""
     configs = [config for module in model.modules() for config in configs_that_tie(module)]
-    for config in configs:
-        config.tie_word_embeddings = False
-    if configs:
-        # The flag stands for all ties at once, and tensors that are still shared are saved under one name only. So
-        # what is still tied gets tensors of its own, or it would be missing in the file.
-        for group in find_tied_groups(model):
-            for member in group.followers:
-                _set_parameter(model, member, nn.Parameter(group.parameter.detach().clone(), requires_grad=False))
+    flag = ""
+    if configs and computes_with_flag(model):
+        forgotten = forget_declared_ties(model)
+        _give_own_tensors(model, lambda member: member in forgotten)
+        flag = (
+            "; tie_word_embeddings stays True in its config, since the model computes something else without it, and "
+            "transformers 5 or newer, which keeps members apart that differ, is needed to read it from files"
+        )
+    elif configs:
+        for config in configs:
+            config.tie_word_embeddings = False
+        _give_own_tensors(model, lambda member: True)  # the flag stands for all ties at once
+        flag = "; tie_word_embeddings is False in its config now, so that saving and loading keeps them apart"
     members = "; ".join(", ".join(repr(member) for member in group.members) for group in apart)
-    flag = "; tie_word_embeddings is False in its config now, so that saving and loading keeps them apart"
     warn(
-        f"modules that shared a weight were adapted apart and are no longer tied in the merged model ({members})"
-        f"{flag if configs else ''}"
+        f"modules that shared a weight were adapted apart and are no longer tied in the merged model ({members}){flag}"
     )
 
 
-def configs_that_tie(module: nn.Module) -> list[Any]:
-    """Give the configs of a module, nested ones too, that say that embeddings are tied."""
-    config = getattr(module, "config", None)
-    text = getattr(config, "text_config", None)
-    return [c for c in (config, text) if getattr(c, "tie_word_embeddings", False)]
+def _give_own_tensors(model: nn.Module, wanted: Callable[[str], bool]) -> None:
+    """
+    Part members that are still tied, but that transformers would not tie when it reads the model.
+
+    Tensors that are shared are saved under one name only, so the others would be missing in the file.
+    """
+    for group in find_tied_groups(model):
+        for member in filter(wanted, group.followers):
+            _set_parameter(model, member, nn.Parameter(group.parameter.detach().clone(), requires_grad=False))
 
 
 def split_aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Place]]:
