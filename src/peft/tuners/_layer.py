@@ -33,6 +33,7 @@ from ._merging import (
     unmerge_layer,
 )
 from ._new_tensors import copy_module, new_parameter
+from ._reading import read_bias, read_weight
 
 
 if TYPE_CHECKING:
@@ -183,13 +184,25 @@ class BaseTunerLayer(AdapterModule, ABC):
 
     @property
     def weight(self) -> torch.Tensor:
-        """Weight of the base layer, as it is stored."""
-        return self.stored_weight()
+        """Weight of the base layer, as it is stored; as it is computed with for modules that do so themselves."""
+        return read_weight(self)
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """Bias of the base layer, None for layers without one."""
-        return tensor_of(self.get_base_layer(), "bias")
+        """Bias of the base layer, in the same way; None for layers without one."""
+        return read_bias(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """Give plain settings of the base layer, such as `eps` or `padding_idx`, for modules that read them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            settings = self.get_base_layer().__dict__
+            if name not in settings:
+                raise
+            return settings[name]
 
     def extra_repr(self) -> str:
         """Say how the base layer is quantised, if it is."""
@@ -596,6 +609,10 @@ class BaseTunerLayer(AdapterModule, ABC):
         """
         return {}
 
+    def bias_after(self, adapter: str, bias: torch.Tensor) -> torch.Tensor:
+        """Compute what an adapter makes of a bias of the base layer's shape; most methods leave it alone."""
+        return bias
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether an adapter can be converted to LoRA."""
         return False
@@ -816,9 +833,12 @@ class ActivationLayer(BaseTunerLayer):
 
     def merged_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
         """Scale the bias, if it is the output that is scaled."""
-        if self.bias is None or self._meets_input(adapter):
-            return {}
-        return {"bias": self.bias * self.source(adapter).feature_scale(adapter).to(self.bias)}
+        bias = tensor_of(self.get_base_layer(), "bias")
+        return {} if bias is None or self._meets_input(adapter) else {"bias": self.bias_after(adapter, bias)}
+
+    def bias_after(self, adapter: str, bias: torch.Tensor) -> torch.Tensor:
+        """Scale the bias likewise."""
+        return bias if self._meets_input(adapter) else bias * self.source(adapter).feature_scale(adapter).to(bias)
 
 
 class ReplacementLayer(BaseTunerLayer):
@@ -865,6 +885,10 @@ class ReplacementLayer(BaseTunerLayer):
     def weight_with(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         """Give the weight of the copy."""
         return getattr(self._copies()[adapter], self.weight_name)
+
+    def bias_after(self, adapter: str, bias: torch.Tensor) -> torch.Tensor:
+        """Give the bias of the copy."""
+        return self._copies()[adapter].bias
 
     def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """The weight is replaced like the other tensors, see `merged_tensors`."""

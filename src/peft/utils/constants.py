@@ -19,6 +19,10 @@ QUESTION_ANSWERING_HEAD_NAMES = ["qa_outputs"]
 
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 DUMMY_TARGET_MODULES = "dummy-target-modules"
+# state space models of transformers, and the layers in them whose weights fused kernels read without calling them
+MAMBA_MODEL_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+MAMBA_FUSED_LAYERS = ("out_proj", "conv1d")
+
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
 

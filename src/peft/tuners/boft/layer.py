@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...utils.error import PeftValueError
+from ...utils.offload import tensor_of
 from ...utils.warning import warn
 from .._kinds import stores_weight_transposed
 from .._merging import changes_adapter, take_adapter_out
@@ -275,7 +276,7 @@ class BOFTLayer(RotationLayer):
 
     def correct_output(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """Scale the outputs, but not the bias."""
-        scale, bias = self.boft_s[adapter].flatten(), self.bias
+        scale, bias = self.boft_s[adapter].flatten(), tensor_of(self.get_base_layer(), "bias")
         scaled = result * scale if bias is None else torch.addcmul(bias * (1 - scale), result, scale)
         return scaled.to(result.dtype)
 

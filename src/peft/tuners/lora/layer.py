@@ -495,6 +495,10 @@ class LoraLayer(StartMethods, MixedBatches, Scaled, AdditiveLayer):
                 bias = own if bias is None else bias + own.to(bias)
         return bias
 
+    def bias_after(self, adapter: str, bias: torch.Tensor) -> torch.Tensor:
+        """Add factor B's bias, if it has one, to a bias of the base layer."""
+        return self.merged_bias(adapter, bias) if self.lora_bias.get(adapter) else bias
+
     def merged_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
         """Add factor B's bias to the base layer's."""
         if not self.lora_bias[adapter]:

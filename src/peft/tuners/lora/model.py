@@ -10,7 +10,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ...config import PeftConfig
-from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from ...utils.constants import (
+    MAMBA_FUSED_LAYERS,
+    MAMBA_MODEL_TYPES,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.integrations import changes_weights_while_loading
 from ...utils.save_and_load import collect_tensors
@@ -207,7 +211,8 @@ class LoraModel(BaseTuner):
         return without_start(output_state_dict, {f"base_model.{key}": tensor for key, tensor in start.items()})
 
     def _check_targets(self, model: nn.Module, config: LoraConfig, names: list[str]) -> None:
-        """Believe the layers, not the config, in how weights are stored."""
+        """Refuse what fused kernels pass by; believe the layers, not the config, in how weights are stored."""
+        self._check_fused_kernels(model, config, names)
         layers = [unwrapped(model.get_submodule(name)) for name in names]
         transposed = {stores_weight_transposed(layer) for layer in layers if isinstance(layer, (nn.Linear, Conv1D))}
         if transposed == {not config.fan_in_fan_out}:
@@ -217,6 +222,25 @@ class LoraModel(BaseTuner):
                 f"{'(in, out)' if config.fan_in_fan_out else '(out, in)'}; {config.fan_in_fan_out} is used"
             )
         self._check_start(model, config, {name: model.get_submodule(name) for name in names})
+
+    def _check_fused_kernels(self, model: nn.Module, config: LoraConfig, names: list[str]) -> None:
+        """
+        Refuse layers that models of the Mamba family hand to kernels as mere weights.
+
+        Raises:
+            PeftValueError: if a target is one.
+        """
+        model_type = self.get_model_config(model).get("model_type")
+        if model_type not in MAMBA_MODEL_TYPES:
+            return
+        reached = [*names, *map(module_of, config.target_parameters or ())]
+        fused = [name for name in reached if name.rpartition(".")[2] in MAMBA_FUSED_LAYERS]
+        if fused:
+            raise PeftValueError(
+                f"{fused[0]!r} is a layer of a model of type {model_type!r}, whose fused kernels read the weights of "
+                f"{' and '.join(MAMBA_FUSED_LAYERS)} and never call these layers, so that factors there would not be "
+                "trained. Target others, such as in_proj and x_proj, by name"
+            )
 
     def _check_start(self, model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module]) -> None:
         """Refuse an initialisation that cannot make factors of the base weights."""
