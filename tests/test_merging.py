@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close, assert_equal, refused, seeded, warned
-from method_options import OPTIONS
+from method_options import OPTIONS, layered_methods
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from peft import (
     LoHaConfig,
@@ -389,3 +390,73 @@ def test_a_refused_adapter_is_not_kept_by_the_layers_that_are_there(monkeypatch:
         model.add_adapter("loha", LoHaConfig(r=2, target_modules=["hidden"]))
     gc.collect()
     assert [ref() for ref in made] == [None]
+
+
+# ------------------------------------------------------------------------------------------ weights that are computed
+PARAMETRISATIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "weight_norm_by_hook": torch.nn.utils.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "spectral_norm_by_hook": torch.nn.utils.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+}
+CAN_BE_WRITTEN = ("weight_norm", "weight_norm_by_hook")
+ON_LINEAR = [name for name in layered_methods() if name != "TRAINABLE_TOKENS"] + ["LORA-dora"]
+each_parametrisation = pytest.mark.parametrize("parametrisation", PARAMETRISATIONS)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def parametrised(parametrisation: str) -> Tied:
+    """A model whose hidden layer computes its weight; it has been used."""
+    base = tied()
+    with seeded():
+        PARAMETRISATIONS[parametrisation](base.hidden)
+    base.eval()(IDS)
+    return base
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+@each_parametrisation
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_merging_through_a_parametrisation(parametrisation: str, method: str) -> None:
+    name, _, variant = method.partition("-")
+    options = {**OPTIONS.get(name, {}), **({"use_dora": True} if variant else {})}
+    with seeded():
+        base = parametrised(parametrisation)
+        before, config = base(IDS), PEFT_TYPE_TO_CONFIG_MAPPING[name](target_modules=["hidden"], **options)
+        model = moved(get_peft_model(base, config))
+    adapted = model(IDS)
+    assert not torch.allclose(adapted, before, atol=1e-3)
+    layer = base.hidden
+    if parametrisation in CAN_BE_WRITTEN or not layer.changes_weight:
+        for merging in (model.merge_adapter, lambda: layer.merge(safe_merge=True)):
+            merging()
+            assert layer.merged
+            assert_close(model(IDS), adapted)
+            model.unmerge_adapter()
+            assert_equal(model(IDS), adapted)
+            with model.disable_adapter():
+                assert_close(model(IDS), before)
+        assert_close(model.merge_and_unload()(IDS), adapted)
+        return
+    for refusing in (model.merge_adapter, model.merge_and_unload, layer.merge):
+        with refused(model, NotImplementedError, "is computed by", "Keep the adapter unmerged"):
+            refusing()
+        assert_equal(model(IDS), adapted)
+    assert_close(model.unload()(IDS), before)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+@each_parametrisation
+def test_starts_that_change_the_base_are_refused_where_it_is_computed(parametrisation: str, start: str) -> None:
+    base = parametrised(parametrisation)
+    before = base(IDS)
+    with refused(base, ValueError, "computes anew in each forward pass", "another initialisation"):
+        get_peft_model(base, LoraConfig(r=2, target_modules=["hidden"], init_lora_weights=start))
+    assert_equal(base(IDS), before)
+
+
+def test_what_computes_a_weight_is_no_target() -> None:
+    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
+    assert model.base_model.targeted_module_names == ["0"]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..utils.computed_weights import ComputedWeight, find_computed_weight
 from ..utils.error import PeftNotImplementedError
 from ..utils.offload import computing_device, refuse_copy_of_offloaded, tensor_of
 from ..utils.quantization_utils import QuantizationBackend, quantization_extra_repr, resolve_quantization_backend
@@ -60,6 +61,7 @@ class BaseTunerLayer(AdapterModule, ABC):
         container_classes: class of a container, where it is not `nn.ParameterDict` for tensors or `dict` for settings.
         weight_name: name of the base layer's parameter that is adapted.
         parameter_name: the same for layers that adapt a named parameter, whatever their base layer does with it.
+        changes_weight: whether merging changes that parameter; False if it only replaces tensors (`merged_tensors`).
         supports_mixed_batch: whether each sample of a batch can have an adapter of its own.
         base_layer: the wrapped layer.
         quantization_backend: what the base layer's weight is quantised by; None if it is not.
@@ -71,6 +73,7 @@ class BaseTunerLayer(AdapterModule, ABC):
     container_classes: Mapping[str, Callable[[], Any]] = {}
     weight_name: str = "weight"
     parameter_name: str | None = None
+    changes_weight: bool = True
     supports_mixed_batch: bool = True
     quantization_backend: QuantizationBackend | None = None
 
@@ -153,6 +156,12 @@ class BaseTunerLayer(AdapterModule, ABC):
         if backend is not None:
             return backend.get_base_weight(self.get_base_layer())
         return tensor_of(self.get_base_layer(), self.weight_name)
+
+    def computed_weight(self) -> ComputedWeight | None:
+        """Say how the base layer computes the weight that is merged into; None if it holds it, as most do."""
+        if self.quantization_backend is not None or not self.changes_weight:
+            return None
+        return find_computed_weight(self.get_base_layer(), self.weight_name)
 
     def inner_weight(self) -> torch.Tensor:
         """Give the weight that this layer's adapters meet: the base weight as adapter layers inside leave it."""
@@ -847,6 +856,8 @@ class ReplacementLayer(BaseTunerLayer):
 
     The copies stand in the one container of `adapter_layer_names`. With several active adapters the last one counts.
     """
+
+    changes_weight = False
 
     def _copies(self) -> nn.ModuleDict:
         return self._modules[self.adapter_layer_names[0]]

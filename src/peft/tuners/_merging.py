@@ -37,11 +37,18 @@ class Original:
     A tensor of the base model in whose place a module holds another one while something is merged.
 
     Quantised layers also have attributes that go with the tensor.
+
+    Attributes:
+        module: the module.
+        name: the tensor's name there.
+        tensor: the one that does not stand there at the moment.
+        of: attribute of the base layer whose value it is, or is computed from.
     """
 
     module: nn.Module
     name: str
     tensor: torch.Tensor | None
+    of: str
 
     def swap(self) -> None:
         """Exchange the tensor with the one that the module holds."""
@@ -68,13 +75,13 @@ class MergeState:
 
     def replaces(self, name: str) -> bool:
         """Say whether a tensor of that name was replaced."""
-        return any(original.name == name for original in self.originals)
+        return any(original.of == name for original in self.originals)
 
-    def replace(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    def replace(self, module: nn.Module, name: str, tensor: torch.Tensor, of: str | None = None) -> None:
         """Put a tensor into a module of the base model; what stood there at first is kept."""
         held = _holder(module, name)
         if not any(original.module is module and original.name == name for original in self.originals):
-            self.originals.append(Original(module, name, held[name]))
+            self.originals.append(Original(module, name, held[name], of or name))
         held[name] = tensor
 
     def restore(self) -> None:
@@ -205,6 +212,7 @@ def _check_mergeable(layers: Iterable["BaseTunerLayer"], adapter_names: Sequence
         for name in wanted:
             _refuse_without_storage(layer, name)
             layer.check_mergeable(name)
+            _refuse_what_is_computed(layer, name)
             if backend is not None:
                 refuse_merge_into_offloaded(base)
                 backend.check_mergeable(base)
@@ -214,6 +222,17 @@ def _check_mergeable(layers: Iterable["BaseTunerLayer"], adapter_names: Sequence
             f"merging into weights that are quantised ({', '.join(quantised)}) rounds them anew, so outputs differ a "
             "little from those of the adapter beside the weights; unmerging brings the weights back as they were"
         )
+
+
+@torch.no_grad()
+def _refuse_what_is_computed(layer: "BaseTunerLayer", name: str) -> None:
+    """Refuse a base weight that is computed from tensors that cannot stand for the merged one."""
+    computed = layer.computed_weight()
+    if computed is not None:
+        weight, source = layer.get_base_weight().detach().clone(), layer.source(name)
+        source.prepare_merge(name)
+        source.merge_weight_(name, weight)
+        computed.tensors_for(weight)
 
 
 def _refuse_without_storage(layer: "BaseTunerLayer", name: str) -> None:
@@ -465,12 +484,12 @@ def _merge_sharing(
     """
     layers = [layer for layer, _ in members]
     first, everything = members[0]
-    state, backend = first._merge_state, first.quantization_backend
+    state, tensors_for = first._merge_state, _tensors_for(first)
+    is_held = tensors_for is None
     # what is rounded each time that it is changed, or is not here, is merged anew, from the original
-    anew = backend is not None or is_offloaded(first.get_base_layer())
-    needs_original = anew or not all(layer.source(name).can_unmerge(name) for layer, name in everything)
-    copied = not anew and (apart or (needs_original and not for_good))
-    not_replaced = anew or not state.replaces(first.weight_name)
+    needs_original = not is_held or not all(layer.source(name).can_unmerge(name) for layer, name in everything)
+    copied = is_held and (apart or (needs_original and not for_good))
+    not_replaced = not is_held or not state.replaces(first.weight_name)
     if state.contributions and (copied or needs_original) and not_replaced:
         _unmerge_all(layers)
     done = len(state.contributions)
@@ -478,20 +497,27 @@ def _merge_sharing(
         _replace_weight(layers)
     for layer, name in everything[done:]:
         layer.source(name).prepare_merge(name)
-    weight = first.get_base_weight()
-    if anew and backend is None:
-        weight = weight.detach().clone()
+    weight = first.get_base_weight() if is_held else first.get_base_weight().detach().clone()
     for place in range(done, len(everything)):
         layer, name = everything[place]
         layer.source(name).merge_weight_(name, weight)
         _merge_other_tensors([target[place] for _, target in members])
         for other, target in members:
             other._merge_state.contributions.append(target[place])
+    if not is_held:
+        _store(layers, tensors_for(weight), keep=apart or not for_good)
+
+
+def _tensors_for(layer: "BaseTunerLayer") -> Callable[[torch.Tensor], dict[str, Any]] | None:
+    """Give what turns a weight into the tensors that the base layer has in its place; None if it holds the weight."""
+    if not layer.changes_weight:
+        return None
+    backend, computed = layer.quantization_backend, layer.computed_weight()
     if backend is not None:
-        _store_quantized(layers, weight, keep=apart or not for_good)
-    elif anew:
-        for layer in layers:
-            layer._merge_state.replace(layer.get_base_layer(), layer.weight_name, weight)
+        return functools.partial(backend.requantize, layer.get_base_layer())
+    if computed is not None:
+        return computed.tensors_for
+    return (lambda weight: {layer.weight_name: weight}) if is_offloaded(layer.get_base_layer()) else None
 
 
 def _replace_weight(layers: Sequence["BaseTunerLayer"]) -> None:
@@ -502,14 +528,19 @@ def _replace_weight(layers: Sequence["BaseTunerLayer"]) -> None:
         layer._merge_state.replace(layer.get_base_layer(), layer.weight_name, copied)
 
 
-def _store_quantized(layers: Sequence["BaseTunerLayer"], weight: torch.Tensor, keep: bool) -> None:
-    """Quantise a merged weight, and give it to the layers that share it; what they had can be kept."""
-    for name, value in layers[0].quantization_backend.requantize(layers[0].get_base_layer(), weight).items():
+def _store(layers: Sequence["BaseTunerLayer"], tensors: Mapping[str, Any], keep: bool) -> None:
+    """Give what stands for a merged weight to the layers that share it; what they had can be kept."""
+    for key, value in tensors.items():
+        path, _, name = key.rpartition(".")
         for layer in layers:
+            module = layer.get_base_layer().get_submodule(path)
+            present = _holder(module, name)[name]
+            if isinstance(present, nn.Parameter) and not isinstance(value, nn.Parameter):
+                value = nn.Parameter(value, present.requires_grad)
             if keep:
-                layer._merge_state.replace(layer.get_base_layer(), name, value)
+                layer._merge_state.replace(module, name, value, of=layer.weight_name if path else None)
             else:
-                _holder(layer.get_base_layer(), name)[name] = value
+                _holder(module, name)[name] = value
 
 
 def _merge_other_tensors(contributions: Iterable["Contribution"]) -> None:

@@ -132,8 +132,13 @@ def copy_module(module: nn.Module, instead: Mapping[int, nn.Parameter] | None = 
         module: what to copy. Adapters that are made without storage get a copy without storage.
         instead: id of a parameter -> the parameter that the copy has in its place. These are never copied.
     """
-    replaced = dict(instead or {})
+    replaced: dict[int, torch.Tensor] = dict(instead or {})
     if on_meta():
         for parameter in module.parameters():
             replaced.setdefault(id(parameter), nn.Parameter(torch.empty_like(parameter, device="meta")))
+    for child in module.modules():
+        for value in vars(child).values():
+            # the last value of a weight that hooks of torch.nn.utils compute anew each time
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                replaced[id(value)] = value.detach().clone()
     return copy.deepcopy(module, replaced)

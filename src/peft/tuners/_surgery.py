@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..utils.wrapped_names import WRAPPED
 from ._base_changes import deferring_base_changes
@@ -106,7 +107,8 @@ def names_of_modules(model: nn.Module) -> dict[str, nn.Module]:
         names.setdefault(name, module)
         while is_adapter_module(module) and module._base_names == ("base_layer",):
             module = module._modules["base_layer"]
-        children = module._modules
+        # what computes a layer's weight is no layer, whatever its name ends with
+        children = {} if isinstance(module, ParametrizationList) else module._modules
         if children and not is_adapter_module(module):
             prefix = f"{name}." if name else ""
             stack.extend(

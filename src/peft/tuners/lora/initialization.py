@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ...utils.computed_weights import find_computed_weight
 from ...utils.error import PeftNotImplementedError, PeftRuntimeError, PeftTypeError, PeftValueError
 from ...utils.quantization_utils import resolve_quantization_backend
 from .._base_changes import change_base
@@ -273,6 +274,12 @@ def why_base_cannot_change(
         return lambda name: PeftTypeError(
             f"init_lora_weights={name!r} changes the base weight, which is quantised here ({backend.name}); start the "
             "adapter before the model is quantised, or use another initialisation"
+        )
+    computed = find_computed_weight(base, "weight")
+    if computed is not None:
+        return lambda name: PeftValueError(
+            f"init_lora_weights={name!r} changes the base weight, which a {kind} layer computes anew in each forward "
+            f"pass ({computed.kind}); use another initialisation, or take the parametrisation off first"
         )
     if weight is None or weight.dim() != 2:
         return lambda name: PeftValueError(
