@@ -2,6 +2,8 @@
 # peft: the fork in which tied weights stay tied
 """`PeftModel`: adapters by name, what is trained when, what is forwarded to the base model."""
 
+import copy
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from peft import (
 )
 from peft.functional import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils import prepare_model_for_kbit_training
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.warning import PeftWarning
 
@@ -399,6 +402,38 @@ def test_generate_with_an_adapter_per_sample(beams: int) -> None:
     names = ["b", "__base__", "a"]
     mixed = model.generate(input_ids=ids, adapter_names=names, **options)
     assert torch.equal(mixed, torch.stack([rows[name][i] for i, name in enumerate(names)]))
+
+
+class Checkpointing(nn.Module):
+    """A model that says by itself that it checkpoints activations, without transformers' methods for it."""
+
+    is_gradient_checkpointing = is_activation_checkpointing = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.lin = nn.Embedding(4, 4), nn.Linear(4, 4)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Name the embedding."""
+        return self.emb
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Be asked for it."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Map ids to features."""
+        return self.lin(self.emb(ids))
+
+
+@pytest.mark.parametrize("prepare", ["get_peft_model", "prepare_model_for_kbit_training"])
+def test_a_checkpointing_model_of_ones_own_can_be_copied_and_pickled(prepare: str) -> None:
+    """Its embedding has a hook by then, which lets gradients through."""
+    net = Checkpointing()
+    if prepare == "prepare_model_for_kbit_training":
+        prepare_model_for_kbit_training(net)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["lin"]))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.get_base_model().emb(torch.tensor([1])).requires_grad
 
 
 # ------------------------------------------------------------------------------------------ adapter per sample

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ from .model_card import write_model_card
 from .model_status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .prompt_inputs import call_with_prompt, generate_with_prompt
 from .prompt_learning import PromptEncoders
+from .tuners._call_context import Call, calling, current_call, remember
 from .tuners._matching import ends_like
 from .tuners._new_tensors import making_tensors
 from .tuners._surgery import adapter_modules, all_or_nothing
 from .tuners.lora.plain_lora import convert_on_save
 from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from .utils.constants import DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .utils.embeddings import input_embedding, without_adapters_around
+from .utils.embeddings import input_embedding, let_output_require_grad, without_adapters_around
 from .utils.error import (
     PeftNotImplementedError,
     PeftPathError,
@@ -232,10 +233,19 @@ class PeftModel(PushToHubMixin, nn.Module):
             kwargs: passed on, but for `adapter_names`: one adapter name per sample of the batch, `"__base__"` for
                 none.
         """
-        with self._adapter_per_sample(kwargs.pop("adapter_names", None)):
-            if "prompt_encoder" in self._modules:
-                return call_with_prompt(self.prompt_encoder, args, kwargs)
-            return self.base_model(*args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None and current_call() is None:
+            return self._call_base(args, kwargs)
+        with self._adapter_per_sample(adapter_names) as call:
+            outputs = self._call_base(args, kwargs)
+            if torch.is_grad_enabled():
+                remember(call, outputs)
+            return outputs
+
+    def _call_base(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if "prompt_encoder" in self._modules:
+            return call_with_prompt(self.prompt_encoder, args, kwargs)
+        return self.base_model(*args, **kwargs)
 
     def _forward_task(self, named: dict[str, Any], kwargs: dict[str, Any]) -> Any:
         """Call the base model with those of a task's arguments that were given."""
@@ -289,40 +299,23 @@ class PeftModel(PushToHubMixin, nn.Module):
             raise PeftTypeError(f"{_text(self.peft_type)} puts no prompt in front of inputs")
         return self.prompt_encoder
 
-    @contextmanager
-    def _adapter_per_sample(self, adapter_names: Sequence[str] | None, copies: bool = False) -> Iterator[None]:
+    def _adapter_per_sample(
+        self, adapter_names: Sequence[str] | None, copies: bool = False
+    ) -> AbstractContextManager[Call]:
         """
-        Tell every adapter module which adapter each sample of the batch gets.
+        Begin a call in which each sample of the batch has an adapter of its own.
 
         Args:
-            adapter_names: one name per sample.
+            adapter_names: one name per sample; None for the active adapters, whatever a call around this one says.
             copies: whether samples may come several times in a row, as with beams.
         """
         if adapter_names is None:
-            yield
-            return
+            return calling(adapter_names=None, modules=())
         if "prompt_encoder" in self._modules:
             raise PeftValueError("adapter_names does not work with prompt learning: one prompt is used at a time")
         modules = [module for _, module in adapter_modules(self)]
         self._check_adapter_per_sample(adapter_names, modules)
-
-        def pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            rows = len(args[0]) if args else len(adapter_names)
-            if copies and rows % len(adapter_names) == 0:
-                times = rows // len(adapter_names)
-                return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(times)]}
-            if rows != len(adapter_names):
-                raise PeftValueError(
-                    f"adapter_names has {len(adapter_names)} entries for a batch of {len(args[0])}; give one each"
-                )
-            return args, {**kwargs, "adapter_names": adapter_names}
-
-        handles = [module.register_forward_pre_hook(pass_names, with_kwargs=True) for module in modules]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return calling(adapter_names=list(adapter_names), modules=frozenset(map(id, modules)), repeats=copies)
 
     def _check_adapter_per_sample(self, adapter_names: Sequence[str], modules: list[nn.Module]) -> None:
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
@@ -372,7 +365,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         elif (embedding := input_embedding(model)) is not None:
-            embedding.register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+            let_output_require_grad(embedding)
         return model
 
     # ------------------------------------------------------------------------------------------------------- counting

@@ -10,13 +10,14 @@ can be called step by step.
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from .prompt_learning import PromptEncoders, input_embedding, refuse_checkpointing
+from .tuners._call_context import calling, current_call
 from .utils.caches import CACHE_NAMES, cache_parameter, given_cache
 from .utils.error import PeftValueError
 from .utils.peft_types import TaskType
@@ -80,17 +81,14 @@ def generate_with_prompt(prompts: PromptEncoders, args: tuple, kwargs: Inputs) -
         if not prompts.active_encoder.fills_cache:  # generate calls the encoder once, by itself
             kwargs = _with_encoder_prompt(prompts, kwargs, task_ids)
 
-    def rewrite(module: nn.Module, args: tuple, inputs: Inputs) -> tuple[tuple, Inputs]:
+    def rewrite(args: tuple, inputs: Inputs) -> tuple[tuple, Inputs]:
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if inputs.get("use_cache") is False:  # each step reads all tokens anew; a prefix has come back as a cache
             _take_cache(inputs)
         return args, put_in_front(prompts, inputs, task_ids)
 
-    handle = model.register_forward_pre_hook(rewrite, with_kwargs=True)
-    try:
+    with _rewriting_inputs(model, rewrite):
         return model.generate(*args, **kwargs)
-    finally:
-        handle.remove()
 
 
 def put_in_front(prompts: PromptEncoders, inputs: Inputs, task_ids: torch.Tensor | None = None) -> Inputs:
@@ -268,19 +266,27 @@ def _shift_positions(inputs: Inputs, tokens: int, in_front: bool = False) -> Non
         inputs[name] = shifted
 
 
-@contextmanager
-def _cache_for_backbone(model: nn.Module, cache: Any) -> Iterator[None]:
+def _cache_for_backbone(model: nn.Module, cache: Any) -> AbstractContextManager[None]:
     """Hand a cache to the backbone of a model whose head does not pass it on, such as a classifier."""
     backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
     name = cache_parameter(backbone) if isinstance(backbone, nn.Module) else None
     if name is None:
         raise PeftValueError(f"{type(model).__name__} takes no past_key_values, which prefix tuning needs")
+    return _rewriting_inputs(backbone, lambda args, kwargs: (args, {**kwargs, name: cache}))
 
-    def add(module: nn.Module, args: tuple, kwargs: Inputs) -> tuple[tuple, Inputs]:
-        return args, {**kwargs, name: cache}
 
-    handle = backbone.register_forward_pre_hook(add, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+@contextmanager
+def _rewriting_inputs(module: nn.Module, rewrite: Callable[[tuple, Inputs], tuple[tuple, Inputs]]) -> Iterator[None]:
+    """Change the arguments of a module that is called inside, but not where another thread calls it meanwhile."""
+    mine = object()
+
+    def change(module: nn.Module, args: tuple, kwargs: Inputs) -> tuple[tuple, Inputs] | None:
+        call = current_call()
+        return rewrite(args, kwargs) if call is not None and mine in call.notes else None
+
+    with calling(notes={mine: True}):
+        handle = module.register_forward_pre_hook(change, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()

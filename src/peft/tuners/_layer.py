@@ -22,6 +22,7 @@ from ..utils.quantization_utils import QuantizationBackend, quantization_extra_r
 from ..utils.warning import warn
 from ._adapter_module import AdapterModule, copy_borrowing, shared_places
 from ._buffer_dict import BufferDict
+from ._call_context import names_of_rows
 from ._kinds import along_axis, along_features, apply_weight, feature_axis, features
 from ._merging import (
     MergeState,
@@ -474,6 +475,8 @@ class BaseTunerLayer(AdapterModule, ABC):
             kwargs: passed on too, but for `adapter_names`: one name per sample of the batch, `"__base__"` for none.
         """
         adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            adapter_names = names_of_rows(self, (x,))
         if adapter_names is not None and not (self._disable_adapters or self.merged):
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
         adapters = self.adapters_to_apply() if adapter_names is None else None

@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """Asking a model which its embeddings are: many have no such methods, or methods that refuse to answer."""
 
+import torch
 from torch import nn
 
 from ..tuners._surgery import is_adapter_module
@@ -49,3 +50,18 @@ def without_adapters_around(module: nn.Module | None) -> nn.Module | None:
             break
         module = module._modules[inner[0]]
     return module
+
+
+def let_output_require_grad(module: nn.Module) -> None:
+    """
+    Let gradients flow through the output of a frozen module, without which checkpointed layers would get none.
+
+    Args:
+        module: such as an embedding.
+    """
+    module.register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    # with a name of its own, since models with hooks are pickled
+    output.requires_grad_(True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .embeddings import input_embedding
+from .embeddings import input_embedding, let_output_require_grad
 from .quantization_utils import get_bnb_param_type, resolve_quantization_backend
 
 
@@ -62,7 +62,7 @@ def _checkpoint_gradients(model: nn.Module, options: dict[str, Any] | None) -> N
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
     elif (embedding := input_embedding(model)) is not None:
-        embedding.register_forward_hook(lambda module, x, output: output.requires_grad_(True))
+        let_output_require_grad(embedding)
     # transformers has given it another name
     name = "activation_checkpointing_enable"
     enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")

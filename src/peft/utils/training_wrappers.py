@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..tuners._adapter_module import AdapterModule, copy_borrowing, shared_places
+from ..tuners._call_context import names_of_rows
 from ..tuners.trainable_tokens.config import TrainableTokensConfig
 from ..tuners.trainable_tokens.layer import TrainableTokensLayer
 from .error import PeftTypeError, PeftValueError
@@ -99,6 +100,8 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
             kwargs: passed on, but for `adapter_names`: one name per sample, `"__base__"` for none.
         """
         adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            adapter_names = names_of_rows(self, args)
         if adapter_names is not None and not self._disable_adapters:
             return self._mixed_batch_forward(adapter_names, *args, **kwargs)
         return self._current_module()(*args, **kwargs)

@@ -7,6 +7,7 @@ Greenewald et al., "Activated LoRA: Fine-tuned LLMs for Intrinsics", 2025, arXiv
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ...utils.caches import given_cache
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
+from .._call_context import Call, begin, calling, current_call, end, remember
 from .variants import LoraVariant
 from .whole_weight import OnWholeWeight
 
@@ -40,7 +42,6 @@ class ActivatedLora(LoraVariant):
 
     name = "aLoRA (alora_invocation_tokens)"
     invocations: "Invocations | None" = None
-    _rows: torch.Tensor | None = None
 
     @classmethod
     def supports(cls, layer: "LoraLayer") -> bool:
@@ -62,11 +63,14 @@ class ActivatedLora(LoraVariant):
     ) -> torch.Tensor:
         """Add the delta at the positions from the invocation on."""
         result = layer.adapted(earlier, x, *args, **kwargs)
-        offsets = self.invocations.offsets.get(adapter) if self.invocations is not None else None
+        call = current_call()
+        noted = None if call is None else call.notes.get(self.invocations)
+        offsets = None if noted is None else noted.offsets.get(adapter)
         if offsets is None:
             return result
-        if self._rows is not None:
-            offsets = offsets[self._rows]
+        rows = call.notes.get(self)
+        if rows is not None:
+            offsets = offsets[rows]
         if x.dim() not in (2, 3) or x.shape[0] % len(offsets) or (x.dim() == 3 and x.shape[0] != len(offsets)):
             raise PeftValueError(
                 f"aLoRA needs an input (batch, length, features) for a batch of {len(offsets)}, found "
@@ -82,11 +86,8 @@ class ActivatedLora(LoraVariant):
         self, layer: "LoraLayer", adapter: str, rows: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Compute samples of a batch, each from its own invocation on."""
-        self._rows = rows
-        try:
+        with calling(notes={self: rows}):
             return super().forward_rows(layer, adapter, rows, x, *args, **kwargs)
-        finally:
-            self._rows = None
 
     def check_mergeable(self, layer: "LoraLayer", adapter: str) -> None:
         """
@@ -101,6 +102,23 @@ class ActivatedLora(LoraVariant):
         )
 
 
+@dataclass
+class Noted:
+    """
+    Where the sequences of one call invoke adapters.
+
+    Attributes:
+        offsets: adapter -> (batch,) number of tokens from the invocation to the end, 0 without one; empty if it is not
+            known.
+        starts: adapter -> (batch,) places from the start of the sequence, what a cache holds of it included.
+        call: the call.
+    """
+
+    offsets: dict[str, torch.Tensor] = field(default_factory=dict)
+    starts: dict[str, torch.Tensor] = field(default_factory=dict)
+    call: Call | None = None
+
+
 class Invocations:
     """
     Where the sequences that a model is given at the moment invoke its adapters.
@@ -108,19 +126,17 @@ class Invocations:
     It hooks into the base model, and reads the token ids of each call, be it by a trainer or one of the steps of
     `generate`. Where the ids continue sequences in a cache, what was found in the earlier part is read from the cache.
 
+    What is found stands in the context of the call (`Noted`), and nothing of it here.
+
     Attributes:
         tokens: adapter -> its invocation tokens.
-        offsets: adapter -> (batch,) number of tokens from the invocation to the end, 0 without one; empty outside of
-            calls, but kept after one that recorded gradients, since checkpointed layers are computed again later.
     """
 
     def __init__(self, model: nn.Module):
         self.tokens: dict[str, list[int]] = {}
-        self.offsets: dict[str, torch.Tensor] = {}
-        self._starts: dict[str, torch.Tensor] = {}
         self._handles = (
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         )
 
     @classmethod
@@ -140,37 +156,43 @@ class Invocations:
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Note the invocations of a call; `alora_offsets` says them where there are no token ids."""
-        self.offsets, self._starts = {}, {}
+        noted = Noted()
         kwargs = dict(kwargs)
         given = kwargs.pop("alora_offsets", None)
         ids = kwargs.get("input_ids", args[0] if args else None)
         if given is not None:
             offsets = torch.tensor([offset or 0 for offset in given])
-            self.offsets = dict.fromkeys(self.tokens, offsets)
+            noted.offsets = dict.fromkeys(self.tokens, offsets)
         elif isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point():
             cache = given_cache(kwargs)
             past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
             for adapter, tokens in self.tokens.items():
                 starts = find_invocations(ids, tokens)
                 starts = torch.where(starts < _NEVER, starts + past, _recorded(cache, adapter, starts))
-                self._starts[adapter] = starts
-                self.offsets[adapter] = (past + ids.shape[1] - starts).clamp(min=0)
+                noted.starts[adapter] = starts
+                noted.offsets[adapter] = (past + ids.shape[1] - starts).clamp(min=0)
         else:
             warn(
                 f"the input has no token ids, so that it is not known where it invokes {', '.join(self.tokens)} "
                 "(aLoRA); the base model computes it. Give input_ids, or alora_offsets, the number of tokens from the "
                 "invocation to the end of each sequence"
             )
+        noted.call = begin(notes={self: noted if noted.offsets else None, (self, "open"): noted})
         return args, kwargs
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Leave a note in the cache, for calls that continue it."""
+        """Leave a note in the cache, for calls that continue it, and one for layers that are computed again."""
+        call = current_call()
+        noted = None if call is None else call.notes.get((self, "open"))
+        if noted is None:  # the call was refused before anything was noted
+            return
+        end(noted.call)
         cache = given_cache(output) if isinstance(output, Mapping) else None
         cache = given_cache(kwargs) if cache is None else cache
-        if self._starts and hasattr(cache, "get_seq_length"):
-            setattr(cache, _STARTS, self._starts)
-        if not torch.is_grad_enabled():
-            self.offsets = {}
+        if noted.starts and hasattr(cache, "get_seq_length"):
+            setattr(cache, _STARTS, noted.starts)
+        if torch.is_grad_enabled():
+            remember(noted.call, output)
 
 
 def _recorded(cache: Any, adapter: str, like: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+What applies to one call of a model, and to nothing that runs beside it.
+
+Layers are shared by all who use a model at the same time, so what belongs to a call, such as the adapter of each of
+its samples, is not written on them. It stands in a context variable, of which each thread and each asyncio task has a
+value of its own, and layers read it while they compute.
+
+Checkpointed layers are computed again in the backward pass, when the call is over and maybe in another thread. So a
+call that recorded gradients is found again through the outputs that it gave.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ..utils.error import PeftValueError
+
+
+@dataclass(eq=False)
+class Call:
+    """
+    What applies to a call.
+
+    Attributes:
+        adapter_names: the adapter of each sample; None if all have those that are active.
+        modules: ids of the modules that this is said to; a model that is called in between has modules of its own.
+        repeats: whether samples may come several times in a row, as with beams.
+        notes: whoever notes something for the time of the call -> what it is.
+        token: what the variable is given back its former value with.
+    """
+
+    adapter_names: Sequence[str] | None = None
+    modules: Collection[int] = ()
+    repeats: bool = False
+    notes: Mapping[Any, Any] = field(default_factory=dict)
+    token: Token | None = None
+
+    def names_for(self, module: nn.Module, args: tuple) -> Sequence[str] | None:
+        """
+        Give the adapter of each row of a module's input; None if nothing is said about that module.
+
+        Args:
+            module: an adapter module.
+            args: what it is called with by position.
+
+        Raises:
+            PeftValueError: if the input has another number of rows.
+        """
+        if self.adapter_names is None or id(module) not in self.modules:
+            return None
+        count = len(self.adapter_names)
+        rows = len(args[0]) if args else count
+        if self.repeats and rows % count == 0:
+            return [name for name in self.adapter_names for _ in range(rows // count)]
+        if rows != count:
+            raise PeftValueError(f"adapter_names has {count} entries for a batch of {rows}; give one each")
+        return self.adapter_names
+
+
+_NOTHING = Call()
+_MARK = "peft_call"
+_call: ContextVar[Call] = ContextVar("peft_call", default=_NOTHING)
+# Calls that run anywhere in the process. Most calls have nothing that applies to them, and are not among these; then
+# layers need not ask for the variable, which compilers cannot read.
+_running: dict[int, Call] = {}
+# backward passes that run, by torch's number -> the call whose part they have come to
+_backward: dict[int, Call] = {}
+
+
+def current_call() -> Call | None:
+    """Give what applies to the call that is computed, or computed again for its gradients; None if nothing does."""
+    if not (_running or _backward):
+        return None
+    return _read()
+
+
+@torch.compiler.disable
+def _read() -> Call | None:
+    call = _call.get()
+    if call is _NOTHING:
+        return _backward.get(torch._C._current_graph_task_id()) if _backward else None
+    return call
+
+
+def names_of_rows(module: nn.Module, args: tuple) -> Sequence[str] | None:
+    """
+    Give the adapter of each row of the input of a module, as the call that is computed says; see `Call.names_for`.
+
+    Args:
+        module: an adapter module.
+        args: what it is called with by position.
+    """
+    call = current_call()
+    return None if call is None else call.names_for(module, args)
+
+
+def begin(**changes: Any) -> Call:
+    """
+    Begin a call inside of the one that is being computed, or part of it; it has to be given to `end`.
+
+    Args:
+        changes: fields of `Call` that are others than in the outer call; `notes` are added to those of the outer one.
+    """
+    outer = current_call() or _NOTHING
+    call = replace(outer, **{**changes, "notes": {**outer.notes, **changes.get("notes", {})}})
+    _running[id(call)] = call
+    call.token = _call.set(call)
+    return call
+
+
+def end(call: Call) -> None:
+    """
+    End what `begin` has begun.
+
+    Args:
+        call: what it gave.
+    """
+    _call.reset(call.token)
+    del _running[id(call)]
+
+
+def remember(call: Call, outputs: Any) -> None:
+    """
+    Let what is computed again in the backward pass find its call.
+
+    Args:
+        call: a call that recorded gradients.
+        outputs: what it gave: tensors, in any structure.
+    """
+    leaves = tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
+    for node in (leaf.grad_fn for leaf in leaves if isinstance(leaf, torch.Tensor)):
+        if node is not None and _MARK not in node.metadata:  # what a call inside of this one has given is that one's
+            node.metadata[_MARK] = True
+            node.register_prehook(partial(_come_to, call))
+
+
+def _come_to(call: Call, gradients: Any) -> None:
+    """Note that a backward pass has come to what a call has computed."""
+    number = torch._C._current_graph_task_id()
+    if number not in _backward:
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_backward.pop, number, None))
+    _backward[number] = call
+
+
+@contextmanager
+def calling(**changes: Any) -> Iterator[Call]:
+    """
+    Compute what is inside as a call.
+
+    Args:
+        changes: see `begin`.
+    """
+    call = begin(**changes)
+    try:
+        yield call
+    finally:
+        end(call)
