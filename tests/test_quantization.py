@@ -448,6 +448,19 @@ def test_evaluating_changes_neither_gradients_nor_what_is_saved(method: str, nes
     assert not any(layer._forward_pre_hooks or layer._state_dict_pre_hooks for layer in base)
 
 
+def test_evaluating_changes_no_gradients_of_prompts(quantized: Callable) -> None:
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = get_peft_model(quantized("bnb 4bit"), config)
+    prompt = model.prompt_encoder["default"].embedding.weight
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(model.train()(IDS, labels=IDS).loss, [prompt])[0]
+
+    expected = gradient()
+    logits(model.eval(), IDS)
+    assert_equal(gradient(), expected)
+
+
 def test_llm_int8_that_trains_in_half_precision_is_not_quantised() -> None:
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     assert resolve_quantization_backend(bnb.nn.Linear8bitLt(4, 4, has_fp16_weights=True)) is None
