@@ -250,6 +250,32 @@ def test_a_tied_and_an_untied_adapter_side_by_side() -> None:
     assert len([p for p in deltas(model) if p.requires_grad]) == 1
 
 
+def test_members_give_one_weight_while_somebody_holds_it() -> None:
+    """Those who divide a model among processes ask for identity; values that were written since count nevertheless."""
+    model = get_peft_model(TIED_MODELS["llama"].build(), lora([3, 5]))
+    base = model.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    assert embedding.weight is head.weight
+    held = head.weight
+    for factor in (2.0, 3.0):
+        before = head.weight.detach().clone()
+        deltas(model)[0].data.mul_(factor)
+        torch.testing.assert_close(head.weight[[3, 5]], before[[3, 5]] * factor)
+        assert head.weight is not held and head.weight is embedding.weight
+        deltas(model)[0].data.div_(factor)
+    for _ in range(2):  # the graph of what is held is gone after the first
+        held = head.weight
+        (held.sum() + embedding.weight.sum()).backward()
+    with torch.no_grad():
+        assert head.weight is not held and not head.weight.requires_grad
+    with model.disable_adapter():
+        assert head.weight is embedding.weight is base.get_input_embeddings().original_module.weight
+    assert copy.deepcopy(model).get_base_model().lm_head.weight is not head.weight
+    model.to("meta")
+    base.tie_weights()
+    assert head.weight is embedding.weight
+
+
 def test_unmerging_restores_the_matrix_bit_for_bit() -> None:
     model = get_peft_model(llama(), lora(TOKENS))
     model.add_adapter("other", lora([5, 9]))

@@ -17,12 +17,15 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 CLIENT = "accelerate"
 pytestmark = pytest.mark.wide  # two processes that each import everything
 
-STEPS, LIMIT = 3, 100.0
+STEPS, LIMIT = 3, 200.0
 ROUTES = {
     "saved": {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["embed_tokens"]},
     "targeted": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "tokens": {"target_modules": ["q_proj", "v_proj"], "trainable_token_indices": [1, 3, 5]},
 }
-CASES = [(wrapping, route) for wrapping in ("ddp", "fsdp2") for route in ROUTES]
+# how accelerate distributes; "lean" is with `cpu_ram_efficient_loading`, which moves the model to the meta device
+WRAPPINGS = ("ddp", "fsdp2", "fsdp2_lean")
+CASES = [(wrapping, route) for wrapping in WRAPPINGS for route in ROUTES]
 
 
 def build(route: str) -> PeftModel:
@@ -52,14 +55,14 @@ def accelerator(wrapping: str):
 
     AcceleratorState._reset_state(reset_partial_state=True)
     made = Accelerator(cpu=True)
-    if wrapping == "fsdp2":
+    if wrapping != "ddp":
         made.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         made.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
             state_dict_type="FULL_STATE_DICT",
-            cpu_ram_efficient_loading=False,
+            cpu_ram_efficient_loading=wrapping == "fsdp2_lean",
         )
     return made
 
@@ -95,7 +98,7 @@ def run(rank: int, wrapping: str, route: str, folder: Path) -> dict:
     forget()
     wanted.load_state(folder / "state")
     result["loaded"] = whole(model)
-    if wrapping == "fsdp2":  # what Trainer does with an adapter
+    if wrapping != "ddp":  # what Trainer does with an adapter
         plugin = wanted.state.fsdp_plugin
         (folder / "only").mkdir(exist_ok=True)
         fsdp_utils.save_fsdp_model(plugin, wanted, model, folder / "only", adapter_only=True)
@@ -133,12 +136,12 @@ def test_two_processes_train_save_and_load(wrapping, route, folder):
     expected = whole(model)
     for rank in range(WORLD):
         result = torch.load(folder / f"{wrapping}-{route}" / f"{rank}.pt")
-        assert result["type"] == {"ddp": "DistributedType.MULTI_CPU", "fsdp2": "DistributedType.FSDP"}[wrapping]
-        assert result["model"].startswith({"ddp": "DistributedDataParallel", "fsdp2": "FSDP"}[wrapping])
+        kind, cls = ("MULTI_CPU", "DistributedDataParallel") if wrapping == "ddp" else ("FSDP", "FSDP")
+        assert result["type"] == f"DistributedType.{kind}" and result["model"].startswith(cls)
         trained = {name.removeprefix("module."): tensor for name, tensor in result["trained"].items()}
         torch.testing.assert_close(trained, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(result["loaded"], result["trained"], rtol=0.0, atol=0.0)
-        if wrapping == "fsdp2":
+        if wrapping != "ddp":
             torch.testing.assert_close(result["loaded_only"], result["trained"], rtol=0.0, atol=0.0)
         assert result["holds"]
         assert result["optimised"] == sum(p.requires_grad for p in model.parameters())

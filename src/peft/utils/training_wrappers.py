@@ -393,7 +393,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     @property
     def weight(self) -> torch.Tensor:
         """The weight with the tokens of the active adapters, for those who compute with it instead of the module."""
-        return self.token_adapter.get_merged_weights(self.token_adapter.adapters_to_apply())
+        return self.token_adapter.current_weight()
 
     @property
     def _disable_adapters(self) -> bool:

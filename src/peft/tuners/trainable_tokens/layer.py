@@ -2,6 +2,8 @@
 # peft: the fork in which tied weights stay tied
 """Rows of an embedding in whose place an adapter has its own, and the same for an output head."""
 
+import functools
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +14,7 @@ from torch import nn
 
 from ...utils.error import PeftIndexError, PeftTypeError, PeftValueError
 from ...utils.integrations import dequantize_module_weight, gather_params_ctx
+from ...utils.same_tensor import identity_of
 from .._adapter_module import Borrowed
 from .._buffer_dict import BufferDict
 from .._kinds import scale_rows
@@ -134,6 +137,29 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
             weight = self.source(adapter).transform_weight(adapter, weight)
         return weight
 
+    def current_weight(self) -> torch.Tensor:
+        """
+        Give the weight with the rows of the active adapters in it.
+
+        As long as somebody holds what was built last, layers whose weight is tied give that very tensor, not an equal
+        one: those who divide a model among processes ask `head.weight is embedding.weight` to see a tie.
+        """
+        adapters = self.adapters_to_apply()
+        built = self.get_merged_weights(adapters)
+        if not adapters or torch.compiler.is_compiling():
+            return built
+        sources = tuple((id(self.source(adapter)), adapter) for adapter in adapters)
+        key = (sources, identity_of(self.stored_weight()), torch.is_grad_enabled())
+        owner = self.source(adapters[0])
+        known, held = _HELD.get(owner, (None, None))
+        present = held() if known == key else None
+        if present is not None and _are_equal(present, built):
+            return present
+        _HELD[owner] = key, weakref.ref(built)
+        if built.requires_grad:  # what was computed with it cannot be used for a second pass back
+            built.register_hook(functools.partial(_let_go, weakref.ref(owner)))
+        return built
+
     def correct_outputs(self, adapters: Sequence[str], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """Exchange looked-up rows, or correct logits; where two adapters have a token, the later one counts."""
         if isinstance(self.get_base_layer(), nn.Embedding) or len(adapters) == 1:
@@ -186,6 +212,25 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
                     "row only could be merged; merge one of the adapters"
                 )
             owners.update(dict.fromkeys(tokens, adapter))
+
+
+# Layer that owns the rows -> what tells a weight with them from others, and that weight while somebody holds it. It is
+# no attribute of the layer, since it must be neither copied nor saved.
+_HELD: weakref.WeakKeyDictionary[TrainableTokensLayer, tuple[tuple, weakref.ref]] = weakref.WeakKeyDictionary()
+
+
+def _let_go(owner: weakref.ref, gradient: torch.Tensor) -> None:
+    layer = owner()
+    if layer is not None:
+        _HELD.pop(layer, None)
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare values, where there are some: rows may have been written to since."""
+    try:
+        return one.is_meta or torch.equal(one, other)
+    except RuntimeError:  # in transforms of torch.func there are no values to be had
+        return False
 
 
 class AddColumns(torch.autograd.Function):
