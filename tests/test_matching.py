@@ -2,16 +2,24 @@
 # peft: the fork in which tied weights stay tied
 """Which modules a config targets: the pure functions, compared with slow and obvious ones where they are fast."""
 
+import copy
 import re
 import warnings
 from typing import Any
 
 import pytest
-from helpers import llama, refused, warned
+import torch
+from helpers import assert_close, llama, logits, refused, seeded, warned
 from hypothesis import given
 from hypothesis import strategies as st
+from method_options import OPTIONS
+from torch import nn
+from transformers import PhimoeConfig, PhimoeForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from peft import LoraConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners._kinds import gives_features
 from peft.tuners._matching import (
     check_target_module_exists,
     dotted_endings,
@@ -274,3 +282,48 @@ def test_rank_pattern_on_a_model(patterns: dict[str, int], ranks: tuple[int, int
     layers = [layer.self_attn.q_proj for layer in model.model.model.layers]
     assert tuple(layer.r["default"] for layer in layers) == ranks
     assert tuple(layer.lora_A["default"].weight.shape[0] for layer in layers) == ranks
+
+
+# ------------------------------------------------------------------------------------------ linear layers and more
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 40,
+}
+
+
+def phimoe() -> PhimoeForCausalLM:
+    """A model whose routers derive from `nn.Linear`, and whose experts are parameters."""
+    config = PhimoeConfig(**SIZES, num_local_experts=2, num_key_value_heads=2, num_experts_per_tok=2)
+    with seeded(0):
+        return PhimoeForCausalLM(config).eval()
+
+
+def test_all_linear_on_routers_and_experts() -> None:
+    model = get_peft_model(phimoe(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
+    attention = {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"}
+    assert set(model.base_model.targeted_module_names) == attention
+    assert not model.peft_config["default"].target_parameters
+    ids = torch.tensor([[1, 2, 3]])
+    assert_close(logits(copy.deepcopy(model).merge_and_unload(), ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("method", ["LORA", "LOHA", "OFT", "IA3"])
+def test_layers_that_are_more_than_linear_are_refused(method: str) -> None:
+    config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    with refused(model := phimoe(), (ValueError, TypeError), "router", "PhimoeTopKRouter", "router.weight"):
+        get_peft_model(model, config_cls(target_modules=["q_proj", "router"], **OPTIONS[method]))
+    model = get_peft_model(model, LoraConfig(r=2, target_parameters=["router.weight"], init_lora_weights=False))
+    ids = torch.tensor([[1, 2, 3]])
+    assert_close(logits(copy.deepcopy(model).merge_and_unload(), ids), logits(model, ids))
+
+
+def test_linear_layers_of_other_classes_are_linear() -> None:
+    class Raising(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x[x.sum().item() :])
+
+    assert gives_features(FalconLinear(4, 3)) and gives_features(Raising(4, 3)) and gives_features(nn.ReLU())
+    assert not gives_features(phimoe().model.layers[0].mlp.router)

@@ -2,6 +2,8 @@
 # peft: the fork in which tied weights stay tied
 """The kinds of base layers, each with the one thing that differs: how it uses its weight."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,6 +23,33 @@ def is_quantized_linear(layer: nn.Module) -> bool:
 def is_linear(layer: nn.Module) -> bool:
     """Say whether a layer is linear, quantised or not."""
     return isinstance(layer, (nn.Linear, Conv1D)) or is_quantized_linear(layer)
+
+
+def gives_features(layer: nn.Module) -> bool:
+    """
+    Say whether a linear layer gives what linear layers do: one tensor, of its output features.
+
+    Routers of some models derive from `nn.Linear` and choose among experts as well. A layer whose class has a forward
+    pass of its own is tried on the meta device, which computes nothing; one that cannot be tried is believed.
+
+    Args:
+        layer: any layer.
+    """
+    if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward or is_quantized_linear(layer):
+        return True
+    trial = copy.copy(layer)
+    trial.__dict__["_parameters"] = {
+        name: None if parameter is None else nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        for name, parameter in layer._parameters.items()
+    }
+    trial.training = False
+    x = torch.empty(1, 2, layer.in_features, device="meta", dtype=layer.weight.dtype)
+    try:
+        with torch.no_grad():
+            output = trial.forward(x)
+    except Exception:  # whatever a layer that somebody else wrote may raise without values
+        return True
+    return isinstance(output, torch.Tensor) and output.shape[-1:] == (layer.out_features,)
 
 
 def can_use_weight(layer: nn.Module) -> bool:

@@ -26,7 +26,6 @@ from ..utils.constants import (
     SEQ_CLS_HEAD_NAMES,
     UPCAST_DTYPES,
 )
-from ..utils.embeddings import output_embedding
 from ..utils.error import (
     NoMatchingPeftModuleError,
     PeftKeyError,
@@ -41,7 +40,6 @@ from ..utils.other import (
     check_additional_trainable_modules,
     set_additional_trainable_modules,
 )
-from ..utils.peft_types import TaskType
 from ..utils.quantization_utils import accompany_layer, get_quantization_kwargs, resolve_quantization_backend
 from ..utils.tying import (
     ReachedTie,
@@ -57,7 +55,8 @@ from ..utils.tying import (
 )
 from ..utils.warning import warn
 from ..utils.wrapped_names import plain_name, with_plain_names
-from ._kinds import can_use_weight, is_linear, is_quantized_linear
+from ._all_linear import all_linear_names
+from ._kinds import can_use_weight, gives_features, is_quantized_linear
 from ._layer import ActivationLayer, AdditiveLayer, BaseTunerLayer, ReplacementLayer, WeightLayer, unwrapped
 from ._matching import (
     Targets,
@@ -84,7 +83,7 @@ from ._new_tensors import making_tensors
 from ._parameters import check_stacks, find_parameters, stack_of
 from ._prompt_encoder import BasePromptEncoder
 from ._replication import clone_module, replicate_layers
-from ._surgery import Slots, adapter_modules, base_modules, base_parameters, names_of_modules, walk, without_collecting
+from ._surgery import Slots, adapter_modules, base_modules, base_parameters, names_of_modules, without_collecting
 from ._switching import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
 from ._tie_weights import shield_tie_weights, unshield_tie_weights
 
@@ -663,6 +662,23 @@ class BaseTuner(nn.Module, ABC):
                 f"{type(self).__name__} cannot adapt {name!r}, which is a {type(unwrapped(target)).__name__}; it "
                 f"adapts {supported}. Narrow target_modules, or list the module in modules_to_save to train it in full"
             )
+        if issubclass(self._layer_class(target) or object, (AdditiveLayer, WeightLayer, ActivationLayer)):
+            self._check_output(unwrapped(target), name)
+
+    @staticmethod
+    def _check_output(layer: nn.Module, name: str) -> None:
+        """
+        Refuse layers that give something else than their kind does: adapters would be added to it, or scale it.
+
+        Raises:
+            UnsupportedLayerError: in that case.
+        """
+        if not gives_features(layer):
+            raise UnsupportedLayerError(
+                f"{name!r} is a {type(layer).__name__}, which is no mere linear layer: its forward pass gives more "
+                f"than its {layer.out_features} output features. Leave it out of target_modules; LoRA can adapt its "
+                f"weight by name, with target_parameters={[name.rpartition('.')[2] + '.weight']}"
+            )
 
     def _create_layer(
         self, target: nn.Module, name: str, adapter_name: str, config: PeftConfig, arguments: dict[str, Any]
@@ -957,26 +973,3 @@ def check_adapter_name(name: str, prefix: str) -> None:
             f"adapter name {name!r} holds {prefix!r}, which the names of the adapter's tensors start with; another "
             "name is safer for tools that read checkpoints by name"
         )
-
-
-def all_linear_names(model: nn.Module, config: PeftConfig) -> set[str]:
-    """
-    Find what target_modules="all-linear" stands for: every linear layer but the model's output head, and but those
-    that `modules_to_save` trains in full.
-
-    Args:
-        model: the base model.
-        config: its task says whether there is a classification head to leave out.
-
-    Returns:
-        Full names of the layers.
-    """
-    saved = _as_names(getattr(config, "modules_to_save", None))
-    names = {name for name, module in walk(model) if is_linear(unwrapped(module)) and not ends_like(saved, name)}
-    if not hasattr(model, "get_output_embeddings"):
-        return names
-    head = output_embedding(model)
-    heads = {name for name, module in walk(model) if head is not None and module is head}
-    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
-        heads |= {name for name in names if name.rpartition(".")[2] in SEQ_CLS_HEAD_NAMES}
-    return names - heads

@@ -282,6 +282,10 @@ def convert_peft_config_for_transformers(
         wanted.target_modules = ".*"
         modules = [name for name, module in bare_modules(model) if isinstance(module, nn.Linear)]
     routers = _routers(model, fused)
+    if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        # as in release 0.21.2; where the router is a linear layer to this day (Phimoe), only that is one
+        converted = {name.rpartition(".")[0] for name in routers}
+        fused = [experts for experts in fused if experts.parameter.rsplit(".", 2)[0] in converted]
     modules = [name for name in modules if name not in routers]
     of_modules = {_last_part(name) for name in find_targets(wanted, modules).names}
     in_checkpoint = _layers_in_checkpoint(peft_config)
