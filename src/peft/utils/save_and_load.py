@@ -153,17 +153,17 @@ def _chosen_embedding_keys(
     if choice == "auto":
         changed = changed_embeddings(model, _config_of(model, adapter_name), state_dict)
         report = getattr(model, "load_reports", {}).get(adapter_name)
+        # base weights that a checkpoint brought along, which it would lack when it is saved again
         brought = set(report.loaded) - set(report.expected) if report is not None else set()
-        if not changed and not brought.intersection(keys):
-            return {}
-        keys.update((name, Place(name)) for name in changed)
+        wanted = [*(keys if changed else ()), *changed, *sorted(brought.intersection(embedding_tensors(model)))]
+        keys = {name: Place(name) for name in wanted}
         if changed:
             warn(
                 f"{', '.join(changed[:4])}{' ...' if len(changed) > 4 else ''} differ from the published base "
                 "model's, as they do after the vocabulary was resized, so the base weights of the embeddings are "
                 "saved with the adapter; save_embedding_layers=False leaves them out"
             )
-    if not keys and input_embedding(model) is None:
+    elif not keys and input_embedding(model) is None:
         warn("save_embedding_layers was given, but the model does not say which layers its embeddings are")
     return keys
 
