@@ -132,6 +132,42 @@ def test_vocabulary_with_room_to_spare_stays(base: Path) -> None:
     assert model.get_input_embeddings().weight.shape[0] == VOCABULARY
 
 
+GROWN = 40  # as a base model that was grown to a multiple of 8
+ROWS = {
+    "base": {"target_modules": ["q_proj"]},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "targets": {"target_modules": ["embed_tokens", "lm_head"]},
+    "head": {"target_modules": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("tokens", [None, VOCABULARY - 3, VOCABULARY + 3])
+@pytest.mark.parametrize("rows", [GROWN, VOCABULARY - 2])
+@pytest.mark.parametrize("options", ROWS.values(), ids=ROWS)
+def test_rows_in_the_checkpoint_decide(base: Path, options: dict, rows: int, tokens: int | None) -> None:
+    """The tokenizer has fewer tokens than a vocabulary that was grown to a multiple has rows."""
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(rows)
+    adapted = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False, **options)).eval()
+    folder = base.parent / "adapter"
+    adapted.save_pretrained(folder, save_embedding_layers=True)
+    if tokens is not None:
+        save_tokenizer(folder, tokens)
+    again = AutoPeftModelForCausalLM.from_pretrained(folder, strict=True)
+    assert logits(again, token_ids()).shape[-1] == rows
+    assert_equal(logits(again, token_ids()), logits(adapted, token_ids()))
+    assert again.load_reports["default"].resized == dict.fromkeys(
+        ["model.embed_tokens.weight", "lm_head.weight"], ((VOCABULARY, WIDTH), (rows, WIDTH))
+    )
+
+
+def test_other_shapes_that_do_not_fit_are_refused(base: Path) -> None:
+    folder, _ = saved_adapter(base, vocabulary=GROWN)
+    edit_config(folder, r=3)
+    with refused(None, RuntimeError, "another shape"):
+        AutoPeftModelForCausalLM.from_pretrained(folder)
+
+
 def test_another_task_is_refused(base: Path) -> None:
     folder, _ = saved_adapter(base)
     for cls in (AutoPeftModelForSeq2SeqLM, AutoPeftModel):

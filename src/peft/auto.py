@@ -30,10 +30,12 @@ from .peft_model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from .utils.adapter_keys import embedding_key_map
 from .utils.constants import TOKENIZER_CONFIG_NAME
+from .utils.embeddings import input_embedding, without_adapters_around
 from .utils.error import PeftError, PeftPathError, PeftValueError
+from .utils.load_report import LoadReport, PeftLoadError
 from .utils.other import check_file_exists_on_hf_hub
+from .utils.vocabulary import embeddings_of
 
 
 # where the file of an adapter is; the base model is looked for elsewhere
@@ -109,8 +111,9 @@ class _BaseAutoPeftModel:
         """
         Load an adapter and the base model that its config names.
 
-        If a tokenizer was saved with the adapter that has more tokens than the base model, the base model's
-        vocabulary is grown to it.
+        The vocabulary of the base model is brought to the size that it had when the adapter was trained. Rows in the
+        checkpoint say which that is; if there are none, a tokenizer that was saved with the adapter and has more
+        tokens than the base model.
 
         Args:
             pretrained_model_name_or_path: folder of the adapter, or hub id.
@@ -163,10 +166,25 @@ class _BaseAutoPeftModel:
             )
         target = cls._target_class or _class_from_mapping(config, import_allowlist)
         base = target.from_pretrained(config.base_model_name_or_path, revision=config.revision or "main", **kwargs)
-        resized = _grow_vocabulary(base, name, {**place, **hub}, bool(kwargs.get("trust_remote_code", False)))
-        model = cls._target_peft_class.from_pretrained(
-            base, name, adapter_name, is_trainable, config=config, **options, **place, **hub
-        )
+        before = _shapes_of_embeddings(base)
+        _grow_vocabulary(base, name, {**place, **hub}, bool(kwargs.get("trust_remote_code", False)))
+        after = _shapes_of_embeddings(base)
+
+        def load() -> PeftModel:
+            return cls._target_peft_class.from_pretrained(
+                base, name, adapter_name, is_trainable, config=config, **options, **place, **hub
+            )
+
+        try:
+            model = load()
+        except PeftLoadError as error:  # nothing was changed
+            rows = _rows_in_checkpoint(base, error.report)
+            if rows is None:
+                raise
+            base.resize_token_embeddings(rows)
+            after = _shapes_of_embeddings(base)
+            model = load()
+        resized = {key: (shape, after[key]) for key, shape in before.items() if after[key] != shape}
         report = model.load_reports[adapter_name]
         model.load_reports[adapter_name] = dataclasses.replace(report, resized={**resized, **report.resized})
         return model
@@ -205,23 +223,43 @@ def _class_from_mapping(config: PeftConfig, import_allowlist: Sequence[str] | No
     return found
 
 
-def _grow_vocabulary(
-    base: nn.Module, name: str, place: dict[str, Any], trust_remote_code: bool
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def _shapes_of_embeddings(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Give the shapes of a model's embeddings, by their names in the base model without adapters."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in embeddings_of(model).values()}
+    return {name: shape for name, shape in shapes.items() if name.endswith(".weight")}
+
+
+def _grow_vocabulary(base: nn.Module, name: str, place: dict[str, Any], trust_remote_code: bool) -> None:
+    """Give a base model room for the tokens that a tokenizer has which was saved with the adapter."""
+    if _rows_of(base) is None or not _has_tokenizer(name, place):
+        return
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **place)
+    if len(tokenizer) > _rows_of(base):
+        base.resize_token_embeddings(len(tokenizer))
+
+
+def _rows_of(base: nn.Module) -> int | None:
+    """Say how many tokens the vocabulary of a model has that can be resized; None if there is none."""
+    embedding = without_adapters_around(input_embedding(base))
+    weight = getattr(embedding, "weight", None)
+    return None if weight is None or not hasattr(base, "resize_token_embeddings") else weight.shape[0]
+
+
+def _rows_in_checkpoint(base: nn.Module, report: LoadReport | None) -> int | None:
     """
-    Give a base model room for the tokens that a tokenizer has which was saved with the adapter.
+    Find out how many tokens the vocabulary had in training, from the shapes that do not fit.
 
     Returns:
-        Name in the base model -> shape before and after, of what was resized.
+        The number, if each of these shapes differs in the number of tokens and in nothing else; else None.
     """
-    if not hasattr(base, "resize_token_embeddings") or not _has_tokenizer(name, place):
-        return {}
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **place)
-    if len(tokenizer) <= base.get_input_embeddings().weight.shape[0]:
-        return {}
-    before = {key: tuple(base.get_parameter(key).shape) for key in embedding_key_map(base)}
-    base.resize_token_embeddings(len(tokenizer))
-    return {key: (shape, tuple(base.get_parameter(key).shape)) for key, shape in before.items()}
+    rows = _rows_of(base)
+    found = set()
+    for there, here in (report.mismatched if report is not None else {}).values():
+        differ = [pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]]
+        if len(there) != len(here) or len(differ) != 1 or differ[0][1] != rows:
+            return None
+        found.add(differ[0][0])
+    return found.pop() if len(found) == 1 else None
 
 
 def _has_tokenizer(name: str, place: dict[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from .tuners._new_tensors import check_size, making_tensors, on_meta
 from .tuners._prompt_encoder import BasePromptEncoder
 from .tuners._prompt_sizes import complete_config
 from .tuners._surgery import adapter_modules, base_modules
+from .tuners._tie_weights import shield_tie_weights
 from .tuners.tuners_utils import check_adapter_name, set_adapter
 from .utils import embeddings
 from .utils.error import PeftError, PeftKeyError, PeftValueError
@@ -141,6 +142,7 @@ class PromptEncoders(nn.ModuleDict):
         with one_object_each(model), making:
             encoder = self._make_encoder(encoder_cls, config)
             set_additional_trainable_modules(model, config, {}, adapter_name, activate_adapter=active)
+        shield_tie_weights(model)
         self[adapter_name] = encoder.train(model.training)
         self.peft_config[adapter_name] = config
         if active:

@@ -334,6 +334,19 @@ class BaseTunerLayer(AdapterModule, ABC):
         if owner is not None and type(owner.get_base_layer()) is type(self.get_base_layer()):
             yield from ((saved, live, False) for saved, live in owner.adapter_keys(adapter_name))
 
+    def token_axes(self, adapter_name: str) -> Mapping[str, tuple[int, float]] | None:
+        """
+        Say which tensors have an entry for each token, for layers around an embedding or an output head.
+
+        Args:
+            adapter_name: name of an adapter that this layer has itself.
+
+        Returns:
+            Key in this layer's state dict -> axis of the tokens, and the value with which a new token changes nothing;
+            None if the adapter cannot be brought to another number of tokens.
+        """
+        return None
+
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """Make an uninitialised parameter for an adapter, where and in the type that the base weight calls for."""
         weight = self.stored_weight()

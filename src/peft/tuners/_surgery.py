@@ -195,20 +195,26 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Put the modules of the base model in the places of adapter modules inside a context."""
+def without_adapters(model: nn.Module) -> Iterator[list[tuple[nn.Module, str, nn.Module, nn.Module]]]:
+    """
+    Put the modules of the base model in the places of adapter modules inside a context.
+
+    Yields:
+        For each place: the parent, the name in it, the adapter module, and the module that stands there inside.
+    """
     replaced = []
     for _, parent in list(walk(model, into_bases=True)):
         for key, child in parent._modules.items():
             if child is not None and is_adapter_module(child) and not is_adapter_module(parent):
-                replaced.append((parent, key, child))
-                while is_adapter_module(child):
-                    child = child._modules[child._base_names[0]]
-                parent._modules[key] = child
+                bare = child
+                while is_adapter_module(bare):
+                    bare = bare._modules[bare._base_names[0]]
+                replaced.append((parent, key, child, bare))
+                parent._modules[key] = bare
     try:
-        yield
+        yield replaced
     finally:
-        for parent, key, child in replaced:
+        for parent, key, child, _ in replaced:
             parent._modules[key] = child
 
 

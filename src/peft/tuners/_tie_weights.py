@@ -13,12 +13,14 @@ from typing import Any
 from torch import nn
 
 from ._merging import merging_layers, original_weights
+from ._resizing import resize_vocabulary
 from ._surgery import base_modules, without_adapters
 
 
 def shield_tie_weights(model: nn.Module) -> None:
     """
-    Let a model that holds adapters, and models inside it, tie the weights of the base model when they are told to tie.
+    Let a model that holds adapters, and models inside it, tie the weights of the base model when they are told to tie,
+    and resize its vocabulary together with what adapters hold for each token.
 
     Args:
         model: the base model, with adapters in it.
@@ -26,12 +28,15 @@ def shield_tie_weights(model: nn.Module) -> None:
     for module in base_modules(model):
         if hasattr(type(module), "tie_weights"):
             module.__dict__["tie_weights"] = functools.partial(_tie_base_weights, module)
+        if hasattr(type(module), "resize_token_embeddings"):
+            module.__dict__["resize_token_embeddings"] = functools.partial(resize_vocabulary, module)
 
 
 def unshield_tie_weights(model: nn.Module) -> None:
     """Undo `shield_tie_weights`, after the adapters have been taken out."""
     for module in base_modules(model):
         module.__dict__.pop("tie_weights", None)
+        module.__dict__.pop("resize_token_embeddings", None)
 
 
 def _tie_base_weights(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

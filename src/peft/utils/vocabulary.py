@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..tuners._resizing import ROWS_BEFORE
 from ..tuners._surgery import bare_modules
 from .adapter_keys import embedding_key_map, embedding_tensors
 
@@ -28,9 +29,6 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # rows that are compared at a time
 _ROWS = 16384
-
-# where a model notes the rows that its embeddings had before it was resized with adapters in it
-ROWS_BEFORE = "_rows_before_resizing"
 
 
 def embeddings_of(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
@@ -68,10 +66,8 @@ def changed_embeddings(model: nn.Module, config: Any, tensors: Mapping[str, torc
     """
     present = {live: place for live, place in embeddings_of(model).items() if live in tensors}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = getattr(base, ROWS_BEFORE, {})
-    changed = [
-        live for live, (name, _) in present.items() if before.get(name, len(tensors[live])) != len(tensors[live])
-    ]
+    before = {live: module.__dict__.get(ROWS_BEFORE) for live, (module, _) in embedding_tensors(model).items()}
+    changed = [live for live in present if before[live] not in (None, len(tensors[live]))]
     folder = _published_folder(getattr(config, "base_model_name_or_path", None), getattr(config, "revision", None))
     if folder is None or len(changed) == len(present):
         return changed

@@ -552,6 +552,12 @@ class Linear(LoraLayer, nn.Module):
         """The delta is B A for a weight (out, in), and the transpose of it for one (in, out)."""
         return (("lora_A", True), ("lora_B", True)) if self.fan_in_fan_out else (("lora_B", False), ("lora_A", False))
 
+    def token_axes(self, adapter_name: str) -> dict[str, tuple[int, float]] | None:
+        """Say which factor of an output head has a row for each token; see `BaseTunerLayer.token_axes`."""
+        if adapter_name in self.variants:
+            return None
+        return {f"lora_B.{adapter_name}.{key}": (0, 0.0) for key, _ in self.lora_B[adapter_name].named_parameters()}
+
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Compute scaling * B A x."""
         a, b = self.lora_A[adapter], self.lora_B[adapter]
@@ -611,6 +617,10 @@ class Embedding(LoraLayer, nn.Module):
             raise PeftValueError("lora_bias=True does not work on an embedding, which has no bias; leave it out")
         self.lora_embedding_A[adapter] = self.new_parameter(r, self.in_features)
         self.lora_embedding_B[adapter] = self.new_parameter(self.out_features, r)
+
+    def token_axes(self, adapter_name: str) -> dict[str, tuple[int, float]] | None:
+        """Say which factor has a column for each token; see `BaseTunerLayer.token_axes`."""
+        return None if adapter_name in self.variants else {f"lora_embedding_A.{adapter_name}": (1, 0.0)}
 
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Look up rows of A and bring them to full width; dropout has no meaning for token ids."""

@@ -88,6 +88,10 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
         own[adapter_name] = owned[adapter_name]
         self.borrow(adapter_name, [Borrowed(own, adapter_name, owned, adapter_name)], owner)
 
+    def token_axes(self, adapter_name: str) -> dict[str, tuple[int, float]]:
+        """Say what knows the whole vocabulary; see `BaseTunerLayer.token_axes`."""
+        return {f"token_slots.{adapter_name}": (0, -1)}
+
     def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Leave out what is the owner's; see `adapter_aliases`."""
         return iter(()) if adapter_name in self._owners else super().adapter_keys(adapter_name)
