@@ -164,6 +164,52 @@ def test_threads_that_invoke_an_adapter_at_other_places() -> None:
             assert_close(output, alone)
 
 
+class Attending(nn.Module):
+    """A layer of attention, and one that holds its weight by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.lin = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Keep the shape."""
+        return self.lin(self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("target", [{"target_modules": ["attention"]}, {"target_parameters": ["lin.weight"]}], ids=str)
+def test_weights_that_stand_in_a_layer_for_one_call_are_not_seen_by_another(target: dict) -> None:
+    """Threads that compute one such layer wait for each other; the base weight is there when all have gone."""
+    with seeded():
+        model = get_peft_model(Attending(), LoraConfig(r=2, **target)).eval()
+    randomise(model)
+    batches = [features(batch).unsqueeze(1) for batch in (2, 3)]
+    expected = [logits(model, x) for x in batches]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    layer = next(m for m in model.modules() if getattr(m, "_is_adapter_module", False)).get_base_layer()
+    inside, others = threading.Event(), threading.Event()
+
+    def wait(module: nn.Module, args: tuple) -> None:
+        inside.set()
+        others.wait(0.2)
+
+    layer.register_forward_pre_hook(wait)
+
+    def second() -> torch.Tensor:
+        inside.wait(60)
+        try:
+            return logits(model, batches[1])
+        finally:
+            others.set()
+
+    found = at_the_same_time([lambda: logits(model, batches[0]), second])
+    for output, wanted in zip(found, expected, strict=True):
+        assert_close(output, wanted)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, parameter in before.items():
+        assert torch.equal(after[name], parameter)
+
+
 # ------------------------------------------------------------------------------------------ one inside of the other
 def test_a_model_that_is_called_inside_of_a_call_has_its_own() -> None:
     """Be it another model, or the same one."""

@@ -11,12 +11,14 @@ Checkpointed layers are computed again in the backward pass, when the call is ov
 call that recorded gradients is found again through the outputs that it gave.
 """
 
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -74,6 +76,9 @@ _call: ContextVar[Call] = ContextVar("peft_call", default=_NOTHING)
 _running: dict[int, Call] = {}
 # backward passes that run, by torch's number -> the call whose part they have come to
 _backward: dict[int, Call] = {}
+# not on the modules, which are copied and pickled
+_locks: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
+_making_locks = threading.Lock()
 
 
 def current_call() -> Call | None:
@@ -149,6 +154,19 @@ def _come_to(call: Call, gradients: Any) -> None:
     if number not in _backward:
         torch.autograd.Variable._execution_engine.queue_callback(partial(_backward.pop, number, None))
     _backward[number] = call
+
+
+def alone_with(module: nn.Module) -> AbstractContextManager[Any]:
+    """
+    Wait until no other thread is inside of this for the same module, for what cannot be kept apart by contexts.
+
+    Args:
+        module: which something is going to stand in for the time of a call.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    with _making_locks:
+        return _locks.setdefault(module, threading.RLock())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.offload import onloaded, tensor_of
 from ...utils.warning import warn
+from .._call_context import alone_with
 from .._merging import merge_layer
 from .config import LoraConfig
 from .room import RankAxis
@@ -25,6 +26,7 @@ class OnWholeWeight:
 
     W + delta is computed in each forward pass, stands in the base layer while that computes, and is not kept. The
     base weight itself is never changed. There is no input that could be dropped, and one weight for all samples.
+    Threads compute one such layer one after the other, since what stands in its base layer is seen by all of them.
     """
 
     factor_layout = (("lora_B", False), ("lora_A", False))
@@ -102,7 +104,8 @@ class OnWholeWeight:
         if not args:
             first = next(iter(inspect.signature(self.get_base_layer().forward).parameters))
             args = (kwargs.pop(first),) if first in kwargs else args
-        return super().forward(*args, **kwargs)
+        with alone_with(self.get_base_layer()):
+            return super().forward(*args, **kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
