@@ -244,8 +244,6 @@ OF_BASE_TYPE = {("LN_TUNING", "*"): "copy"}
 NO_MIXED_BATCH = {("LORA-dora", "*"): "DoRA", ("LN_TUNING", "attention"): "MultiheadAttention"}
 # how far tensors are moved in tests, where it is not the usual
 MOVED_BY = {"ADALORA": 0.5, "LOHA": 0.4, "VBLORA": 0.5, "VERA": 0.5}
-# methods whose layers share a trained container
-SHARED_BY_LAYERS = {("VBLORA", "*"): "bank"}
 # stages that merge
 MERGING = ("merge", "unmerge", "two_active", "one_of_two_merged", "change_while_merged", "cast_while_merged", "delete")
 # warnings that say what is tested here
@@ -449,6 +447,7 @@ def nothing_is_stale(cell: Cell, folder: Path) -> None:
 def functional(cell: Cell, folder: Path) -> None:
     """A call with other tensors in the places of an adapter's: `functional_call`, `grad`, and `vmap` over adapters."""
     model, x = cell.adapted(), inputs(cell.kind, cell.dtype)
+    before = {name: id(p) for name, p in model.named_parameters()}
     own = {name: p for name, p in model.named_parameters() if id(p) in adapter_tensors(model)}
     (model(x).float() ** 2).sum().backward()
     gradients = {name: p.grad for name, p in own.items()}
@@ -457,9 +456,7 @@ def functional(cell: Cell, folder: Path) -> None:
     given = {name: tensor.clone() for name, tensor in two.items()}
 
     def call(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        # torch does not put back what a module holds that stands in several places, and takes them for ties
-        ties = cell.exception(SHARED_BY_LAYERS) is None
-        return torch.func.functional_call(model, tensors, (x,), tie_weights=ties)
+        return torch.func.functional_call(model, tensors, (x,))
 
     with torch.no_grad():
         outputs = [call(tensors) for tensors in (one, two)]
@@ -469,6 +466,7 @@ def functional(cell: Cell, folder: Path) -> None:
     for together, alone in zip(torch.func.vmap(call)(stacked), outputs, strict=True):
         cell.assert_near(together, alone)
     assert all(torch.equal(two[name], tensor) for name, tensor in given.items())
+    assert {name: id(p) for name, p in model.named_parameters()} == before
     assert torch.equal(cell.outputs(model), outputs[0])
     with torch.no_grad():
         for name, parameter in own.items():
@@ -705,6 +703,6 @@ def test_kind_is_refused(cell: Cell) -> None:
 def test_exceptions_are_used() -> None:
     """No entry of the tables above is left over."""
     everything = [cell for cell in cells() if cell.is_declared()]
-    for table in (REFUSED, NOT_MERGEABLE, NOT_IDENTITY, NO_DROPOUT, OF_BASE_TYPE, NO_MIXED_BATCH, SHARED_BY_LAYERS):
+    for table in (REFUSED, NOT_MERGEABLE, NOT_IDENTITY, NO_DROPOUT, OF_BASE_TYPE, NO_MIXED_BATCH):
         for method, kind in table:
             assert any(method in (cell.method, cell.name) and kind in (cell.kind, "*") for cell in everything)

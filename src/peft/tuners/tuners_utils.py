@@ -83,6 +83,7 @@ from ._new_tensors import making_tensors
 from ._parameters import check_stacks, find_parameters, stack_of
 from ._prompt_encoder import BasePromptEncoder
 from ._replication import clone_module, replicate_layers
+from ._shared_tensors import SharedParameters
 from ._surgery import Slots, adapter_modules, base_modules, base_parameters, names_of_modules, without_collecting
 from ._switching import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
 from ._tie_weights import shield_tie_weights, unshield_tie_weights
@@ -639,7 +640,7 @@ class BaseTuner(nn.Module, ABC):
             if layer is not None:
                 self._modules[name] = layer._modules[name]
             elif name not in self._modules:
-                self._modules[name] = self.tuner_layer_cls.container_classes.get(name, nn.ParameterDict)()
+                self._modules[name] = self.tuner_layer_cls.container_classes.get(name, SharedParameters)()
         return {name: self._modules[name] for name in names}
 
     def _layer_class(self, target: nn.Module) -> type[BaseTunerLayer] | None:

@@ -298,7 +298,7 @@ def weight_norm(
     if adapter is not None:
         with gather_params_ctx(weight), torch.autocast(weight.device.type, enabled=False):
             squares = squares + _squares_added(layer, adapter, weight, squares.dtype)
-    return squares.clamp_(min=torch.finfo(squares.dtype).tiny).sqrt_()
+    return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt_()
 
 
 def _squares_added(layer: "LoraLayer", adapter: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .._buffer_dict import BufferDict
 from .._kinds import stores_weight_transposed
 from .._layer import AdditiveLayer
+from .._shared_tensors import SharedBuffers
 from .config import VeraConfig
 
 
@@ -28,7 +28,7 @@ class VeraLayer(AdditiveLayer):
     adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
     other_param_names = ("r", "vera_dropout")
     shared_layer_names = ("vera_A", "vera_B")
-    container_classes = {"vera_dropout": nn.ModuleDict, "vera_A": BufferDict, "vera_B": BufferDict}
+    container_classes = {"vera_dropout": nn.ModuleDict, "vera_A": SharedBuffers, "vera_B": SharedBuffers}
 
     def make_adapter(self, adapter_name: str, config: VeraConfig) -> None:
         """Make the two vectors of an adapter."""
