@@ -18,6 +18,7 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.quantization_utils import Bnb8bitBackend
 
 
 def lora(**options: object) -> LoraConfig:
@@ -146,3 +147,31 @@ def test_every_method_of_prompt_learning_is_refused_alike() -> None:
         model = get_peft_model(llama(), cls(task_type="CAUSAL_LM", num_virtual_tokens=2))
         with refused(model, TypeError):
             model.get_layer_status()
+
+
+@pytest.mark.parametrize("module", ["__main__", "mine", "mine.tuners", "tuners", "mine.layers"])
+def test_methods_of_a_module_that_is_in_no_package(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(llama(), lora())
+    layer_cls = type(model.get_base_model().model.layers[0].self_attn.q_proj)
+    monkeypatch.setattr(layer_cls, "__module__", module)
+    assert model.get_layer_status()[0].module_type == "Linear"
+    assert get_model_status(model).num_adapter_layers == 4
+
+
+def test_quantisation_is_named() -> None:
+    model = get_peft_model(llama(), lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    layers = [block.self_attn.q_proj for block in model.get_base_model().model.layers]
+    for layer, whole in zip(layers, ("irregular", "bnb 8bit"), strict=True):
+        layer.quantization_backend = Bnb8bitBackend()
+        assert layer.quantization_backend.backend_name == "bnb 8bit"
+        assert get_model_status(model).quantization_backend == whole
+    assert [status.quantization_backend for status in get_layer_status(model)] == ["bnb 8bit", "bnb 8bit", None]
+
+
+def test_a_module_that_an_inactive_adapter_trains_is_no_disagreement() -> None:
+    model = get_peft_model(llama(), lora())
+    model.add_adapter("other", lora(modules_to_save=["lm_head"]))
+    assert get_layer_status(model)[-1].active_adapters == []
+    assert get_model_status(model).active_adapters == ["default"]
+    model.set_adapter("other")
+    assert get_layer_status(model)[-1].active_adapters == ["other"]

@@ -91,6 +91,22 @@ def test_adapters_come_and_go() -> None:
     assert_equal(logits(model, X), logits(stack(), X))
 
 
+def test_the_active_adapter_is_never_stale() -> None:
+    model = model_with("a", "b")
+    model.base_model.set_adapter("b")
+    assert (model.active_adapter, model.active_adapters) == ("b", ["b"])
+    assert model.active_peft_config is model.peft_config["b"]
+    model.base_model.set_adapter(["b", "a"])
+    assert (model.active_adapter, model.active_adapters) == (["b", "a"], ["b", "a"])
+    assert model.active_peft_config is model.peft_config["b"]
+    both = logits(model, X)
+    model.active_adapter = "a"
+    assert model.active_adapters == ["a"] and differs(logits(model, X), both)
+    model.delete_adapter("b")
+    model.delete_adapter("a")
+    assert model.active_adapter == model.active_adapters == []
+
+
 def test_deleting_an_adapter_that_is_not_active_says_nothing() -> None:
     model = model_with("a", "b")
     expected = logits(model, X)

@@ -218,7 +218,9 @@ def test_loading_as_trainable(tmp_path: Path) -> None:
     trained().save_pretrained(tmp_path)
     model = get_peft_model(stack(), config()).train()
     model.load_adapter(tmp_path, "b", is_trainable=True)
-    assert model.training and not any(".b." in name for name in trainable(model))
+    first = {name.replace(".b.", ".default.") for name in trainable(model)}
+    assert model.training and model.active_adapters == ["default"]
+    assert trainable(model) == first | {name.replace(".default.", ".b.") for name in first}
     model.set_adapter("b")
     assert trainable(model) and all(".b." in name for name in trainable(model))
     loaded = PeftModel.from_pretrained(stack().train(), tmp_path, is_trainable=True)

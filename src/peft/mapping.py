@@ -141,8 +141,8 @@ def inject_adapter_in_model(
 
     Args:
         peft_config: what to inject; it is not changed.
-        model: base model, changed in place.
-        adapter_name: name of the adapter.
+        model: base model, changed in place; if anything is refused, it stays as it was.
+        adapter_name: name of the adapter; one of the same name is removed from the model first.
         low_cpu_mem_usage: make the adapter's tensors on the meta device, to be filled by loading a checkpoint.
         state_dict: adapter tensors; if given, the modules named by its keys are adapted, whatever `peft_config`
             targets.
@@ -164,7 +164,7 @@ def inject_adapter_in_model(
             f"{peft_config.peft_type} does not put adapters into modules of the model; use get_peft_model instead"
         )
     tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
-    tuner = tuner_cls(
+    tuner_cls(
         model, peft_config, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
     )
-    return tuner.model
+    return model

@@ -10,6 +10,8 @@ from torch import nn
 from .config import PeftConfig
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .tuners._surgery import without_collecting
+from .tuners._transaction import all_or_nothing
 from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from .utils.error import PeftTypeError
 from .utils.warning import warn
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 
+@without_collecting
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
@@ -83,15 +86,16 @@ def get_peft_model(
         if config.revision is not None and config.revision != revision:
             warn(f"revision={revision!r} replaces the config's revision {config.revision!r}")
         config.revision = revision
-    if mixed:
-        from .mixed_model import PeftMixedModel
+    with all_or_nothing(model):
+        if mixed:
+            from .mixed_model import PeftMixedModel
 
-        return PeftMixedModel(model, config, adapter_name=adapter_name)
-    model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    return model_cls(
-        model,
-        config,
-        adapter_name=adapter_name,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
+            return PeftMixedModel(model, config, adapter_name=adapter_name)
+        model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+        return model_cls(
+            model,
+            config,
+            adapter_name=adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )

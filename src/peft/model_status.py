@@ -34,7 +34,7 @@ class TunerLayerStatus:
         requires_grad: adapter name -> whether it is trained; "irregular" if some of its tensors are.
         available_adapters: names of the adapters that the layer has.
         devices: adapter name -> where its tensors are.
-        quantization_backend: what the base layer is quantised with, None if it is not.
+        quantization_backend: name of what the base layer is quantised with, None if it is not.
     """
 
     name: str
@@ -66,7 +66,7 @@ class TunerModelStatus:
         requires_grad: adapter name -> whether it is trained.
         available_adapters: names of all adapters.
         devices: adapter name -> where its tensors are.
-        quantization_backend: what the base model is quantised with, None if it is not.
+        quantization_backend: name of what the adapted layers are quantised with, None if none of them is.
     """
 
     base_model_type: str
@@ -143,12 +143,12 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_agreed(layer.enabled for layer in layers),
-        active_adapters=_agreed(layer.active_adapters for layer in layers),
+        active_adapters=_active_in(layers),
         merged_adapters=_merged_in(layers),
         requires_grad=_by_adapter(layers, names, lambda layer: layer.requires_grad, _agreed),
         available_adapters=sorted(names),
         devices=_by_adapter(layers, names, lambda layer: layer.devices, lambda found: sorted({*sum(found, [])})),
-        quantization_backend=_agreed({layer.quantization_backend for layer in layers} - {None}) or None,
+        quantization_backend=_agreed(layer.quantization_backend for layer in layers if _is_layer(layer)) or None,
     )
 
 
@@ -215,7 +215,7 @@ def _status_of(name: str, module: AdapterModule) -> TunerLayerStatus:
         requires_grad={name: _agreed(p.requires_grad for p in tensors[name]) for name in names},
         available_adapters=names,
         devices={name: sorted({p.device.type for p in tensors[name]}) for name in names},
-        quantization_backend=module.quantization_backend if is_layer else None,
+        quantization_backend=getattr(module.quantization_backend, "backend_name", None) if is_layer else None,
     )
 
 
@@ -227,10 +227,10 @@ def _tensors_of(module: AdapterModule, adapter_name: str) -> Iterator[nn.Paramet
 
 def _type_name(module_cls: type) -> str:
     """Put the method's name in front of a class that belongs to one; tokens are trained beside any method."""
-    *_, package, _ = module_cls.__module__.rsplit(".", 2)
-    is_of_method = ".tuners." in module_cls.__module__ and package != "tuners"
+    packages = module_cls.__module__.split(".")[:-1]
+    is_of_method = "tuners" in packages[:-1]
     alone = not is_of_method or module_cls is TrainableTokensLayer
-    return module_cls.__name__ if alone else f"{package}.{module_cls.__name__}"
+    return module_cls.__name__ if alone else f"{packages[-1]}.{module_cls.__name__}"
 
 
 def _agreed(values: Iterable[Any]) -> Any:
@@ -241,10 +241,24 @@ def _agreed(values: Iterable[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else IRREGULAR
 
 
+def _is_layer(status: TunerLayerStatus) -> bool:
+    """Say whether a status is that of a layer, not that of a wrapper of a module that is trained in full."""
+    return status.module_type != "ModulesToSaveWrapper"
+
+
+def _active_in(layers: list[TunerLayerStatus]) -> list[str] | Literal["irregular"]:
+    """Find the adapters that are active wherever they are."""
+    active = dict.fromkeys(name for layer in layers for name in layer.active_adapters)
+    for layer in layers:
+        if any(name in layer.available_adapters and name not in layer.active_adapters for name in active):
+            return IRREGULAR
+    return list(active)
+
+
 def _merged_in(layers: list[TunerLayerStatus]) -> list[str] | Literal["irregular"]:
     """Find the adapters that are merged wherever they could be."""
     merged = dict.fromkeys(name for layer in layers for name in layer.merged_adapters)
-    can_merge = [layer for layer in layers if layer.module_type != "ModulesToSaveWrapper"]
+    can_merge = [layer for layer in layers if _is_layer(layer)]
     for name in merged:
         if any(name in layer.available_adapters and name not in layer.merged_adapters for layer in can_merge):
             return IRREGULAR

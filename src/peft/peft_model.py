@@ -23,7 +23,8 @@ from .prompt_learning import PromptEncoders
 from .tuners._call_context import Call, calling, current_call, remember
 from .tuners._matching import ends_like
 from .tuners._new_tensors import making_tensors
-from .tuners._surgery import adapter_modules, all_or_nothing
+from .tuners._surgery import adapter_modules
+from .tuners._transaction import all_or_nothing
 from .tuners.lora.plain_lora import convert_on_save
 from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from .utils.constants import DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -101,7 +102,8 @@ class PeftModel(PushToHubMixin, nn.Module):
     Attributes:
         base_model: the tuner, which holds the base model; with prompt learning the base model itself.
         peft_config: adapter name -> config as it applies to this model.
-        active_adapter: name of the active adapter.
+        active_adapter: name of the active adapter, or names if there are several or none. To set it is to call
+            `base_model.set_adapter`.
         load_reports: adapter name -> `LoadReport`, for adapters that were loaded from a checkpoint.
 
     Raises:
@@ -132,24 +134,24 @@ class PeftModel(PushToHubMixin, nn.Module):
         if peft_config.is_adaption_prompt:
             raise PeftNotImplementedError(f"{peft_config.peft_type} is not part of this version")
         self.peft_type = peft_config.peft_type
-        self.active_adapter = adapter_name
         self.special_peft_forward_args = {"adapter_names"}
         self.load_reports: dict[str, LoadReport] = {}
         config = self._with_heads(peft_config, model)
         _warn_of_wrong_task(model, config)
-        if config.is_prompt_learning:
-            self.base_model = model
-            self.prompt_encoder = PromptEncoders(model)
-            self.prompt_encoder.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
-            self.word_embeddings = self.prompt_encoder.word_embeddings
-        else:
-            tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-            with making_tensors(full_precision=autocast_adapter_dtype):
-                self.base_model = tuner_cls(
-                    model, {adapter_name: config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
-                )
-        if _checkpoints_activations(model):
-            self.prepare_model_for_gradient_checkpointing(model)
+        with all_or_nothing(model):
+            if config.is_prompt_learning:
+                self.base_model = model
+                self.prompt_encoder = PromptEncoders(model)
+                self.prompt_encoder.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+                self.word_embeddings = self.prompt_encoder.word_embeddings
+            else:
+                tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+                with making_tensors(full_precision=autocast_adapter_dtype):
+                    self.base_model = tuner_cls(
+                        model, {adapter_name: config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+                    )
+            if _checkpoints_activations(model):
+                self.prepare_model_for_gradient_checkpointing(model)
 
     def _with_heads(self, peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
         """Give the config with the task's heads among the modules that are trained in full."""
@@ -193,9 +195,19 @@ class PeftModel(PushToHubMixin, nn.Module):
         return self._tuner.active_adapters
 
     @property
+    def active_adapter(self) -> str | list[str]:
+        """Name of the active adapter, or names if there are several or none."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    @active_adapter.setter
+    def active_adapter(self, value: str | list[str]) -> None:
+        self._tuner.set_adapter(value)
+
+    @property
     def active_peft_config(self) -> PeftConfig:
-        """Config of the active adapter."""
-        return self.peft_config[self.active_adapter]
+        """Config of the active adapter, of the first one if there are several."""
+        return self.peft_config[self.active_adapters[0]]
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -450,7 +462,6 @@ class PeftModel(PushToHubMixin, nn.Module):
             )
         self._check_name(adapter_name)
         self._tuner.set_adapter(adapter_name, inference_mode=inference_mode)
-        self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
         """
@@ -465,8 +476,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         self._check_name(adapter_name)
         self._tuner.delete_adapter(adapter_name)
         self.load_reports.pop(adapter_name, None)
-        if self.active_adapter == adapter_name and self.active_adapters:
-            self.active_adapter = self.active_adapters[0]
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """
@@ -656,7 +665,9 @@ class PeftModel(PushToHubMixin, nn.Module):
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
             peft_model._fill_adapter(adapter_name, weights, strict, ignore_mismatched_sizes)
-        return peft_model if is_trainable else peft_model.eval()
+            if not is_trainable:
+                peft_model.eval()
+        return peft_model
 
     def load_adapter(
         self,
@@ -680,7 +691,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             model_id: folder, or hub id.
             adapter_name: name to give the adapter; if there is one of that name, its tensors are replaced, and its
                 config stays; a warning names what the file's config sets otherwise.
-            is_trainable: let it be trained; otherwise the model is put in eval mode.
+            is_trainable: let it be trained, although it is not active; otherwise the model is put in eval mode.
             torch_device: where its file is read to.
             autocast_adapter_dtype: keep its tensors in float32 where the base is in half precision.
             ephemeral_gpu_offload: use the accelerator for start-up computations only.
@@ -714,8 +725,10 @@ class PeftModel(PushToHubMixin, nn.Module):
                 config = _for_this_run(config, model_id, is_trainable, ephemeral_gpu_offload)
                 self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
             result = self._fill_adapter(adapter_name, weights, strict, ignore_mismatched_sizes, settings)
-        if not is_trainable:
-            self.eval()
+            if is_trainable:
+                self._tuner.set_requires_grad(adapter_name)
+            else:
+                self.eval()
         return result
 
     def _fill_adapter(

@@ -16,11 +16,13 @@ from torch import nn
 
 from .config import PeftConfig, PromptLearningConfig
 from .mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from .tuners._adapter_module import AdapterModule
 from .tuners._new_tensors import check_size, making_tensors, on_meta
 from .tuners._prompt_encoder import BasePromptEncoder
 from .tuners._prompt_sizes import complete_config
 from .tuners._surgery import adapter_modules, base_modules
 from .tuners._tie_weights import shield_tie_weights
+from .tuners._transaction import all_or_nothing
 from .tuners.tuners_utils import check_adapter_name, set_adapter
 from .utils import embeddings
 from .utils.error import PeftError, PeftKeyError, PeftValueError
@@ -34,7 +36,7 @@ from .utils.tying import find_followers, keep_ties, one_object_each
 from .utils.warning import PeftWarning, warn
 
 
-class PromptEncoders(nn.ModuleDict):
+class PromptEncoders(AdapterModule, nn.ModuleDict):
     """
     The prompts of a model by adapter name. For prompt learning it is what a `BaseTuner` is for other methods.
 
@@ -46,9 +48,7 @@ class PromptEncoders(nn.ModuleDict):
         word_embeddings: the base model's input embedding.
     """
 
-    # The protocol of modules that belong to adapters (see `tuners/_surgery.py` and `utils/adapter_keys.py`): prompts
-    # stand in a checkpoint without the name that this module has in the model.
-    _is_adapter_module = True
+    # see `utils/adapter_keys.py`: prompts stand in a checkpoint without the name that this module has in the model
     _base_names = ()
     _keys_at_top = True
 
@@ -125,6 +125,16 @@ class PromptEncoders(nn.ModuleDict):
             PeftKeyError: if the name cannot be one, or there is no task type.
             PeftValueError: if the model or the config cannot work.
         """
+        with all_or_nothing(self, self._base_model):
+            self._add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+
+    def _add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PromptLearningConfig,
+        low_cpu_mem_usage: bool,
+        autocast_adapter_dtype: bool,
+    ) -> None:
         model = self._base_model
         check_adapter_name(adapter_name, PEFT_TYPE_TO_PREFIX_MAPPING[peft_config.peft_type])
         if hasattr(self, adapter_name) and adapter_name not in self:
@@ -202,6 +212,7 @@ class PromptEncoders(nn.ModuleDict):
             requires_grad: False to freeze.
         """
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.forget_trained_before(name)
             for parameter in self.adapter_parameters(name):
                 parameter.requires_grad_(requires_grad)
         for _, module in adapter_modules(self._base_model):
@@ -214,7 +225,11 @@ class PromptEncoders(nn.ModuleDict):
         Args:
             adapter_name: its name.
         """
+        was_trained = adapter_name in (self._trained_before or ()) or any(
+            parameter.requires_grad for parameter in self.adapter_parameters(adapter_name)
+        )
         del self[adapter_name], self.peft_config[adapter_name]
+        self.forget_trained_before(adapter_name)
         was_active = adapter_name in self._active_adapter
         remaining = list(self)[:1] if was_active else self._active_adapter
         for _, module in adapter_modules(self._base_model):
@@ -223,11 +238,21 @@ class PromptEncoders(nn.ModuleDict):
             self._active_adapter = []
             if remaining:
                 warn(f"the active adapter {adapter_name!r} was deleted; {remaining[0]!r} is active now")
-                self.set_adapter(remaining)
+                frozen = self.peft_config[remaining[0]].inference_mode or not was_trained
+                self.set_adapter(remaining, inference_mode=frozen)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch prompts on or off."""
+        """
+        Switch prompts on or off.
+
+        Args:
+            enabled: True to switch on. What was trainable before is trainable again.
+        """
         self._disable_adapters = not enabled
+        if enabled:
+            self.train_as_before()
+        else:
+            self.freeze_while_off(list(self))
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:

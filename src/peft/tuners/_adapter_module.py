@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """What layers and wrappers have in common, so that saving, loading and walking a model treats them alike."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -70,6 +70,9 @@ class AdapterModule:
 
     _borrowed: Mapping[str, list[Borrowed]] = MappingProxyType({})
     _borrowers: Iterable["AdapterModule"] = ()
+    # While adapters are switched off: adapter name -> numbers of its parameters that were trained before. By number,
+    # since parameters may be replaced meanwhile.
+    _trained_before: dict[str, set[int]] | None = None
 
     def borrow(self, adapter_name: str, borrowed: Iterable[Borrowed], owner: "AdapterModule | None" = None) -> None:
         """
@@ -121,6 +124,39 @@ class AdapterModule:
         """
         self.take_borrowed()
         return super().train(mode)
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters of one adapter."""
+        raise NotImplementedError
+
+    def freeze_while_off(self, adapter_names: Iterable[str]) -> None:
+        """
+        Freeze adapters because they are switched off, and note which of their parameters were trained.
+
+        Args:
+            adapter_names: names.
+        """
+        noted = self._trained_before or {}
+        for name in adapter_names:
+            trained = [(i, p) for i, p in enumerate(self.adapter_parameters(name)) if p.requires_grad]
+            for number, parameter in trained:
+                parameter.requires_grad_(False)
+                noted.setdefault(name, set()).add(number)
+        self.__dict__["_trained_before"] = noted or None
+
+    def train_as_before(self) -> None:
+        """Let those parameters be trained again that were trained when adapters were switched off."""
+        noted = self._trained_before or {}
+        self.__dict__["_trained_before"] = None
+        for name, numbers in noted.items():
+            for number, parameter in enumerate(self.adapter_parameters(name)):
+                if number in numbers:
+                    parameter.requires_grad_(True)
+
+    def forget_trained_before(self, adapter_name: str) -> None:
+        """Drop what was noted about an adapter, since somebody has decided otherwise meanwhile."""
+        if self._trained_before:
+            self._trained_before.pop(adapter_name, None)
 
     def computed_tensors(
         self, adapter_name: str, state_dict: Mapping[str, torch.Tensor], prefix: str

@@ -425,9 +425,10 @@ class BaseTunerLayer(AdapterModule, ABC):
         if not enabled:
             unmerge_layer(self)
         self._disable_adapters = not enabled
-        for name in self._trainable_adapters:
-            for parameter in self.adapter_parameters(name):
-                parameter.requires_grad_(enabled)
+        if enabled:
+            self.train_as_before()
+        else:
+            self.freeze_while_off({*self._trainable_adapters, *self.active_adapters})
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """
@@ -452,6 +453,7 @@ class BaseTunerLayer(AdapterModule, ABC):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
+            self.forget_trained_before(name)
             for parameter in self.adapter_parameters(name):
                 if parameter.is_floating_point():
                     parameter.requires_grad_(requires_grad)
@@ -459,7 +461,23 @@ class BaseTunerLayer(AdapterModule, ABC):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """
-        Remove an adapter's tensors and settings. If it was active, one that remains becomes active.
+        Remove an adapter's tensors and settings. If it was the active one, one that remains becomes active.
+
+        What is trained of the others stays so. One that becomes active is trained if the one that is gone was.
+
+        Args:
+            adapter_name: name; a layer that does not have it stays as it is.
+        """
+        was_trained = adapter_name in self._trainable_adapters
+        self.remove_adapter(adapter_name)
+        if adapter_name in self.active_adapters:
+            self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
+            if not self._active_adapter:
+                self.set_adapter(sorted(self.available_adapters)[:1], inference_mode=not was_trained)
+
+    def remove_adapter(self, adapter_name: str) -> None:
+        """
+        Remove an adapter's tensors and settings, without a change to which are active.
 
         Args:
             adapter_name: name; a layer that does not have it stays as it is.
@@ -473,9 +491,7 @@ class BaseTunerLayer(AdapterModule, ABC):
             if hasattr(container, "keys") and adapter_name in container:
                 del container[adapter_name]
         self._trainable_adapters.discard(adapter_name)
-        if adapter_name in self.active_adapters:
-            remaining = [name for name in self.active_adapters if name != adapter_name]
-            self.set_adapter(remaining or sorted(self.available_adapters)[:1])
+        self.forget_trained_before(adapter_name)
 
     # -------------------------------------------------------------------------------------------------- forward pass
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -23,6 +23,7 @@ from ..utils.offload import Replacements, is_offloaded, refuse_merge_into_offloa
 from ..utils.same_tensor import identity_of
 from ..utils.warning import warn
 from ._surgery import adapter_modules, base_modules
+from ._transaction import keep_values
 
 
 if TYPE_CHECKING:
@@ -498,6 +499,8 @@ def _merge_sharing(
     for layer, name in everything[done:]:
         layer.source(name).prepare_merge(name)
     weight = first.get_base_weight() if is_held else first.get_base_weight().detach().clone()
+    if is_held:
+        keep_values([weight])
     for place in range(done, len(everything)):
         layer, name = everything[place]
         layer.source(name).merge_weight_(name, weight)
@@ -583,7 +586,9 @@ def _unmerge_all(layers: Iterable["BaseTunerLayer"]) -> None:
         if layer._merge_state.contributions and not layer._merge_state.replaces(layer.weight_name)
     ]
     if in_place:
-        undo_merge(in_place[0], in_place[0].get_base_weight(), [layer._merge_state for layer in in_place])
+        weight = in_place[0].get_base_weight()
+        keep_values([weight])
+        undo_merge(in_place[0], weight, [layer._merge_state for layer in in_place])
     for layer in layers:
         layer._merge_state.restore()
 

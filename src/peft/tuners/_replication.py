@@ -9,15 +9,14 @@ parameters that replicas share are told from ties (`utils.tying.find_tied_groups
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from ..utils.error import PeftValueError
 from ..utils.warning import warn
-from ._base_changes import change_base, deferring_base_changes
+from ._base_changes import change_base
 from ._surgery import walk
 
 
@@ -100,32 +99,6 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> No
     _set_layers(layers, stacked)
     layers.__dict__[REPLICATED_FROM] = sources
     _change_depth(owner, len(originals), sources)
-
-
-@contextmanager
-def replicated(model: nn.Module, layer_map: Sequence[Sequence[int]] | None) -> Iterator[None]:
-    """
-    Stack layers for what is done inside; if that raises, the model is as it was.
-
-    Args:
-        model: the base model.
-        layer_map: see `replicate_layers`; None to leave the model alone.
-    """
-    if not layer_map or _replicated_list(model) is not None:
-        if layer_map:
-            replicate_layers(model, layer_map)  # the same one, or it is refused
-        yield
-        return
-    with deferring_base_changes():  # the config is changed in the end
-        layers = _find_layers(model)[2]
-        originals = list(layers)
-        try:
-            replicate_layers(model, layer_map)
-            yield
-        except BaseException:
-            _set_layers(layers, originals)
-            layers.__dict__.pop(REPLICATED_FROM, None)
-            raise
 
 
 def remove_replicas(model: nn.Module) -> None:

@@ -2,7 +2,6 @@
 # peft: the fork in which tied weights stay tied
 """Walking a model around its adapters, and replacing modules wherever they are held."""
 
-import copy
 import functools
 import gc
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..utils.wrapped_names import WRAPPED
-from ._base_changes import deferring_base_changes
 
 
 def without_collecting(function: Callable) -> Callable:
@@ -159,39 +157,6 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if not is_adapter_module(module):
             prefix = f"{name}." if name else ""
             yield from ((prefix + key, p) for key, p in module._parameters.items() if p is not None)
-
-
-@contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """
-    Put a model back as it was if something is raised inside: its modules, their settings and hooks, what is trainable.
-
-    Values of tensors are not kept: changes of base weights that go through `change_base` are put off until the end,
-    and whoever writes to other tensors has to check everything first.
-    """
-    before = []
-    for module in model.modules():
-        for name, value in module.__dict__.items():
-            kept = copy.copy(value) if isinstance(value, (dict, list, set)) else None
-            before.append((module.__dict__, name, value, kept))
-    names = {id(module): set(module.__dict__) for module in model.modules()}
-    modules = list(model.modules())
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with deferring_base_changes():
-            yield
-    except BaseException:
-        for module in modules:
-            for name in set(module.__dict__) - names[id(module)]:
-                del module.__dict__[name]
-        for attributes, name, value, kept in before:
-            attributes[name] = value
-            if kept is not None:  # containers are filled again in place, since others may refer to them
-                value.clear()
-                value.extend(kept) if isinstance(value, list) else value.update(kept)
-        for parameter, wants_grad in trainable:
-            parameter.requires_grad_(wants_grad)
-        raise
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from ..utils.other import AuxiliaryTrainingWrapper
 from ..utils.warning import warn
 from ._layer import BaseTunerLayer
 from ._merging import unmerge_layers
-from ._surgery import adapter_modules
+from ._surgery import Slots, adapter_modules
 
 
 def set_adapter(
@@ -54,6 +54,22 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requ
         module.set_requires_grad(adapter_names, requires_grad)
 
 
+def is_trained(model: nn.Module, adapter_name: str) -> bool:
+    """
+    Say whether any parameter of an adapter is trained, or is going to be when adapters are switched on again.
+
+    Args:
+        model: a model with adapter modules.
+        adapter_name: name.
+    """
+    modules = [module for _, module in adapter_modules(model)]
+    return any(
+        adapter_name in (module._trained_before or ())
+        or any(parameter.requires_grad for parameter in module.adapter_parameters(adapter_name))
+        for module in modules
+    )
+
+
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str, layer_cls: type[BaseTunerLayer] = BaseTunerLayer
 ) -> list[str] | None:
@@ -69,6 +85,7 @@ def delete_adapter(
     Returns:
         Names of the adapters that are active afterwards, None if there is no adapter layer.
     """
+    _unmerge(model, adapter_name, layer_cls)
     active = None
     for _, module in adapter_modules(model):
         if isinstance(module, layer_cls):
@@ -78,6 +95,36 @@ def delete_adapter(
         if isinstance(module, AuxiliaryTrainingWrapper):
             module.delete_adapter(adapter_name, new_active_adapters=active)
     return active
+
+
+def _unmerge(model: nn.Module, adapter_name: str, layer_cls: type[BaseTunerLayer] = BaseTunerLayer) -> None:
+    """Take an adapter out of all weights while all of its tensors are there, those of followed layers too."""
+    layers = [module for _, module in adapter_modules(model) if isinstance(module, layer_cls)]
+    unmerge_layers(layer for layer in layers if adapter_name in layer.merged_adapters)
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """
+    Take everything of an adapter out of a model, so that another one can be made under its name.
+
+    Unlike `delete_adapter`, which adapters are active stays as it is, and modules that were there for this adapter
+    alone give way to those of the base model.
+
+    Args:
+        model: a model with adapter layers, or without.
+        adapter_name: name; if there is no such adapter, nothing is done.
+    """
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    modules = [m for _, m in adapter_modules(model) if isinstance(m, kinds) and m.has_adapter(adapter_name)]
+    if not modules:
+        return
+    _unmerge(model, adapter_name)
+    slots = Slots(model)
+    for module in modules:
+        module.remove_adapter(adapter_name)
+    for module in modules:  # outermost first
+        if not module.available_adapters:
+            slots.replace(module, module._modules[module._base_names[0]])
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

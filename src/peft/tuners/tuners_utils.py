@@ -76,7 +76,6 @@ from ._merging import (
     merge_layers,
     note_sharing,
     original_weights,
-    take_adapter_out,
     unmerge_layers,
 )
 from ._new_tensors import making_tensors
@@ -85,8 +84,16 @@ from ._prompt_encoder import BasePromptEncoder
 from ._replication import clone_module, replicate_layers
 from ._shared_tensors import SharedParameters
 from ._surgery import Slots, adapter_modules, base_modules, base_parameters, names_of_modules, without_collecting
-from ._switching import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
+from ._switching import (
+    cast_adapter_dtype,
+    delete_adapter,
+    is_trained,
+    remove_adapter,
+    set_adapter,
+    set_requires_grad,
+)
 from ._tie_weights import shield_tie_weights, unshield_tie_weights
+from ._transaction import all_or_nothing
 
 
 __all__ = [
@@ -171,19 +178,21 @@ class BaseTuner(nn.Module, ABC):
         # an earlier injection into the same model has left its configs on it
         present = model.__dict__.get("peft_config")
         if present and new:
+            becomes = "replaced" if set(new) <= set(present) else "put beside them"
             warn(
-                f"the model holds adapters already ({', '.join(present)}); {', '.join(new)} is put beside them. Call "
+                f"the model holds adapters already ({', '.join(present)}); {', '.join(new)} is {becomes}. Call "
                 "unload() first to start from the base model"
             )
         # configs say how an adapter applies to this model, so the caller's object, which may be used for another
         # model too, is left alone
         self.peft_config = {**(present or {}), **{name: copy.copy(config) for name, config in new.items()}}
         self.active_adapter: str | list[str] = adapter_name
-        if new:
-            self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
-        if present and new:
-            self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
-        model.peft_config = self.peft_config
+        with all_or_nothing(model):
+            if new:
+                self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+            if present and new:
+                self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
+            model.peft_config = self.peft_config
 
     # ------------------------------------------------------------------------------------------------- basic access
     def __getattr__(self, name: str) -> Any:
@@ -218,6 +227,7 @@ class BaseTuner(nn.Module, ABC):
         return (module for _, module in adapter_modules(self.model) if isinstance(module, BaseTunerLayer))
 
     # ------------------------------------------------------------------------------------------------------ injecting
+    @without_collecting
     def add_adapter(
         self,
         adapter_name: str,
@@ -234,12 +244,9 @@ class BaseTuner(nn.Module, ABC):
             low_cpu_mem_usage: make its tensors on the meta device.
             autocast_adapter_dtype: keep them in float32 where the base is in half precision.
         """
-        self.peft_config[adapter_name] = copy.copy(peft_config)
-        try:
+        with all_or_nothing(self):
+            self.peft_config[adapter_name] = copy.copy(peft_config)
             self.inject_adapter(self.model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        except BaseException:
-            del self.peft_config[adapter_name]
-            raise
 
     @without_collecting
     def inject_adapter(
@@ -251,9 +258,9 @@ class BaseTuner(nn.Module, ABC):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """
-        Put an adapter, whose config is in `peft_config`, into the model.
+        Put an adapter, whose config is in `peft_config`, into the model; one of the same name is removed first.
 
-        Everything that can be refused is refused before the model is changed.
+        If anything is refused, the model stays as it was.
 
         Args:
             model: the base model.
@@ -266,9 +273,22 @@ class BaseTuner(nn.Module, ABC):
             NoMatchingPeftModuleError: if nothing matches.
             PeftValueError: if the name or a target cannot work.
         """
+        with all_or_nothing(self, model):
+            self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, torch.Tensor] | None,
+    ) -> None:
+        """Do what `inject_adapter` does; methods extend it. What it changes before it raises is put back."""
         config = self.peft_config[adapter_name]
         _forget_wrappers(config)
         check_adapter_name(adapter_name, self.prefix)
+        remove_adapter(model, adapter_name)
         self._check_new_adapter_config(adapter_name, config)
         self._resolve_targets(model, config)
         modules = names_of_modules(model)
@@ -547,56 +567,42 @@ class BaseTuner(nn.Module, ABC):
         Create the layers for all targets, then put them into the model.
 
         Targets are modules by their full names, or their parameters by the names in `parameters`.
-
-        Whatever raises does so before the first module is replaced; layers that had other adapters already and were
-        given this one are relieved of it.
         """
         arguments_for = self._layer_arguments_for(config)
         ties = {**(config.target_modules_to_tie or {}), **(config.target_parameters_to_tie or {})}
         layers: dict[str, BaseTunerLayer] = {}
         created: list[tuple[nn.Module, BaseTunerLayer]] = []
-        updated: list[BaseTunerLayer] = []
         shared = self._shared_containers()
 
         def names_of(target: str) -> list[str]:
             names = all_names[id(targets[target])]
             return [f"{name}.{target.rpartition('.')[2]}" for name in names] if target in parameters else names
 
-        try:
-            if shared:
-                self.make_shared(adapter_name, config, {name: unwrapped(module) for name, module in targets.items()})
-            outermost: dict[int, nn.Module] = {}
-            for name, module in targets.items():
-                key = name.rpartition(".")[2] if name in parameters else None
-                arguments = arguments_for(names_of(ties.get(name, name)))
-                if name in ties:  # owners come first, so it is there
-                    arguments["owner"] = layers[ties[name]]
-                present = self._present_layer(module, key)
-                if present is not None:
-                    if key is None:
-                        self._check_kind(module, name, arguments.get("owner"))
-                    updated.append(present)
-                    take_adapter_out(present, adapter_name)
-                    with explaining_tie(name, ties, config):
-                        present.update_layer(adapter_name, config=config, **arguments)
-                    if not module.training:
-                        module.train(False)
-                    layers[name] = present
-                else:
-                    arguments.update({"shared": shared} if shared else {})
-                    arguments.update({"parameter_name": key} if key is not None else {})
-                    inner = outermost.get(id(module), module)
-                    with explaining_tie(name, ties, config):
-                        layers[name] = self._create_layer(inner, name, adapter_name, config, arguments)
-                    created.append((inner, layers[name]))
-                    outermost[id(module)] = layers[name]
-        except BaseException:
-            for layer in updated:
-                layer.delete_adapter(adapter_name)
-            for container in shared.values():
-                if adapter_name in container:
-                    del container[adapter_name]
-            raise
+        if shared:
+            self.make_shared(adapter_name, config, {name: unwrapped(module) for name, module in targets.items()})
+        outermost: dict[int, nn.Module] = {}
+        for name, module in targets.items():
+            key = name.rpartition(".")[2] if name in parameters else None
+            arguments = arguments_for(names_of(ties.get(name, name)))
+            if name in ties:  # owners come first, so it is there
+                arguments["owner"] = layers[ties[name]]
+            present = self._present_layer(module, key)
+            if present is not None:
+                if key is None:
+                    self._check_kind(module, name, arguments.get("owner"))
+                with explaining_tie(name, ties, config):
+                    present.update_layer(adapter_name, config=config, **arguments)
+                if not module.training:
+                    module.train(False)
+                layers[name] = present
+            else:
+                arguments.update({"shared": shared} if shared else {})
+                arguments.update({"parameter_name": key} if key is not None else {})
+                inner = outermost.get(id(module), module)
+                with explaining_tie(name, ties, config):
+                    layers[name] = self._create_layer(inner, name, adapter_name, config, arguments)
+                created.append((inner, layers[name]))
+                outermost[id(module)] = layers[name]
         slots = Slots(model) if created else None
         for module, layer in created:
             if not module.training:
@@ -790,19 +796,24 @@ class BaseTuner(nn.Module, ABC):
         """
         Remove an adapter. If it was the only active one, another one becomes active, with a warning.
 
+        What is trained of the others stays so. The one that becomes active is trained if the one that is gone was,
+        unless its config says that it is there for inference.
+
         Raises:
             PeftValueError: if there is no adapter of that name.
         """
         self._config_of(adapter_name)
-        # may be impossible, and then nothing has been deleted yet
-        unmerge_layers(layer for layer in self._layers() if adapter_name in layer.merged_adapters)
+        was_trained = is_trained(self.model, adapter_name)
         delete_adapter(self.model, adapter_name, self.prefix)
         del self.peft_config[adapter_name]
-        if adapter_name in self.active_adapters:
-            active = [name for name in self.active_adapters if name != adapter_name] or list(self.peft_config)[:1]
-            if active and self.active_adapters == [adapter_name]:
-                warn(f"the active adapter {adapter_name!r} was deleted; {active[0]!r} is active now")
-            self.set_adapter(active[0] if len(active) == 1 else active)
+        if adapter_name not in self.active_adapters:
+            return
+        remaining = [name for name in self.active_adapters if name != adapter_name]
+        self.active_adapter = remaining[0] if len(remaining) == 1 else remaining
+        if not remaining and self.peft_config:
+            first, config = next(iter(self.peft_config.items()))
+            warn(f"the active adapter {adapter_name!r} was deleted; {first!r} is active now")
+            self.set_adapter(first, inference_mode=config.inference_mode or not was_trained)
 
     # -------------------------------------------------------------------------------------------------------- merging
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -13,7 +13,8 @@ from torch import nn
 from ..config import PeftConfig
 from ..tuners._layer import unwrapped
 from ..tuners._matching import get_pattern_key, pattern_lookup
-from ..tuners._surgery import adapter_modules, names_of_modules
+from ..tuners._surgery import adapter_modules, names_of_modules, without_collecting
+from ..tuners._transaction import all_or_nothing, keep_values, on_failure
 from ..tuners.lora.config import LoraConfig
 from ..tuners.lora.initialization import changes_base
 from ..tuners.lora.layer import LoraLayer, ParamWrapper
@@ -142,6 +143,7 @@ def hotswap_adapter(
     hotswap_adapter_from_state_dict(model, weights, adapter_name, config)
 
 
+@without_collecting
 def hotswap_adapter_from_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, torch.Tensor],
@@ -184,22 +186,24 @@ def hotswap_adapter_from_state_dict(
             f"{tuple(fitted[grown[0]].shape)}), and the model is compiled; call prepare_model_for_compiled_hotswap "
             "with the greatest rank before compiling it. Nothing was changed"
         )
-    with torch.no_grad():
-        for key, value in fitted.items():
-            tensor = tensors[key]
-            if value.shape == tensor.shape:
-                tensor.copy_(value)
-            else:  # the parameter stays, and with it what is tied
-                tensor.data = value.to(tensor.device, tensor.dtype)
-    rank_of, alpha_of = pattern_lookup(config.rank_pattern), pattern_lookup(config.alpha_pattern)
-    for names, layer in layers:
-        if layer.source(adapter_name) is layer:
-            _set_scaling(layer, adapter_name, rank_of(names, config.r), alpha_of(names, config.lora_alpha))
-            _note_sizes(layer, adapter_name)
-    getattr(model, "load_reports", {}).pop(adapter_name, None)  # it was about the tensors that are gone
-    present = (getattr(model, "peft_config", None) or {}).get(adapter_name)
-    for field in _RANK_FIELDS if present is not None else ():
-        setattr(present, field, getattr(config, field))
+    with all_or_nothing(model):
+        with torch.no_grad():
+            for key, value in fitted.items():
+                tensor = tensors[key]
+                keep_values([tensor])
+                if value.shape == tensor.shape:
+                    tensor.copy_(value)
+                else:  # the parameter stays, and with it what is tied
+                    tensor.data = value.to(tensor.device, tensor.dtype)
+        rank_of, alpha_of = pattern_lookup(config.rank_pattern), pattern_lookup(config.alpha_pattern)
+        for names, layer in layers:
+            if layer.source(adapter_name) is layer:
+                _set_scaling(layer, adapter_name, rank_of(names, config.r), alpha_of(names, config.lora_alpha))
+                _note_sizes(layer, adapter_name)
+        getattr(model, "load_reports", {}).pop(adapter_name, None)  # it was about the tensors that are gone
+        present = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+        for field in _RANK_FIELDS if present is not None else ():
+            setattr(present, field, getattr(config, field))
 
 
 def prepare_model_for_compiled_hotswap(
@@ -251,13 +255,15 @@ def prepare_model_for_compiled_hotswap(
         raise PeftValueError("the model has no LoRA layer to prepare; put the first adapter in before this call")
     if target_rank is not None:
         _check_room(owners, target_rank, config)
-    for _, layer, adapter in owners:
-        for place, tensor in _factors(layer, adapter) if target_rank is not None else ():
-            tensor.data = place.pad(tensor.detach(), place.room(target_rank))
-        _note_sizes(layer, adapter)
-        scaling = layer.scaling[adapter]
-        if not isinstance(scaling, torch.Tensor):
-            layer.scaling[adapter] = torch.tensor(scaling, device=layer.stored_weight().device)
+    with all_or_nothing(model):
+        for _, layer, adapter in owners:
+            for place, tensor in _factors(layer, adapter) if target_rank is not None else ():
+                keep_values([tensor])
+                tensor.data = place.pad(tensor.detach(), place.room(target_rank))
+            _note_sizes(layer, adapter)
+            scaling = layer.scaling[adapter]
+            if not isinstance(scaling, torch.Tensor):
+                layer.scaling[adapter] = torch.tensor(scaling, device=layer.stored_weight().device)
 
 
 def _check_room(
@@ -367,6 +373,8 @@ def _set_scaling(layer: LoraLayer, adapter: str, rank: int, alpha: float) -> Non
     layer.r[adapter], layer.lora_alpha[adapter] = rank, alpha
     scaling = alpha / (math.sqrt(rank) if layer.use_rslora[adapter] else rank)
     if isinstance(layer.scaling[adapter], torch.Tensor):
+        before = layer.scaling[adapter].clone()
+        on_failure(lambda: layer.scaling[adapter].copy_(before))
         layer.scaling[adapter].fill_(scaling)
     else:
         layer.scaling[adapter] = scaling

@@ -170,7 +170,7 @@ def _set_trainable(
             wrapper = wrapper_cls(module, adapter_name, **wrapper_kwargs)
             wrapper.training = module.training
             if not activate_adapter:
-                wrapper._active_adapter = []
+                wrapper.choose([])
             slots.replace(module, wrapper)
             module = wrapper
         if activate_adapter:

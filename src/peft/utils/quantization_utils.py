@@ -41,6 +41,11 @@ class QuantizationBackend(ABC):
     stored_name = "weight"
     casts_inputs = False
 
+    @property
+    def backend_name(self) -> str:
+        """The name, as reports on a model have it."""
+        return self.name
+
     @abstractmethod
     def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
         """

@@ -21,9 +21,11 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..config import HUB_KWARGS, refuse_local
+from ..tuners._adapter_module import AdapterModule
 from ..tuners._layer import BaseTunerLayer
 from ..tuners._merging import merging_layers, taken_out
-from ..tuners._surgery import adapter_modules, innermost_module
+from ..tuners._surgery import adapter_modules, innermost_module, without_collecting
+from ..tuners._transaction import all_or_nothing, keep_values
 from .adapter_keys import (
     Place,
     adapter_key_map,
@@ -198,6 +200,7 @@ def set_peft_model_state_dict(
     return load_tensors(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, quiet=True)
 
 
+@without_collecting
 def load_tensors(
     model: nn.Module,
     tensors: Mapping[str, torch.Tensor],
@@ -219,11 +222,23 @@ def load_tensors(
         quiet: do not warn about tensors that are missing or unexpected.
         settings: fields in which the checkpoint's config differs from the adapter's; see `LoadReport`.
     """
+    with all_or_nothing(model):
+        return _load_tensors(model, tensors, adapter_name, ignore_mismatched_sizes, strict, quiet, settings or {})
+
+
+def _load_tensors(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    ignore_mismatched_sizes: bool,
+    strict: bool,
+    quiet: bool,
+    settings: Mapping[str, tuple[Any, Any]],
+) -> LoadResult:
+    """Do what `load_tensors` does; what it changes before it raises is put back."""
     config = _config_of(model, adapter_name)
     tensors = renamed(tensors, plain_name)
-    before = {plain_name(key): tensor.shape for key, tensor in model.named_parameters(remove_duplicate=False)}
-    for _, module in adapter_modules(model):
-        module.prepare_to_load(adapter_name, tensors)
+    before = _make_room(model, adapter_name, tensors)
     keys = adapter_key_map(model, adapter_name)
     keys.update(bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
     expected = tuple(keys)
@@ -255,7 +270,7 @@ def load_tensors(
             for saved in expected
             if keys[saved].key in before and before[keys[saved].key] != live[keys[saved].key].shape
         },
-        settings=settings or {},
+        settings=settings,
         about=_about(model, config),
     )
     report.refuse(strict, ignore_mismatched_sizes)
@@ -269,6 +284,17 @@ def load_tensors(
     result = LoadResult(missing_keys=missing, unexpected_keys=list(report.unexpected))
     result.report = report
     return result
+
+
+def _make_room(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """Let adapter modules prepare for tensors of another form; give the shapes from before, by key in the model."""
+    before = {}
+    for name, module in adapter_modules(model):
+        if type(module).prepare_to_load is not AdapterModule.prepare_to_load:
+            own = module.named_parameters(name, remove_duplicate=False)
+            before.update((plain_name(key), parameter.shape) for key, parameter in own)
+            module.prepare_to_load(adapter_name, tensors)
+    return before
 
 
 def _shape_of(place: Place, live: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
@@ -374,6 +400,7 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], values: Mappi
     with torch.no_grad():
         for key, value in values.items():
             if id(tensors[key]) not in replaced:
+                keep_values([tensors[key]])
                 tensors[key].copy_(value)
     if replaced:
         for module in model.modules():

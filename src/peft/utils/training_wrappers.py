@@ -79,17 +79,26 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
     @property
     def active_adapter(self) -> str | list[str]:
         """Name of the active adapter, or names if there are several or none."""
-        return self._active_adapter[0] if len(self._active_adapter) == 1 else self._active_adapter
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters; the wrapper need not have all of them."""
-        return self._active_adapter
+        """Names of the active adapters that train something here."""
+        return [name for name in self._active_adapter if self.has_adapter(name)]
+
+    def choose(self, adapter_names: Sequence[str]) -> None:
+        """Note which adapters of the model are active, without a change to what is trained."""
+        self._active_adapter = list(adapter_names)
 
     @property
     def available_adapters(self) -> set[str]:
         """Names of the adapters that train something here."""
         return {name for container in self.adapter_layer_names for name in self._modules[container].keys()}
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Say whether an adapter trains something here."""
+        return any(adapter_name in self._modules[container] for container in self.adapter_layer_names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -110,8 +119,17 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
         raise PeftValueError(f"{type(self).__name__} cannot compute a batch with an adapter per sample")
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch adapters on or off."""
+        """
+        Switch adapters on or off.
+
+        Args:
+            enabled: True to switch on. What was trainable before is trainable again.
+        """
         self._disable_adapters = not enabled
+        if enabled:
+            self.train_as_before()
+        else:
+            self.freeze_while_off(self.available_adapters)
 
     def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
         """
@@ -138,7 +156,7 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
             inference_mode: freeze the chosen one too.
         """
         chosen = self.check_set_adapter(adapter_names)
-        self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.choose([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         self.set_requires_grad(self.available_adapters - {chosen}, False)
         if chosen is not None:
             self.set_requires_grad([chosen], not inference_mode)
@@ -152,6 +170,7 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
             requires_grad: False to freeze.
         """
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.forget_trained_before(name)
             for parameter in self.adapter_parameters(name):
                 parameter.requires_grad_(requires_grad)
 
@@ -163,18 +182,32 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         """
-        Remove what an adapter trains here.
+        Remove what an adapter trains here; see `BaseTunerLayer.delete_adapter`.
 
         Args:
             adapter_name: name.
             new_active_adapters: names that are active afterwards.
         """
+        was_trained = any(parameter.requires_grad for parameter in self.adapter_parameters(adapter_name))
+        was_active = adapter_name in self._active_adapter
+        self.remove_adapter(adapter_name)
+        if was_active and len(self._active_adapter) == 1:
+            self.set_adapter(new_active_adapters or [], inference_mode=not was_trained)
+        elif was_active:
+            self.choose([name for name in self._active_adapter if name != adapter_name])
+
+    def remove_adapter(self, adapter_name: str) -> None:
+        """
+        Remove what an adapter trains here, without a change to which are active.
+
+        Args:
+            adapter_name: name.
+        """
         for container in (*self.adapter_layer_names, *self.other_param_names):
             if adapter_name in getattr(self, container):
                 del getattr(self, container)[adapter_name]
         self.give_back(adapter_name)
-        if adapter_name in self._active_adapter:
-            self.set_adapter(new_active_adapters or [])
+        self.forget_trained_before(adapter_name)
 
     def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Yield for each tensor of an adapter its key in a checkpoint and its key in this module's state dict."""
@@ -408,6 +441,14 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """Names of the adapters that train tokens here."""
         return self.token_adapter.available_adapters
 
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Say whether an adapter trains tokens here."""
+        return self.token_adapter.has_adapter(adapter_name)
+
+    def choose(self, adapter_names: Sequence[str]) -> None:
+        """Note which adapters of the model are active, without a change to what is trained."""
+        self.token_adapter._active_adapter = list(adapter_names)
+
     def _current_module(self) -> nn.Module:
         return self.token_adapter.get_base_layer()
 
@@ -436,6 +477,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """Do nothing: the layer inside is told by itself."""
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        """Do nothing: the layer inside is told by itself."""
+
+    def remove_adapter(self, adapter_name: str) -> None:
         """Do nothing: the layer inside is told by itself."""
 
     def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ Greenewald et al., "Activated LoRA: Fine-tuned LLMs for Intrinsics", 2025, arXiv
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from ...utils.caches import given_cache
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
 from .._call_context import Call, begin, calling, current_call, end, remember
+from .._transaction import on_failure
 from .variants import LoraVariant
 from .whole_weight import OnWholeWeight
 
@@ -51,7 +53,7 @@ class ActivatedLora(LoraVariant):
     def attach(self, model: nn.Module, adapter: str, config: "LoraConfig") -> None:
         """Have the base model note where its inputs invoke the adapter."""
         self.invocations = Invocations.of(model)
-        self.invocations.tokens[adapter] = list(config.alora_invocation_tokens)
+        self.invocations.note(adapter, config.alora_invocation_tokens)
 
     def detach(self, adapter: str) -> None:
         """Stop noting it."""
@@ -147,8 +149,17 @@ class Invocations:
                 return hook.__self__
         return cls(model)
 
+    def note(self, adapter: str, tokens: Sequence[int]) -> None:
+        """Look for an adapter's invocation tokens too."""
+        on_failure(partial(self._restore, dict(self.tokens)))
+        self.tokens[adapter] = list(tokens)
+
+    def _restore(self, tokens: dict[str, list[int]]) -> None:
+        self.tokens = tokens
+
     def forget(self, adapter: str) -> None:
         """Leave an adapter out; the hooks are removed with the last one."""
+        on_failure(partial(self._restore, dict(self.tokens)))
         self.tokens.pop(adapter, None)
         if not self.tokens:
             for handle in self._handles:

@@ -32,6 +32,7 @@ from ...utils.warning import warn
 from ...utils.wrapped_names import plain_name, renamed
 from .._matching import find_targets
 from .._surgery import adapter_modules, names_of_modules
+from .._transaction import all_or_nothing
 from .config import LoraConfig
 from .initialization import changes_base
 from .layer import LoraLayer
@@ -333,12 +334,13 @@ def add_weighted_adapter(
     _set_ranks(config, {name: result.rank for name, result in combined.items()})
     _narrow_targets(model, config, set(layers), followers)
     _warn_about_changed_bases(weighted, configs)
-    model.add_adapter(adapter_name, config)
     exact = not _leaves_root_of_rank(combination, configs)
-    for result in combined.values():
-        result.write(adapter_name, exact)
-    if source is not None:
-        _copy_saved_modules(model, source, adapter_name)
+    with all_or_nothing(model):
+        model.add_adapter(adapter_name, config)
+        for result in combined.values():
+            result.write(adapter_name, exact)
+        if source is not None:
+            _copy_saved_modules(model, source, adapter_name)
 
 
 def _leaves_root_of_rank(combination: Combination, configs: Sequence[LoraConfig]) -> bool:

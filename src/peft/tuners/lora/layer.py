@@ -230,15 +230,17 @@ class LoraLayer(StartMethods, MixedBatches, Scaled, AdditiveLayer):
                 self.__dict__["adapter_layer_names"] = (*self.adapter_layer_names, name)
         return self._modules[name]
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def remove_adapter(self, adapter_name: str) -> None:
         """
-        Remove an adapter's tensors and settings; see `BaseTunerLayer.delete_adapter`.
+        Remove an adapter's tensors and settings; see `BaseTunerLayer.remove_adapter`.
 
         Args:
             adapter_name: name.
         """
-        super().delete_adapter(adapter_name)
-        self.variants.pop(adapter_name, None)
+        super().remove_adapter(adapter_name)
+        variant = self.variants.pop(adapter_name, None)
+        if variant is not None:
+            variant.detach(adapter_name)
 
     def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
         """Make the uninitialised factors of an adapter."""

@@ -20,10 +20,9 @@ from ...utils.integrations import changes_weights_while_loading
 from ...utils.save_and_load import collect_tensors
 from ...utils.tying import find_tied_groups, module_of
 from ...utils.warning import warn
-from .._base_changes import deferring_base_changes
 from .._kinds import stores_weight_transposed
 from .._layer import unwrapped
-from .._replication import remove_replicas, replicated, separate_replicas
+from .._replication import remove_replicas, replicate_layers, separate_replicas
 from ..tuners_utils import BaseTuner
 from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig
@@ -84,23 +83,13 @@ class LoraModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     pattern_fields = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
-    ) -> None:
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any) -> None:
         """Stack layers if the config says so, and put the adapter in; see `BaseTuner.inject_adapter`."""
-        with replicated(model, self.peft_config[adapter_name].layer_replication):
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        layer_map = self.peft_config[adapter_name].layer_replication
+        if layer_map:
+            replicate_layers(model, layer_map)
+        super()._inject(model, adapter_name, *args)
         attach_variants(model, adapter_name, self.peft_config[adapter_name])
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; see `BaseTuner.delete_adapter`."""
-        detach_variants(self.model, [adapter_name])
-        super().delete_adapter(adapter_name)
 
     def _unload(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         detach_variants(self.model, self.peft_config)
@@ -257,6 +246,6 @@ class LoraModel(BaseTuner):
         )
 
     def _place_layers(self, model: nn.Module, adapter_name: str, config: LoraConfig, *targets: Any) -> None:
-        """Create and place the layers; base weights that the initialisation changes are changed when all are there."""
-        with deferring_base_changes(), showing_progress(config.init_lora_weights, len(targets[0])):
+        """Create and place the layers, with a bar for what the initialisation computes."""
+        with showing_progress(config.init_lora_weights, len(targets[0])):
             super()._place_layers(model, adapter_name, config, *targets)

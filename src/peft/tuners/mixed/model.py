@@ -14,6 +14,7 @@ from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.other import check_additional_trainable_modules, set_additional_trainable_modules
 from ...utils.peft_types import PeftType
 from ...utils.tying import find_followers, keep_ties, one_object_each
+from .._transaction import all_or_nothing
 from ..tuners_utils import BaseTuner, BaseTunerLayer
 
 
@@ -89,11 +90,12 @@ class MixedModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Let the adapter's method put it into the model; see `BaseTuner.inject_adapter`."""
-        tuner = self._tuner_of(self.peft_config[adapter_name])
-        tuner.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        self.targeted_module_names = tuner.targeted_module_names
-        self.targeted_parameter_names = tuner.targeted_parameter_names
-        model.peft_config = self.peft_config
+        with all_or_nothing(self, *self._tuners.values()):
+            tuner = self._tuner_of(self.peft_config[adapter_name])
+            tuner.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self.targeted_module_names = tuner.targeted_module_names
+            self.targeted_parameter_names = tuner.targeted_parameter_names
+            model.peft_config = self.peft_config
 
     def train_in_full(self, peft_config: PeftConfig, adapter_name: str) -> None:
         """
@@ -115,10 +117,10 @@ class MixedModel(BaseTuner):
         asked.token_modules_to_tie = find_followers(tie for tie in kept if tie.tokens)
         check_additional_trainable_modules(model, asked)
         active = adapter_name in self.active_adapters
-        with one_object_each(model):
+        with all_or_nothing(self), one_object_each(model):
             set_additional_trainable_modules(model, asked, self.get_model_config(model), adapter_name, active)
-        present.modules_to_tie = {**(present.modules_to_tie or {}), **asked.modules_to_tie}
-        present.token_modules_to_tie = {**(present.token_modules_to_tie or {}), **asked.token_modules_to_tie}
+            present.modules_to_tie = {**(present.modules_to_tie or {}), **asked.modules_to_tie}
+            present.token_modules_to_tie = {**(present.token_modules_to_tie or {}), **asked.token_modules_to_tie}
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """
