@@ -33,7 +33,7 @@ from peft import (
 from peft.helpers import rescale_adapter_scale
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners._surgery import adapter_modules
-from peft.tuners.tuners_utils import BaseTunerLayer, WeightLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, ReplacementLayer, WeightLayer
 
 
 IDS = torch.tensor([[1, 5, 3, 2], [7, 3, 0, 4]])
@@ -428,7 +428,7 @@ def test_merging_through_a_parametrisation(parametrisation: str, method: str) ->
     adapted = model(IDS)
     assert not torch.allclose(adapted, before, atol=1e-3)
     layer = base.hidden
-    if parametrisation in CAN_BE_WRITTEN or not layer.changes_weight:
+    if parametrisation in CAN_BE_WRITTEN or isinstance(layer, ReplacementLayer):
         for merging in (model.merge_adapter, lambda: layer.merge(safe_merge=True)):
             merging()
             assert layer.merged
@@ -454,6 +454,20 @@ def test_starts_that_change_the_base_are_refused_where_it_is_computed(parametris
     with refused(base, ValueError, "computes anew in each forward pass", "another initialisation"):
         get_peft_model(base, LoraConfig(r=2, target_modules=["hidden"], init_lora_weights=start))
     assert_equal(base(IDS), before)
+
+
+@each_parametrisation
+def test_values_that_a_layer_computes_can_be_set(parametrisation: str) -> None:
+    base = parametrised(parametrisation)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["hidden"]))
+    values = torch.linspace(-1, 1, 256).reshape(16, 16)
+    if parametrisation in CAN_BE_WRITTEN:
+        base.hidden.set_base_weight(values)
+        base(IDS)
+        assert_close(base.hidden.weight, values)
+    else:
+        with refused(base, NotImplementedError, "is computed by"):
+            base.hidden.set_base_weight(values)
 
 
 def test_what_computes_a_weight_is_no_target() -> None:

@@ -9,6 +9,7 @@ deletion follow from it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -182,15 +183,19 @@ class BaseTunerLayer(AdapterModule, ABC):
         """
         Replace the values of the base weight; the parameter object stays, and with it every tie.
 
-        A quantised weight is quantised anew and replaced.
+        A quantised weight is quantised anew and replaced; one that the layer computes is computed from other values.
 
         Args:
             weight_data: of the shape that `get_base_weight` gives.
         """
-        if self.quantization_backend is None:
-            self.stored_weight().data = weight_data
-        else:
+        computed = self.computed_weight()
+        if self.quantization_backend is not None:
             self.quantization_backend.set_base_weight(self, weight_data)
+        elif computed is not None:
+            for name, values in computed.tensors_for(weight_data).items():
+                attrgetter(name)(self.get_base_layer()).data = values
+        else:
+            self.stored_weight().data = weight_data
 
     @property
     def weight(self) -> torch.Tensor:
