@@ -42,6 +42,12 @@ from peft import (
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
 
 GROWN = VOCABULARY + 5
+FEW = ("bert", "gpt2", "t5")
+HUB_MODELS = [
+    name if name in FEW else pytest.param(name, marks=pytest.mark.wide)
+    for name in TIED_MODELS
+    if not name.startswith(("plain", "multi"))
+]
 OLD, NEW = token_ids(), torch.tensor([[3, VOCABULARY + 1, VOCABULARY + 4]])
 NOTHING, TIE = {}, {"ensure_weight_tying": True}
 ROUTES = {
@@ -165,11 +171,9 @@ def test_other_models_and_places() -> None:
     assert_equal(logits(model, OLD), expected)
 
 
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("mixed", [False, pytest.param(True, marks=pytest.mark.wide)])
 @pytest.mark.parametrize("route", ["target_modules", "modules_to_save", "trainable_token_indices"])
-@pytest.mark.parametrize(
-    "name", [name for name, case in TIED_MODELS.items() if not name.startswith(("plain", "multi"))]
-)
+@pytest.mark.parametrize("name", HUB_MODELS)
 def test_every_way_of_tying(name: str, route: str, mixed: bool) -> None:
     case = TIED_MODELS[name]
     options = {

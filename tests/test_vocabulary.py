@@ -14,7 +14,7 @@ from helpers import VOCABULARY, WIDTH, assert_equal, gpt2, llama, logits, opt, s
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
@@ -106,6 +106,7 @@ MODELS = {
                                   "subsampling_conv_channels": 4}),
 }  # fmt: skip
 models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+kinds = pytest.mark.parametrize("kind", ["files", pytest.param("config", marks=pytest.mark.wide)])
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -133,7 +134,7 @@ def saved_base_tensors(model: PeftModel, folder: Path) -> set[str]:
 
 
 @models
-@pytest.mark.parametrize("kind", ["files", "config"])
+@kinds
 def test_rows_of_a_resized_vocabulary_are_saved(tmp_path: Path, build: Callable[[], nn.Module], kind: str) -> None:
     load = published(build, tmp_path / "base")
     base, names = load(), shapes(build())
@@ -158,7 +159,7 @@ def test_rows_of_a_resized_vocabulary_are_saved(tmp_path: Path, build: Callable[
 
 
 @models
-@pytest.mark.parametrize("kind", ["files", "config"])
+@kinds
 def test_embeddings_as_they_were_published_are_not_saved(
     tmp_path: Path, build: Callable[[], nn.Module], kind: str
 ) -> None:
@@ -167,6 +168,10 @@ def test_embeddings_as_they_were_published_are_not_saved(
     if kind == "config":
         (tmp_path / "base" / "model.safetensors").unlink()
     assert saved_base_tensors(adapted(base), tmp_path / "adapter") == set()
+
+
+def test_models_without_files_are_built_from_their_config(tmp_path: Path) -> None:
+    test_rows_of_a_resized_vocabulary_are_saved(tmp_path, MODELS["fsmt"], "config")
 
 
 def test_sizes_that_no_config_names(tmp_path: Path) -> None:
@@ -249,6 +254,14 @@ def test_files_in_shards_and_under_other_prefixes(tmp_path: Path) -> None:
         model.lm_head.weight[3] = 1
     with warned("lm_head.weight"):
         assert "lm_head.weight" in saved_base_tensors(adapted(model), tmp_path / "adapter")
+
+
+def test_what_is_divided_among_processes_tells_nothing(tmp_path: Path) -> None:
+    model = adapted(published(llama, tmp_path / "base")())
+    divided = {
+        key: torch.empty(0) if "embed" in key or "lm_head" in key else t for key, t in model.state_dict().items()
+    }
+    assert not any("embed" in key for key in get_peft_model_state_dict(model, state_dict=divided))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\x10\x00\x00\x00\x00\x00\x00\x00{}"])

@@ -91,6 +91,10 @@ WRAPPERS = {
     "checkpointed blocks": lambda model: blocks(checkpoint_wrapper, model),
 }
 wrappers = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+few_wrappers = pytest.mark.parametrize(
+    "wrap",
+    [pytest.param(wrap, id=name, marks=[pytest.mark.wide] * ("blocks" in name)) for name, wrap in WRAPPERS.items()],
+)
 
 CONFIGS = {
     "all-linear": {"target_modules": "all-linear"},
@@ -122,7 +126,7 @@ def under_names_of(wrapped: str, tensors: dict[str, torch.Tensor]) -> dict[str, 
 
 
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
-@wrappers
+@few_wrappers
 def test_adapters_of_wrapped_models_are_those_of_plain_ones(
     tmp_path: Path, wrap: Callable[[nn.Module], nn.Module], options: dict[str, Any]
 ) -> None:

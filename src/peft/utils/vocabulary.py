@@ -64,7 +64,9 @@ def changed_embeddings(model: nn.Module, config: Any, tensors: Mapping[str, torc
         Names of weights in the model. What cannot be compared, because nothing is known of the published model, has
         not changed.
     """
-    present = {live: place for live, place in embeddings_of(model).items() if live in tensors}
+    # ZeRO-3 has empty tensors in the places of those that it has divided
+    has_content = {live for live, tensor in tensors.items() if tensor.numel()}
+    present = {live: place for live, place in embeddings_of(model).items() if live in has_content}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = {live: module.__dict__.get(ROWS_BEFORE) for live, (module, _) in embedding_tensors(model).items()}
     changed = [live for live in present if before[live] not in (None, len(tensors[live]))]
@@ -137,6 +139,8 @@ class Published:
             key: key of the published tensor, which has as many rows.
             tensor: a tensor, of any type.
         """
+        if type(tensor) not in (torch.Tensor, nn.Parameter):  # one that is spread over processes, or quantised
+            return True
         if tensor.is_meta or not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
             return True
         with safe_open(self.files[key], framework="pt") as file:
