@@ -5,14 +5,25 @@
 import copy
 import time
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import refused
+from helpers import assert_close, refused, seeded, trainable
+from helpers import logits as outputs
 from tied_models import TIED_MODELS, TiedModel, llama
 from torch import nn
+from transformers import MarianConfig, MarianMTModel
 
-from peft import LoraConfig, PeftModel, PeftWarning, TrainableTokensConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftWarning,
+    TrainableTokensConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.tuners.trainable_tokens.layer import AddColumns, TrainableTokensLayer, check_token_indices
 from peft.utils import TrainableTokensWrapper
 from peft.utils.error import PeftError
@@ -486,3 +497,41 @@ def test_layer_can_be_made_by_hand() -> None:
     x = torch.randn(2, 4)
     torch.testing.assert_close(tied(x), x @ layer.get_merged_weights(["default"]).T)
     torch.testing.assert_close(layer(torch.tensor([1, 5])), layer.get_merged_weights(["default"])[[1, 5]])
+
+
+def marian() -> MarianMTModel:
+    """A model that calls its encoder's embedding the input embedding, and has another name for it before that."""
+    sides = {f"{side}_{what}": 1 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    tokens = {"vocab_size": 40, "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    sizes = {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    with seeded(0):
+        return MarianMTModel(MarianConfig(**sizes, **sides, **tokens)).eval()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "saved"),
+    [
+        ([1, 3], {"encoder.embed_tokens"}),
+        ({"encoder.embed_tokens": [1, 3]}, {"encoder.embed_tokens"}),
+        ({"embed_tokens": [1, 3]}, {"encoder.embed_tokens", "decoder.embed_tokens"}),
+    ],
+)
+def test_tokens_have_the_name_of_the_embedding_that_was_named(tokens: Any, saved: set[str], tmp_path: Path) -> None:
+    model = get_peft_model(marian(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=tokens))
+    names = [name for name in trainable(model) if "token" in name]
+    ending = "token_adapter.trainable_tokens_delta"
+    assert names == [f"base_model.model.model.encoder.embed_tokens.{ending}.default"]
+    keys = {key for key in get_peft_model_state_dict(model) if "token" in key}
+    assert keys == {f"base_model.model.model.{name}.{ending}" for name in saved}
+    randomise(model)
+    ids = torch.tensor([[1, 5, 3]])
+    expected = outputs(model, input_ids=ids, decoder_input_ids=ids)
+    for deduplicate in (False, True):
+        model.save_pretrained(tmp_path, deduplicate_tied=deduplicate)
+        again = PeftModel.from_pretrained(marian(), tmp_path).eval()
+        assert_close(outputs(again, input_ids=ids, decoder_input_ids=ids), expected)
+    again = copy.deepcopy(again).train().eval()
+    assert not any("model.shared" in key and "delta" in key for key in again.state_dict())
+    merged = again.merge_and_unload()
+    assert merged.model.shared.weight is merged.model.encoder.embed_tokens.weight is merged.lm_head.weight
+    assert_close(outputs(merged, input_ids=ids, decoder_input_ids=ids), expected)

@@ -330,10 +330,13 @@ def _train_tokens(model: nn.Module, peft_config: PeftConfig, adapter_name: str, 
             named = (tokens[follower] for follower, owner in ties.items() if owner == name and follower in tokens)
             indices = tokens.get(name) or next(named)
             _set_trainable(model, adapter_name, [name], token_indices=indices, **options)
+    order = {name: place for place, (name, _) in enumerate(bare_modules(model))}
     for follower, owner in ties.items():
         layer = model.get_submodule(owner).token_adapter
-        indices = layer.token_indices[adapter_name]
-        _set_trainable(model, adapter_name, [follower], token_indices=indices, tied_adapter=layer, **options)
+        options.update(token_indices=layer.token_indices[adapter_name], is_named=follower in tokens)
+        _set_trainable(model, adapter_name, [follower], tied_adapter=layer, **options)
+        if order[follower] < order[owner]:  # Marian's `shared` comes before the embedding that it says it has
+            model.get_submodule(follower).token_adapter.hold_nothing(adapter_name)
 
 
 def _shared_parameter_names(model: nn.Module, name: str, others: Iterable[str]) -> set[str]:

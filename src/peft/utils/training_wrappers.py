@@ -390,6 +390,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         adapter_name: adapter to start with.
         token_indices: ids of its tokens.
         tied_adapter: layer to follow, whose base layer holds the same weight.
+        is_named: whether the config names the module itself. Release 0.21.2 then has keys for it in a checkpoint.
     """
 
     _base_names = ("token_adapter",)
@@ -400,12 +401,13 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         adapter_name: str,
         token_indices: Sequence[int],
         tied_adapter: TrainableTokensLayer | None = None,
+        is_named: bool = True,
     ) -> None:
         nn.Module.__init__(self)
         self.token_adapter = TrainableTokensLayer(
             module_to_save, adapter_name, TrainableTokensConfig(token_indices=list(token_indices)), tied_adapter
         )
-        self.token_adapter.writes_aliases = False
+        self.token_adapter.without_aliases = set() if is_named else {adapter_name}
 
     def update(self, active_adapter: str, **kwargs: Any) -> None:
         """
@@ -413,8 +415,10 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
         Args:
             active_adapter: its name.
-            kwargs: `token_indices` and `tied_adapter`, as for the constructor.
+            kwargs: `token_indices`, `tied_adapter` and `is_named`, as for the constructor.
         """
+        if not kwargs.get("is_named", True):
+            self.token_adapter.without_aliases.add(active_adapter)
         config = TrainableTokensConfig(token_indices=list(kwargs["token_indices"]))
         self.token_adapter.update_layer(active_adapter, config, owner=kwargs.get("tied_adapter"))
 

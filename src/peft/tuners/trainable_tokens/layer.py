@@ -5,7 +5,7 @@
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,8 +41,8 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
     other_param_names = ("token_indices", "trainable_tokens_original", "token_slots")
     container_classes = {"trainable_tokens_original": BufferDict, "token_slots": BufferDict}
     corrects_output = True
-    # inside a wrapper, release 0.21.2 has no keys for layers that follow
-    writes_aliases = True
+    # adapters for which this layer has no keys where it follows: release 0.21.2 has none inside a wrapper
+    without_aliases: Collection[str] = ()
 
     def __init__(
         self,
@@ -92,6 +92,11 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
         """Say what knows the whole vocabulary; see `BaseTunerLayer.token_axes`."""
         return {f"token_slots.{adapter_name}": (0, -1)}
 
+    def hold_nothing(self, adapter_name: str) -> None:
+        """Leave the owner's parameter to the owner alone, so that it has the name that it has there."""
+        self.give_back(adapter_name)
+        del self.trainable_tokens_delta[adapter_name]
+
     def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Leave out what is the owner's; see `adapter_aliases`."""
         return iter(()) if adapter_name in self._owners else super().adapter_keys(adapter_name)
@@ -101,7 +106,7 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
 
     def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
         """Yield the key under which the owner's rows stand for this layer too."""
-        if adapter_name in self._owners and self.writes_aliases:
+        if adapter_name in self._owners and adapter_name not in self.without_aliases:
             yield "trainable_tokens_delta", f"trainable_tokens_delta.{adapter_name}", False
 
     # --------------------------------------------------------------------------------------------------- the rule
