@@ -386,7 +386,7 @@ def untie_after_wrapping(patch: pytest.MonkeyPatch) -> None:
         last = model.get_base_model().get_submodule(cell.tied.members[-1].rpartition(".")[0])
         if isinstance(last, ModulesToSaveWrapper):
             copied = last.modules_to_save["default"]
-            last.followed.clear()
+            last.give_back("default")
             copied.weight = nn.Parameter(copied.weight.detach().clone())
         else:
             last.__dict__["_owners"] = {"default": copy.deepcopy(last.source("default"))}

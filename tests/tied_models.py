@@ -308,7 +308,7 @@ INEXACT_MODELS = {
     "mamba": TiedModel(
         _hub("MambaForCausalLM", vocab_size=VOCABULARY, hidden_size=WIDTH, state_size=4, num_hidden_layers=1,
              tie_word_embeddings=True, use_mambapy=False),
-        ["in_proj", "out_proj"],
+        ["in_proj"],
         "embeddings",
         "lm_head",
         ("backbone.embeddings.weight", "lm_head.weight"),
