@@ -314,6 +314,27 @@ def test_an_adapter_that_changes_while_it_is_merged(
     assert_close(model.get_base_model().words.weight, before)
 
 
+@pytest.mark.parametrize("method", ["LORA", "LORA-dora", "LOHA", "LOKR", "ADALORA"])
+@pytest.mark.parametrize("call", ["set_scale", "scale_layer", "unscale_layer"])
+def test_a_scaling_that_changes_while_it_is_merged(method: str, call: str) -> None:
+    name, _, variant = method.partition("-")
+    options = {**OPTIONS[name], **({"use_dora": True} if variant else {})}
+    with seeded():
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[name](target_modules=["hidden"], **options)
+        model = moved(get_peft_model(tied(), config))
+    layer, reference = model.get_base_model().hidden, copy.deepcopy(model)
+    before = layer.weight.detach().clone()
+    arguments = ("default", 3.0) if call == "set_scale" else (3.0,)
+    getattr(reference.get_base_model().hidden, call)(*arguments)
+    assert not torch.allclose(reference(IDS), model(IDS), atol=1e-3)
+    model.merge_adapter()
+    getattr(layer, call)(*arguments)
+    assert layer.merged
+    assert_close(model(IDS), reference(IDS), atol=1e-4)
+    model.unmerge_adapter()
+    assert_close(layer.weight, before)
+
+
 def test_a_refused_load_leaves_an_adapter_merged() -> None:
     model = on_tie("LORA")
     model.merge_adapter()
