@@ -27,6 +27,7 @@ from helpers import (
 from tied_models import TIED_MODELS
 from tied_models import VOCABULARY as TIED_VOCABULARY
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from peft import (
     IA3Config,
@@ -217,6 +218,22 @@ def test_what_cannot_be_resized_is_refused_before_anything_is_changed(config: An
     model = get_peft_model(llama(), config)
     with refused(model, ValueError, "adapter 'default'", "nothing was changed"):
         model.resize_token_embeddings(rows)
+
+
+def test_what_is_asked_for_is_passed_on_as_it_is() -> None:
+    """Models may have a method of their own, which takes less."""
+
+    class Own(LlamaForCausalLM):
+        def resize_token_embeddings(self, new_num_tokens: int) -> nn.Module:
+            return super().resize_token_embeddings(new_num_tokens)
+
+    config = TrainableTokensConfig(token_indices=[30], target_modules=["embed_tokens"])
+    model = get_peft_model(Own(llama().config), config)
+    model.resize_token_embeddings(GROWN)
+    assert logits(model, NEW).shape[-1] == GROWN
+    model = get_peft_model(llama(), config)
+    model.resize_token_embeddings(pad_to_multiple_of=31, new_num_tokens=20)
+    assert logits(model, OLD).shape[-1] == 31
 
 
 def test_merged_adapters_are_refused() -> None:

@@ -26,13 +26,7 @@ from ._surgery import adapter_modules, bare_modules, base_modules, without_adapt
 ROWS_BEFORE = "_rows_before_resizing"
 
 
-def resize_vocabulary(
-    model: nn.Module,
-    new_num_tokens: int | None = None,
-    pad_to_multiple_of: int | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> nn.Module:
+def resize_vocabulary(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """
     Call `resize_token_embeddings` of a model that holds adapters.
 
@@ -41,9 +35,7 @@ def resize_vocabulary(
 
     Args:
         model: a model of transformers.
-        new_num_tokens: see transformers.
-        pad_to_multiple_of: see transformers.
-        args: see transformers.
+        args: see transformers; the number of tokens, and what it is to be a multiple of.
         kwargs: see transformers.
 
     Raises:
@@ -51,14 +43,15 @@ def resize_vocabulary(
             that would be gone. Nothing has been changed then.
     """
     layers = list(_layers_around_embeddings(model))
+    tokens = _asked_for(*args, **kwargs)
     for name, layer in layers:
-        _refuse(name, layer, new_num_tokens)
+        _refuse(name, layer, tokens)
     before = {name: (module.__dict__.get(ROWS_BEFORE), rows) for name, module, rows in _matrices(model)}
     # trained copies may hold parameters of the base model, and outlive the modules that transformers replaces
     homes = {id(p): (module, key) for module, key, p in _parameters(model)}
     copies = {id(wrapper): dict(wrapper.original_module.named_modules()) for _, wrapper in _wrappers(model)}
     with without_adapters(model) as replaced:
-        result = type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        result = type(model).resize_token_embeddings(model, *args, **kwargs)
         for parent, key, outer, bare in replaced:
             if parent._modules[key] is not bare:
                 _put_inside(outer, bare, parent._modules[key])
@@ -68,6 +61,15 @@ def resize_vocabulary(
         _resize_layer(layer)
     _note(model, before)
     return result
+
+
+def _asked_for(
+    new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+) -> int | None:
+    """Say how many tokens there are going to be; None if it is not said."""
+    if new_num_tokens is None or not pad_to_multiple_of:
+        return new_num_tokens
+    return -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
