@@ -16,7 +16,7 @@ SIZES = {size.name: size for size in counting.method_sizes()}
 LIMIT = 150
 # method -> how many lines it may have, and why they are more
 EXCEPTIONS = {
-    "LORA": (1950, "seven kinds of layers, parameters as targets, variants, initialisations and combinations"),
+    "LORA": (2000, "seven kinds of layers, parameters as targets, variants, initialisations and combinations"),
     "ADALORA": (400, "it hands out ranks while training, which no other method does"),
     "BOFT": (200, "public names of the released package that are not needed here"),
     "OFT": (175, "public names of the released package that are not needed here"),
