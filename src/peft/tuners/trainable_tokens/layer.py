@@ -16,6 +16,7 @@ from ...utils.error import PeftIndexError, PeftTypeError, PeftValueError
 from ...utils.integrations import dequantize_module_weight, gather_params_ctx
 from ...utils.same_tensor import identity_of
 from .._adapter_module import Borrowed
+from .._add_columns import AddColumns
 from .._buffer_dict import BufferDict
 from .._kinds import scale_rows
 from .._layer import BaseTunerLayer, WeightLayer, unwrapped
@@ -240,53 +241,6 @@ def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
         return one.is_meta or torch.equal(one, other)
     except RuntimeError:  # in transforms of torch.func there are no values to be had
         return False
-
-
-class AddColumns(torch.autograd.Function):
-    """
-    Add to some columns of a tensor that nobody else looks at, in its own memory.
-
-    An in-place operation would do, were it not that the output of a linear layer is a view to autograd, for which the
-    gradient would be copied twice.
-    """
-
-    @staticmethod
-    def forward(result: torch.Tensor, columns: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Add `columns` (..., n) to the columns `indices` (n,) of `result` (..., width)."""
-        return result.detach().index_add_(-1, indices, columns)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        """Keep the places of the columns."""
-        ctx.save_for_backward(inputs[2])
-        ctx.save_for_forward(inputs[2])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """Pass the gradient on, and pick its columns."""
-        (indices,) = ctx.saved_tensors
-        return gradient, gradient.index_select(-1, indices), None
-
-    @staticmethod
-    def jvp(ctx: Any, result: torch.Tensor, columns: torch.Tensor, indices: None) -> torch.Tensor:
-        """Add the tangents likewise."""
-        return result.index_add(-1, ctx.saved_tensors[0], columns)
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, int | None, None],
-        result: torch.Tensor,
-        columns: torch.Tensor,
-        indices: torch.Tensor,
-    ) -> tuple[torch.Tensor, int]:
-        """Compute a batch of such sums; the memory of one result would not hold them."""
-        batches = (
-            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            for tensor, dim in zip((result, columns), in_dims, strict=False)
-        )
-        result, columns = batches
-        return result.index_add(-1, indices, columns), 0
 
 
 def check_token_indices(layer: nn.Module, name: str, indices: Sequence[int]) -> None:

@@ -45,21 +45,18 @@ class VBLoRALayer(AdditiveLayer):
                 f"vector_length={length} does not divide {self.in_features} inputs and {self.out_features} outputs of "
                 "a target; choose a divisor of both, or narrow target_modules"
             )
-        self.r[adapter_name] = config.r
-        self.topk[adapter_name] = config.topk
+        self.r[adapter_name], self.topk[adapter_name] = config.r, config.topk
         self.save_only_topk_weights[adapter_name] = config.save_only_topk_weights
         dropout = config.vblora_dropout
         self.vblora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        for logits, shape in (
-            (self.vblora_logits_A, (config.r, self.in_features // length)),
-            (self.vblora_logits_B, (self.out_features // length, config.r)),
-        ):
-            logits[adapter_name] = self.new_parameter(*shape, config.num_vectors)
+        r, vectors = config.r, config.num_vectors
+        self.vblora_logits_A[adapter_name] = self.new_parameter(r, self.in_features // length, vectors)
+        self.vblora_logits_B[adapter_name] = self.new_parameter(self.out_features // length, r, vectors)
 
     def reset_adapter(self, adapter_name: str, config: VBLoRAConfig) -> None:
         """Draw the logits."""
-        nn.init.normal_(self.vblora_logits_A[adapter_name], std=config.init_logits_std)
-        nn.init.normal_(self.vblora_logits_B[adapter_name], std=config.init_logits_std)
+        for logits in (self.vblora_logits_A, self.vblora_logits_B):
+            nn.init.normal_(logits[adapter_name], std=config.init_logits_std)
 
     def saved_forms(self, adapter_name: str) -> dict[str, TopkForm]:
         """Give the short form of the logits."""
