@@ -519,13 +519,18 @@ class BaseTunerLayer(AdapterModule, ABC):
         return self.adapter_forward(adapters, x, *args, **kwargs)
 
     def adapters_to_apply(self) -> list[str]:
-        """Name the adapters that have to be computed here: the active ones that are not in the base weight already."""
+        """
+        Name the adapters that have to be computed here: the active ones that are not in the base weight already.
+
+        Where only adapters that are not active were merged, the weight stands for them and for nothing else.
+        """
         if self._disable_adapters:
             return []
         active = [name for name in self.active_adapters if self.has_adapter(name)]
         if self._merge_state.contributions:
             merged = self.merged_adapters
-            return [name for name in active if name not in merged]
+            left = [name for name in active if name not in merged]
+            return [] if merged and left == active else left
         return active
 
     def _mixed_batch_forward(
