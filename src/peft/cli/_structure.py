@@ -86,7 +86,7 @@ class Structure:
         for name, tensor in self.merged.items():
             original = originals.get(id(tensor))
             if original is not None and not original.is_meta and original is not self.base.get(name):
-                self.replaced[name] = original.to(tensor.dtype)  # copies may be in float32 until they are merged
+                self.replaced[name] = original
 
     def aliases(self, name: str) -> list[str]:
         """Give all names of a tensor of the base model."""

@@ -33,22 +33,19 @@ def shared_places(module: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Mod
     return {name: (other, theirs[key]) for name, p in own if (key := identity_of(p)) in theirs}
 
 
-def copy_borrowing(
-    module: nn.Module, lent: Mapping[str, tuple[nn.Module, str]], full_precision: bool = False
-) -> tuple[nn.Module, list[Borrowed]]:
+def copy_borrowing(module: nn.Module, lent: Mapping[str, tuple[nn.Module, str]]) -> tuple[nn.Module, list[Borrowed]]:
     """
     Copy a module around parameters of others, which are never copied, not even for a moment.
 
     Args:
         module: what to copy.
         lent: name of a parameter -> module whose parameter stands there in the copy, and its name in that one.
-        full_precision: make the rest in float32 where the module is in half precision; see `copy_module`.
 
     Returns:
         The copy, and what it has borrowed.
     """
     instead = {id(module.get_parameter(name)): lender.get_parameter(there) for name, (lender, there) in lent.items()}
-    copied = copy_module(module, instead, full_precision)
+    copied = copy_module(module, instead)
     return copied, [Borrowed(*_place(copied, name), *_place(*place)) for name, place in lent.items()]
 
 

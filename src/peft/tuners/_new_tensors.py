@@ -124,26 +124,15 @@ def check_size(
         )
 
 
-def copy_module(
-    module: nn.Module, instead: Mapping[int, nn.Parameter] | None = None, full_precision: bool = False
-) -> nn.Module:
+def copy_module(module: nn.Module, instead: Mapping[int, nn.Parameter] | None = None) -> nn.Module:
     """
     Copy a module with its parameters.
 
     Args:
         module: what to copy. Adapters that are made without storage get a copy without storage.
         instead: id of a parameter -> the parameter that the copy has in its place. These are never copied.
-        full_precision: make the copy in float32 where the module is in half precision, unless the caller of the
-            injection asked for its type. Whoever calls it has to bring its inputs there.
     """
     replaced: dict[int, torch.Tensor] = dict(instead or {})
-    if full_precision and _OPTIONS.get().full_precision:
-        device = "meta" if on_meta() else None
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.dtype in (torch.float16, torch.bfloat16) and id(tensor) not in replaced:
-                new = tensor.detach().to(device, torch.float32)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                replaced[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
     if on_meta():
         for parameter in module.parameters():
             replaced.setdefault(id(parameter), nn.Parameter(torch.empty_like(parameter, device="meta")))

@@ -861,7 +861,7 @@ class BaseTuner(nn.Module, ABC):
         if safe_merge:  # what wrappers would refuse later is refused while nothing is merged yet
             for _, module in adapter_modules(self.model):
                 if isinstance(module, AuxiliaryTrainingWrapper):
-                    module.check_merge(True, adapter_names)
+                    module.unload_and_optionally_merge_module(True, True, adapter_names)
         merge_layers(self.model, adapter_names, safe_merge, progressbar, for_good=True)
         self._warn_of_unknown(adapter_names)
         return self._unload(merge=True, safe_merge=safe_merge, adapter_names=adapter_names)

@@ -11,7 +11,6 @@ from torch import nn
 from ..config import PeftConfig
 from ..tuners._adapter_module import AdapterModule, copy_borrowing, shared_places
 from ..tuners._call_context import names_of_rows
-from ..tuners._own_type import call_in_own_type, in_type_of
 from ..tuners.trainable_tokens.config import TrainableTokensConfig
 from ..tuners.trainable_tokens.layer import TrainableTokensLayer
 from .error import PeftTypeError, PeftValueError
@@ -114,11 +113,7 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
             adapter_names = names_of_rows(self, args)
         if adapter_names is not None and not self._disable_adapters:
             return self._mixed_batch_forward(adapter_names, *args, **kwargs)
-        return self._call(self._current_module(), args, kwargs)
-
-    def _call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Call the module that is in use."""
-        return module(*args, **kwargs)
+        return self._current_module()(*args, **kwargs)
 
     def _mixed_batch_forward(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         raise PeftValueError(f"{type(self).__name__} cannot compute a batch with an adapter per sample")
@@ -252,16 +247,6 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
         """
         raise NotImplementedError
 
-    def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> str | None:
-        """
-        Refuse what `unload_and_optionally_merge_module` would refuse, without a change.
-
-        Args:
-            safe_merge: refuse tensors that are not finite.
-            adapter_names: which adapter; the active one if left out.
-        """
-        return None
-
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """
@@ -320,9 +305,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             own = dict(self.original_module.named_parameters(remove_duplicate=False))
             lent.update((name, (self.original_module, name)) for name in own if name not in only)
         with gather_params_ctx(self.original_module.parameters()):
-            self.modules_to_save[adapter_name], borrowed = copy_borrowing(
-                self.original_module, lent, full_precision=True
-            )
+            self.modules_to_save[adapter_name], borrowed = copy_borrowing(self.original_module, lent)
         self.borrow(adapter_name, borrowed, tied_module)
         self.set_requires_grad(adapter_name)
 
@@ -346,15 +329,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         copied = self.modules_to_save[adapter_name]
         for name, parameter in list(copied.named_parameters(remove_duplicate=False)):
             if parameter.is_meta:
-                values = base[name].detach().to(parameter.dtype, copy=True)
+                values = base[name].detach().clone()
                 _replace_parameter(copied, name, nn.Parameter(values, parameter.requires_grad))
         self.take_borrowed()
-
-    def _call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Call the module that is in use; a copy may be kept in another type than the base model's."""
-        if module is self.original_module:
-            return module(*args, **kwargs)
-        return call_in_own_type(module, self.original_module, args, kwargs)
 
     def _current_module(self) -> nn.Module:
         if not self._disable_adapters:
@@ -370,7 +347,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         for name in dict.fromkeys(adapter_names):
             if name in self.modules_to_save:
                 rows = torch.tensor([i for i, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
-                part = self._call(self.modules_to_save[name], (x[rows], *args), kwargs)
+                part = self.modules_to_save[name](x[rows], *args, **kwargs)
                 result = result.index_copy(0, rows, part.to(result.dtype))
         return result
 
@@ -387,23 +364,18 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """
-        Give the copy (to merge), in the type of the base model, or the module of the base model.
+        Give the copy (to merge) or the module of the base model.
 
         Raises:
             PeftValueError: with `safe_merge`, if the copy has entries that are not finite.
         """
-        chosen = self.check_merge(safe_merge, adapter_names)
+        chosen = self.check_set_adapter(self._active_adapter if adapter_names is None else adapter_names)
         if not merge or chosen is None:
             return self.original_module
-        return in_type_of(self.modules_to_save[chosen], self.original_module)
-
-    def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> str | None:
-        """Find the adapter whose copy would take the module's place; refuse as for the merge itself."""
-        chosen = self.check_set_adapter(self._active_adapter if adapter_names is None else adapter_names)
-        module = self.modules_to_save[chosen] if chosen is not None else nn.Module()
+        module = self.modules_to_save[chosen]
         if safe_merge and not all(torch.isfinite(p).all() for p in module.parameters()):
             raise PeftValueError(f"the copy that adapter {chosen!r} has trained has entries that are not finite")
-        return chosen
+        return module
 
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
