@@ -333,10 +333,18 @@ def _train_tokens(model: nn.Module, peft_config: PeftConfig, adapter_name: str, 
     order = {name: place for place, (name, _) in enumerate(bare_modules(model))}
     for follower, owner in ties.items():
         layer = model.get_submodule(owner).token_adapter
-        options.update(token_indices=layer.token_indices[adapter_name], is_named=follower in tokens)
+        is_named = _have_one_entry(peft_config.trainable_token_indices, follower, owner)
+        options.update(token_indices=layer.token_indices[adapter_name], is_named=is_named)
         _set_trainable(model, adapter_name, [follower], tied_adapter=layer, **options)
         if order[follower] < order[owner]:  # Marian's `shared` comes before the embedding that it says it has
             model.get_submodule(follower).token_adapter.hold_nothing(adapter_name)
+
+
+def _have_one_entry(tokens: Collection[int] | Mapping[str, Collection[int]], name: str, other: str) -> bool:
+    """Say whether the config reaches two modules by one name, as `embed_tokens` in an encoder and in a decoder."""
+    entries = tokens if isinstance(tokens, Mapping) else ()
+    reached = [next((entry for entry in entries if ends_like([entry], module)), None) for module in (name, other)]
+    return reached[0] is not None and reached[0] == reached[1]
 
 
 def _shared_parameter_names(model: nn.Module, name: str, others: Iterable[str]) -> set[str]:

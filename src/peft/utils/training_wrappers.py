@@ -390,7 +390,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         adapter_name: adapter to start with.
         token_indices: ids of its tokens.
         tied_adapter: layer to follow, whose base layer holds the same weight.
-        is_named: whether the config names the module itself. Release 0.21.2 then has keys for it in a checkpoint.
+        is_named: whether the name in the config that reaches the followed module reaches this one too. Release 0.21.2
+            then has keys for it in a checkpoint.
     """
 
     _base_names = ("token_adapter",)
