@@ -290,7 +290,11 @@ class CallSequences(RuleBasedStateMachine):
                 for layer in layers:
                     layer.set_adapter(list(effects[name]))
             output = compute(fresh)
-            fresh.base_model.merge_adapter()
+            try:
+                fresh.base_model.merge_adapter()
+            except PeftError:  # tokens that two adapters train: there is nothing to compare with
+                self.known[key] = output
+                return output
             assert_near(compute(fresh), output, "a fresh model, merged")
             if effects.get("words") == effects.get("head"):  # otherwise there is no single weight to give back
                 assert_near(compute(fresh.merge_and_unload()), output, "a fresh model, merged and unloaded")
@@ -506,7 +510,7 @@ def run(cell: Cell, examples: int, steps: int) -> None:
 
 @pytest.mark.parametrize("cell", cells(), ids=str)
 def test_short_sequences(cell: Cell) -> None:
-    run(cell, examples=8, steps=10)
+    run(cell, examples=12, steps=10)
 
 
 @pytest.mark.wide
