@@ -216,6 +216,12 @@ def unloading_what_is_merged(folder: Path) -> tuple[Action, list[str]]:
     return lambda: model.merge_and_unload(), ["already merged", "default"]
 
 
+def merging_what_is_off(folder: Path) -> tuple[Action, list[str]]:
+    model = adapted()
+    model.base_model.disable_adapter_layers()
+    return lambda: model.merge_adapter(), ["switched off", "default", "unmerge_adapter"]
+
+
 def unmerging_nothing(folder: Path) -> tuple[Action, list[str]]:
     model = adapted()
     return lambda: model.unmerge_adapter(), ["nothing to unmerge"]

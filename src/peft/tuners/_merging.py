@@ -173,6 +173,16 @@ def _warn_if_merged(layers: Iterable["BaseTunerLayer"], adapter_names: Sequence[
         warn(f"already merged and left as they are: {', '.join(merged)}")
 
 
+def _warn_if_off(layers: Iterable["BaseTunerLayer"], adapter_names: Sequence[str] | None) -> None:
+    """Warn, once for all layers, about adapters that are switched off and count as soon as they are merged."""
+    off = dict.fromkeys(name for layer in layers if layer.disable_adapters for name in _wanted(layer, adapter_names))
+    if off:
+        warn(
+            f"{', '.join(off)} is merged although adapters are switched off, so it is part of the base weights and "
+            "counts; call unmerge_adapter() to take it out, or enable_adapter_layers() first to say that it shall count"
+        )
+
+
 def _wanted(layer: "BaseTunerLayer", adapter_names: Sequence[str] | None) -> list[str]:
     """The adapters to merge that this layer has."""
     names = layer.active_adapters if adapter_names is None else adapter_names
@@ -194,6 +204,7 @@ def merge_layer(layer: "BaseTunerLayer", adapter_names: Sequence[str] | None, sa
         PeftValueError: if `safe_merge` finds entries that are not finite; the layer stays as it was.
     """
     names = _wanted(layer, adapter_names)
+    _warn_if_off([layer], names)
     _check_mergeable([layer], names)
     if safe_merge:
         check_merge_is_finite([layer], names)
@@ -733,6 +744,8 @@ def merge_layers(
     refuse_string(adapter_names)
     layers = merging_layers(model)
     _warn_if_merged(layers, adapter_names)
+    if not for_good:
+        _warn_if_off(layers, adapter_names)
     _check_mergeable(layers, adapter_names)
     if safe_merge:
         check_merge_is_finite(layers, adapter_names)
