@@ -331,7 +331,8 @@ class CallSequences(RuleBasedStateMachine):
         if self.active == [name]:
             self.active = list(self.model.active_adapters)
             assert len(self.active) == 1 and self.active[0] in self.tensors
-            self.trained = set(self.active)
+            # one that was loaded to be used stays frozen
+            self.trained = {n for n in self.active if any(p.requires_grad for p in parameters_of(self.model, n))}
         else:
             self.active = [other for other in self.active if other != name]
             self.trained.discard(name)
