@@ -178,8 +178,8 @@ def _warn_if_off(layers: Iterable["BaseTunerLayer"], adapter_names: Sequence[str
     off = dict.fromkeys(name for layer in layers if layer.disable_adapters for name in _wanted(layer, adapter_names))
     if off:
         warn(
-            f"{', '.join(off)} is merged although adapters are switched off, so it is part of the base weights and "
-            "counts; call unmerge_adapter() to take it out, or enable_adapter_layers() first to say that it shall count"
+            f"{', '.join(off)} is merged although adapters are switched off, and is part of the base weights; call "
+            "unmerge_adapter() to take it out, or enable_adapter_layers() before merging if it shall count"
         )
 
 
