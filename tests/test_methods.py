@@ -212,6 +212,10 @@ class Cell:
         scale = b.double().abs().max().clamp(min=1).item()
         torch.testing.assert_close(a.double() / scale, b.double() / scale, atol=bound, rtol=0)
 
+    def assert_near_after_changes(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Compare what was computed with a weight that was changed several times, and rounded each time."""
+        self.assert_near(a, b, 2 * self.tolerance)
+
     def differs(self, a: torch.Tensor, b: torch.Tensor) -> bool:
         """Say whether outputs differ by more than rounding does."""
         return bool((a.double() - b.double()).abs().max() > 2 * self.tolerance * b.double().abs().max())
@@ -355,9 +359,9 @@ def one_of_two_merged(cell: Cell, folder: Path) -> None:
             warnings.filterwarnings("ignore", "no adapter is merged", PeftWarning)
             for name in names:
                 model.merge_adapter([name])
-                cell.assert_near(cell.outputs(model), both)
+                cell.assert_near_after_changes(cell.outputs(model), both)
             model.unmerge_adapter()
-        cell.assert_near(cell.outputs(model), both)
+        cell.assert_near_after_changes(cell.outputs(model), both)
 
 
 def change_while_merged(cell: Cell, folder: Path) -> None:
@@ -365,10 +369,10 @@ def change_while_merged(cell: Cell, folder: Path) -> None:
     model, other = cell.adapted(), moved(cell.adapted(), seed=7)
     model.merge_adapter()
     set_peft_model_state_dict(model, get_peft_model_state_dict(other))
-    cell.assert_near(cell.outputs(model), cell.outputs(other))
+    cell.assert_near_after_changes(cell.outputs(model), cell.outputs(other))
     model.unmerge_adapter()
-    cell.assert_near(cell.outputs(model), cell.outputs(other))
-    cell.assert_near(cell.outputs(model.unload()), cell.outputs(cell.base))
+    cell.assert_near_after_changes(cell.outputs(model), cell.outputs(other))
+    cell.assert_near_after_changes(cell.outputs(model.unload()), cell.outputs(cell.base))
 
 
 def cast_while_merged(cell: Cell, folder: Path) -> None:
@@ -385,7 +389,7 @@ def cast_while_merged(cell: Cell, folder: Path) -> None:
         if kept:
             assert torch.equal(found, tensor.to(found.dtype)), key
         else:
-            cell.assert_near(found, tensor)
+            cell.assert_near_after_changes(found, tensor)
 
 
 def disable(cell: Cell, folder: Path) -> None:
