@@ -3,6 +3,7 @@
 """What applies to one call of a model stays with it: in threads, in tasks, and when layers are computed again."""
 
 import asyncio
+import contextvars
 import copy
 import pickle
 import threading
@@ -17,7 +18,15 @@ from method_options import OPTIONS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+    prompt_inputs,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import _call_context
 from peft.tuners._call_context import calling, current_call
@@ -144,6 +153,14 @@ def test_threads_that_generate_with_a_prompt(method: type) -> None:
     ]
     for alone, together in zip(expected, at_the_same_time(jobs), strict=True):
         assert all(torch.equal(output, alone) for output in together)
+
+
+def test_a_hook_that_another_thread_is_just_adding_changes_nothing() -> None:
+    """torch notes that a hook takes keywords after it has added it, so it may be called without them in between."""
+    net = torch.nn.Linear(2, 2)
+    with prompt_inputs._rewriting_inputs(net, lambda args, kwargs: (args, kwargs)):
+        net._forward_pre_hooks_with_kwargs.clear()
+        assert contextvars.Context().run(net, torch.ones(1, 2)).shape == (1, 2)
 
 
 def invoked(**changes: Any) -> PeftModel:

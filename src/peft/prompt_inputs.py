@@ -280,7 +280,8 @@ def _rewriting_inputs(module: nn.Module, rewrite: Callable[[tuple, Inputs], tupl
     """Change the arguments of a module that is called inside, but not where another thread calls it meanwhile."""
     mine = object()
 
-    def change(module: nn.Module, args: tuple, kwargs: Inputs) -> tuple[tuple, Inputs] | None:
+    # torch adds a hook before it notes that the hook takes keywords, so that another thread may call it without them
+    def change(module: nn.Module, args: tuple, kwargs: Inputs | None = None) -> tuple[tuple, Inputs] | None:
         call = current_call()
         return rewrite(args, kwargs) if call is not None and mine in call.notes else None
 
