@@ -19,7 +19,7 @@ from pathlib import Path
 
 import peft
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import (
+from peft.tuners.base import (
     ActivationLayer,
     AdditiveLayer,
     BasePromptEncoder,
@@ -36,17 +36,18 @@ RULES = (AdditiveLayer, WeightLayer, ActivationLayer, ReplacementLayer)
 
 # Files outside of the methods' packages that exist for some methods only.
 SHARED = {
-    "tuners/_scaling.py": "LoRA, LoHa, LoKr: setting and resetting the scaling",
-    "tuners/lycoris_utils.py": "LoHa, LoKr: settings, dropout, deltas that are added to the weight",
-    "tuners/_rotations.py": "OFT, BOFT, HRA: their rule, and rotations that are never built as matrices",
-    "tuners/_parameters.py": "`target_parameters`: which ones are reached",
-    "tuners/_replication.py": "`layer_replication`",
-    "tuners/_base_changes.py": "starts that change base weights (PiSSA, OLoRA), put off until all is checked",
+    "layers/scaling.py": "LoRA, LoHa, LoKr: setting and resetting the scaling",
+    "layers/tokens.py": "trained tokens, as a method and beside other ones",
+    "tuners/families/lycoris.py": "LoHa, LoKr: settings, dropout, deltas that are added to the weight",
+    "tuners/families/rotations.py": "OFT, BOFT, HRA: their rule, and rotations that are never built as matrices",
+    "anatomy/parameters.py": "`target_parameters`: which ones are reached",
+    "surgery/replication.py": "`layer_replication`",
+    "layers/base_changes.py": "starts that change base weights (PiSSA, OLoRA), put off until all is checked",
     "utils/merge_utils.py": "pruning and signs, for combinations of adapters",
-    "tuners/_prompt_encoder.py": "prompt learning: what prompts have in common",
-    "tuners/_prompt_sizes.py": "prompt learning: sizes that the model tells",
-    "prompt_learning.py": "prompt learning: making, saving and switching prompts",
-    "prompt_inputs.py": "prompt learning: putting prompts in front of inputs, for all tasks",
+    "prompts/encoder.py": "prompt learning: what prompts have in common",
+    "prompts/sizes.py": "prompt learning: sizes that the model tells",
+    "prompts/learning.py": "prompt learning: making, saving and switching prompts",
+    "prompts/inputs.py": "prompt learning: putting prompts in front of inputs, for all tasks",
 }
 
 NO_CODE = {

@@ -27,9 +27,9 @@ from helpers import Kinds, gpt2, kinds, llama, logits, randomise, stack
 from torch import nn
 
 from peft import PeftModel, get_peft_model
+from peft.checkpoints.hashes import HASHES_HEADER
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils.tensor_hashes import HASHES_HEADER
-from peft.utils.tying import ALIASES_HEADER
+from peft.tying.groups import ALIASES_HEADER
 
 
 WEIGHTS, BIN, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"

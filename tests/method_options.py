@@ -5,7 +5,7 @@
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.base import BaseTuner
 
 
 # fields of the config, for layers that are 16 wide

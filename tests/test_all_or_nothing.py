@@ -33,10 +33,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.config import PeftConfig, PromptLearningConfig
+from peft.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+from peft.layers.merging import merge_layers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners._merging import merge_layers
-from peft.tuners._transaction import all_or_nothing, keep_values, on_failure
-from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+from peft.surgery.transaction import all_or_nothing, keep_values, on_failure
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -18,18 +18,11 @@ from method_options import OPTIONS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft import (
-    LoraConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    TrainableTokensConfig,
-    get_peft_model,
-    prompt_inputs,
-)
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
+from peft.layers import call_context as _call_context
+from peft.layers.call_context import calling, current_call
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners import _call_context
-from peft.tuners._call_context import calling, current_call
+from peft.prompts import inputs as prompt_inputs
 
 
 NAMES = ["a", "b", "__base__"]

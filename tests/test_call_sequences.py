@@ -44,9 +44,9 @@ from peft import (
     set_peft_model_state_dict,
     weight_tying_report,
 )
+from peft.anatomy.walking import adapter_modules, bare_modules
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners._surgery import adapter_modules, bare_modules
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.base import BaseTunerLayer
 from peft.utils.error import PeftError
 
 

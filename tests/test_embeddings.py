@@ -19,7 +19,7 @@ from peft import (
     get_peft_model_state_dict,
     weight_tying_report,
 )
-from peft.utils.embeddings import input_embedding, output_embedding
+from peft.anatomy.embeddings import input_embedding, output_embedding
 
 
 class Says(nn.Module):

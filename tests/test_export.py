@@ -16,7 +16,7 @@ from tied_models import _LLAMA, TIED_MODELS, TiedModel, llama
 from torch import nn
 
 from peft import LoraConfig, PeftError, PeftWarning, get_peft_model
-from peft.utils.export import export_gguf, export_onnx, export_safetensors, interleave_halves
+from peft.export import export_gguf, export_onnx, export_safetensors, interleave_halves
 
 
 ROUTES = {"saved": {"modules_to_save": ["embed_tokens"]}, "targeted": {"target_modules": ["q_proj", "embed_tokens"]}}

@@ -6,7 +6,7 @@ import pytest
 from helpers import llama, refused
 
 from peft import LoraConfig, get_peft_model
-from peft.utils.other import fsdp_auto_wrap_policy
+from peft.surgery.saved_modules import fsdp_auto_wrap_policy
 
 
 def units(model) -> list[str]:

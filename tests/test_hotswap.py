@@ -20,7 +20,7 @@ from peft import (
     inject_adapter_in_model,
     load_peft_weights,
 )
-from peft.utils.hotswap import (
+from peft.hotswap import (
     check_hotswap_configs_compatible,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,

@@ -33,9 +33,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft import mapping as registry
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners._surgery import bare_modules
-from peft.tuners.tuners_utils import ActivationLayer, AdditiveLayer, BaseTuner, BaseTunerLayer, WeightLayer
+from peft.anatomy.walking import bare_modules
+from peft.layers.buffer_dict import BufferDict
+from peft.tuners.base import ActivationLayer, AdditiveLayer, BaseTuner, BaseTunerLayer, WeightLayer
 from peft.utils import register_peft_method
 
 

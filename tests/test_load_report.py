@@ -44,9 +44,9 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.hotswap import hotswap_adapter
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import LoadReport, PeftLoadError, PeftWarning
-from peft.utils.hotswap import hotswap_adapter
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")

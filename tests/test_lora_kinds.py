@@ -29,7 +29,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, MultiheadAttention, OutputProjection, ParamWrapper
-from peft.utils.tying import find_tied_groups
+from peft.tying.groups import find_tied_groups
 
 
 # what groups have warned about is tested once

@@ -41,8 +41,8 @@ from transformers import (
 )
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import clone_module, replicate_layers
-from peft.utils.tying import find_tied_groups, weight_tying_report
+from peft.tuners.base import clone_module, replicate_layers
+from peft.tying.groups import find_tied_groups, weight_tying_report
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")

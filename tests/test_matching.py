@@ -18,9 +18,8 @@ from transformers import PhimoeConfig, PhimoeForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from peft import LoraConfig, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners._kinds import gives_features
-from peft.tuners._matching import (
+from peft.anatomy.kinds import gives_features
+from peft.anatomy.matching import (
     check_target_module_exists,
     dotted_endings,
     ends_like,
@@ -32,6 +31,7 @@ from peft.tuners._matching import (
     near_names,
     pattern_lookup,
 )
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")

@@ -30,10 +30,10 @@ from peft import (
     set_peft_model_state_dict,
     weight_tying_report,
 )
+from peft.anatomy.walking import adapter_modules
 from peft.helpers import rescale_adapter_scale
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners._surgery import adapter_modules
-from peft.tuners.tuners_utils import BaseTunerLayer, ReplacementLayer, WeightLayer
+from peft.tuners.base import BaseTunerLayer, ReplacementLayer, WeightLayer
 
 
 IDS = torch.tensor([[1, 5, 3, 2], [7, 3, 0, 4]])

@@ -20,10 +20,6 @@ EXCEPTIONS = {
     "ADALORA": (400, "it hands out ranks while training, which no other method does"),
     "BOFT": (200, "public names of the released package that are not needed here"),
     "LOHA": (165, "two autograd functions that keep factors only, each with its derivative in forward mode"),
-    "TRAINABLE_TOKENS": (
-        225,
-        "embeddings and heads, rows that several adapters have, one weight for those who compare",
-    ),
     "OFT": (175, "public names of the released package that are not needed here"),
 }
 

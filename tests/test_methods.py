@@ -33,9 +33,9 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.anatomy.walking import adapter_modules
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners._surgery import adapter_modules
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, ReplacementLayer, WeightLayer
+from peft.tuners.base import BaseTuner, BaseTunerLayer, ReplacementLayer, WeightLayer
 
 
 # strategies of methods that change what their layers compute

@@ -10,7 +10,7 @@ from hostile_folders import EXPRESSIONS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft.tuners._matching import pattern_lookup
+from peft.anatomy.matching import pattern_lookup
 from peft.utils.error import PeftValueError
 from peft.utils.patterns import MAX_WAYS, BoundedPattern, _interruptible, _ways, compiled
 

@@ -35,12 +35,12 @@ from peft import (
     weight_tying_report,
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.surgery.saved_modules import is_gptqmodel_awq_layer, is_gptqmodel_quant_linear
+from peft.tuners.base import BaseTunerLayer
+from peft.tying.groups import find_tied_groups
 from peft.utils import get_quantization_config, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
-from peft.utils.other import is_gptqmodel_awq_layer, is_gptqmodel_quant_linear
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, TorchaoBackend, stored_weight
-from peft.utils.tying import find_tied_groups
 
 
 # blocks of bitsandbytes hold 64 weights, and on some processors none may end inside a row
@@ -344,7 +344,7 @@ def test_forward_asks_no_registry_and_builds_no_weight(quantized: Callable, monk
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("asked for in a forward pass")
 
-    for place in ("peft.tuners._layer", "peft.tuners._kinds", "peft.utils.quantization_utils"):
+    for place in ("peft.layers.base_layer", "peft.anatomy.kinds", "peft.utils.quantization_utils"):
         monkeypatch.setattr(f"{place}.resolve_quantization_backend", refuse)
     monkeypatch.setattr(peft.utils.quantization_utils.Bnb4bitBackend, "get_base_weight", refuse)
     for model in models:

@@ -17,9 +17,9 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.anatomy.walking import adapter_modules, base_parameters
 from peft.config import PeftConfig
-from peft.tuners._merging import merge_layers
-from peft.tuners._surgery import adapter_modules, base_parameters
+from peft.layers.merging import merge_layers
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
-from peft.utils.other import newly_started_heads
-from peft.utils.training_wrappers import AuxiliaryTrainingWrapper
+from peft.layers.training_wrappers import AuxiliaryTrainingWrapper
+from peft.surgery.saved_modules import newly_started_heads
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")

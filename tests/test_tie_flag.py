@@ -14,7 +14,7 @@ from helpers import llama
 from torch import nn
 
 from peft import LoraConfig, PeftWarning, get_peft_model, weight_tying_report
-from peft.utils.tie_flag import computes_with_flag
+from peft.tying.flag import computes_with_flag
 
 
 SIZES = {

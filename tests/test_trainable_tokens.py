@@ -24,7 +24,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peft.tuners.trainable_tokens.layer import AddColumns, TrainableTokensLayer, check_token_indices
+from peft.layers.tokens import AddColumns, TrainableTokensLayer, check_token_indices
 from peft.utils import TrainableTokensWrapper
 from peft.utils.error import PeftError
 

@@ -8,7 +8,7 @@ from tied_models import TIED_MODELS, llama
 from torch import nn
 
 from peft import LoraConfig, get_peft_model
-from peft.utils.tying import find_tied_groups
+from peft.tying.groups import find_tied_groups
 
 
 @pytest.mark.parametrize("name", TIED_MODELS)

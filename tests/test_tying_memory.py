@@ -22,7 +22,7 @@ from peft import (
     plan_weight_tying,
     weight_tying_report,
 )
-from peft.utils.tying import find_tied_groups
+from peft.tying.groups import find_tied_groups
 
 
 IDS = torch.tensor([[1, 5, 3, 2]])

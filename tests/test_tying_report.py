@@ -14,8 +14,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft import LoraConfig, PeftWarning, get_peft_model, plan_weight_tying, weight_tying_report
-from peft.utils.other import ModulesToSaveWrapper
-from peft.utils.tying_report import TyingRow
+from peft.surgery.saved_modules import ModulesToSaveWrapper
+from peft.tying.report import TyingRow
 
 
 def rows_of(model: nn.Module, adapter: str | None = None) -> list[TyingRow]:

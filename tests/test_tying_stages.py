@@ -17,7 +17,7 @@ from tied_models import TIED_MODELS, TiedModel, llama
 from torch import nn
 
 from peft import LoraConfig, PeftModel, PeftWarning, get_peft_model
-from peft.utils.tying import find_tied_groups
+from peft.tying.groups import find_tied_groups
 
 
 WEIGHTS = "adapter_model.safetensors"

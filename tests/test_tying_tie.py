@@ -16,8 +16,8 @@ from tied_models import TIED_MODELS, TiedModel, Transposed, llama
 from torch import nn
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners._surgery import walk
-from peft.utils.other import ModulesToSaveWrapper
+from peft.anatomy.walking import walk
+from peft.surgery.saved_modules import ModulesToSaveWrapper
 
 
 def adapted(tied: TiedModel, side: str = "inputs", **options) -> PeftModel:

@@ -24,7 +24,7 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
-from peft.utils.other import ModulesToSaveWrapper
+from peft.surgery.saved_modules import ModulesToSaveWrapper
 
 
 def adapt(tied: TiedModel, config: Any, **options: Any) -> PeftModel:

@@ -29,9 +29,7 @@ from transformers import (
 )
 
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
-from peft.cli import main
-from peft.utils.error import PeftNotImplementedError, PeftValueError
-from peft.utils.transformers_weight_conversion import (
+from peft.checkpoints.conversion import (
     FlattenDims,
     PeftConcatenate,
     PermuteDims,
@@ -39,6 +37,8 @@ from peft.utils.transformers_weight_conversion import (
     convert_peft_config_for_transformers,
     get_model_conversion_mapping,
 )
+from peft.cli import main
+from peft.utils.error import PeftNotImplementedError, PeftValueError
 from peft.utils.warning import PeftWarning
 
 

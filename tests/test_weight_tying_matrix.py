@@ -26,14 +26,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft import PeftModel, PeftWarning, get_peft_model, peft_model, weight_tying_report
+from peft import PeftModel, PeftWarning, get_peft_model, weight_tying_report
+from peft.anatomy.walking import adapter_modules, is_adapter_module
+from peft.layers import merging as _merging
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners import _merging, tuners_utils
-from peft.tuners._surgery import adapter_modules, is_adapter_module
-from peft.tuners.tuners_utils import BaseTuner, UnsupportedLayerError
+from peft.models import peft_model
+from peft.surgery.saved_modules import ModulesToSaveWrapper
+from peft.tuners import base as tuners_utils
+from peft.tuners.base import BaseTuner, UnsupportedLayerError
+from peft.tying.groups import split_aliases
 from peft.utils.error import PeftError
-from peft.utils.other import ModulesToSaveWrapper
-from peft.utils.tying import split_aliases
 
 
 # LoRA's strategies, which are to hold for ties as well

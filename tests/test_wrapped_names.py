@@ -39,7 +39,7 @@ from peft import (
     set_peft_model_state_dict,
     weight_tying_report,
 )
-from peft.utils.hotswap import hotswap_adapter
+from peft.hotswap import hotswap_adapter
 from peft.utils.wrapped_names import plain_name, with_plain_names
 
 

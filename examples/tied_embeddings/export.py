@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft.utils.export import export_gguf, export_onnx, export_safetensors
+from peft.export import export_gguf, export_onnx, export_safetensors
 
 
 COLUMNS = ("file", "MiB", "embedding", "head", "largest logit difference")

@@ -6,7 +6,7 @@ Parameter-efficient fine-tuning in which tied weights stay tied.
 Public names are resolved on first use: `import peft` loads neither torch nor transformers.
 """
 
-from ._lazy import lazy_exports
+from .utils.lazy import lazy_exports
 
 
 # The lowest that the newest clients ask for (transformers 5.24: 0.22.0). What files name is in `config.py`.
@@ -34,8 +34,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "inject_adapter_in_model",
         ],
         ".mapping_func": ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "get_peft_model"],
-        ".mixed_model": ["PeftMixedModel"],
-        ".peft_model": [
+        ".models.mixed": ["PeftMixedModel"],
+        ".models.peft_model": [
             "PeftModel",
             "PeftModelForCausalLM",
             "PeftModelForFeatureExtraction",
@@ -89,17 +89,17 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.trainable_tokens.config": ["TrainableTokensConfig"],
         ".tuners.trainable_tokens.model": ["TrainableTokensModel"],
         ".utils.error": ["NoMatchingPeftModuleError", "PeftError"],
-        ".utils.kbit_training": ["prepare_model_for_kbit_training"],
-        ".utils.other": ["cast_mixed_precision_params", "shift_tokens_right"],
+        ".surgery.kbit_training": ["prepare_model_for_kbit_training"],
+        ".surgery.saved_modules": ["cast_mixed_precision_params", "shift_tokens_right"],
         ".utils.peft_types": ["PeftType", "TaskType"],
-        ".utils.save_and_load": [
+        ".checkpoints.save_and_load": [
             "get_base_model_state_dict",
             "get_peft_model_state_dict",
             "load_peft_weights",
             "set_base_model_state_dict",
             "set_peft_model_state_dict",
         ],
-        ".utils.tying_report": ["plan_weight_tying", "weight_tying_report"],
+        ".tying.report": ["plan_weight_tying", "weight_tying_report"],
         ".utils.warning": ["PeftWarning"],
     },
 )

@@ -19,8 +19,11 @@ from transformers import (
     AutoTokenizer,
 )
 
+from .anatomy.embeddings import input_embedding, without_adapters_around
+from .checkpoints.load_report import LoadReport, PeftLoadError
+from .checkpoints.vocabulary import embeddings_of
 from .config import PeftConfig
-from .peft_model import (
+from .models.peft_model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftModel,
     PeftModelForCausalLM,
@@ -30,12 +33,9 @@ from .peft_model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from .surgery.saved_modules import check_file_exists_on_hf_hub
 from .utils.constants import TOKENIZER_CONFIG_NAME
-from .utils.embeddings import input_embedding, without_adapters_around
 from .utils.error import PeftError, PeftPathError, PeftValueError
-from .utils.load_report import LoadReport, PeftLoadError
-from .utils.other import check_file_exists_on_hf_hub
-from .utils.vocabulary import embeddings_of
 
 
 # where the file of an adapter is; the base model is looked for elsewhere

@@ -2,9 +2,9 @@
 # peft: the fork in which tied weights stay tied
 """The functions that integrations use on models that are not wrapped in a `PeftModel`."""
 
+from .checkpoints.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from .mapping import inject_adapter_in_model
-from .tuners.tuners_utils import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
-from .utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from .tuners.base import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
 
 
 __all__ = [

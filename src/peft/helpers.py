@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .anatomy.walking import bare_modules
 from .config import PeftConfig
-from .peft_model import PeftModel
-from .tuners._merging import taken_out
-from .tuners._surgery import bare_modules
+from .layers.merging import taken_out
+from .models.peft_model import PeftModel
+from .tuners.base import BaseTunerLayer
 from .tuners.lora import dora
 from .tuners.lora.layer import LoraLayer
-from .tuners.tuners_utils import BaseTunerLayer
 from .utils.error import PeftError, PeftTypeError, PeftValueError
 
 

@@ -9,16 +9,16 @@ from torch import nn
 
 from .config import PeftConfig
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from .tuners._surgery import without_collecting
-from .tuners._transaction import all_or_nothing
-from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from .models.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .surgery.slots import without_collecting
+from .surgery.transaction import all_or_nothing
+from .tuners.base import BaseTuner, BaseTunerLayer
 from .utils.error import PeftTypeError
 from .utils.warning import warn
 
 
 if TYPE_CHECKING:
-    from .mixed_model import PeftMixedModel
+    from .models.mixed import PeftMixedModel
 
 
 __all__ = [
@@ -88,7 +88,7 @@ def get_peft_model(
         config.revision = revision
     with all_or_nothing(model):
         if mixed:
-            from .mixed_model import PeftMixedModel
+            from .models.mixed import PeftMixedModel
 
             return PeftMixedModel(model, config, adapter_name=adapter_name)
         model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)

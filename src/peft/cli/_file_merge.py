@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..config import PeftConfig
-from ..peft_model import PeftModel
+from ..models.peft_model import PeftModel
+from ..tying.groups import find_tied_groups
 from ..utils.error import PeftNotImplementedError, PeftPathError, PeftRuntimeError, PeftValueError
 from ..utils.files import write_atomically
-from ..utils.tying import find_tied_groups
 from ._skeleton import build_skeleton, model_config_path, read_adapter_config
 from ._structure import Structure, Unit
 from ._tensor_files import DTYPES, INDEX_NAME, NAMES, BaseFiles, TensorWriter, read_json

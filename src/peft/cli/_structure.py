@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..peft_model import PeftModel
-from ..tuners._layer import BaseTunerLayer
-from ..tuners._merging import layers_by_weight, merge_weight
-from ..tuners._surgery import adapter_modules, bare_modules, base_modules
+from ..anatomy.walking import adapter_modules, bare_modules, base_modules
+from ..layers.base_layer import BaseTunerLayer
+from ..layers.merging import layers_by_weight, merge_weight
+from ..models.peft_model import PeftModel
+from ..tying.report import copy_without_storage
 from ..utils.error import PeftNotImplementedError
-from ..utils.tying_report import copy_without_storage
 
 
 Holder = tuple[dict[str, torch.Tensor | None], str]

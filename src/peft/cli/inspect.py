@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Read the config and the header of the weights; no tensor is read."""
-    from ..utils.tensor_hashes import hashes_from_header
-    from ..utils.tying import aliases_from_header
+    from ..checkpoints.hashes import hashes_from_header
+    from ..tying.groups import aliases_from_header
     from ._skeleton import read_adapter_config
     from ._tensor_files import open_adapter
 

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Check the file, then what it says about the base model."""
-    from ..utils.tensor_hashes import hashes_from_header
+    from ..checkpoints.hashes import hashes_from_header
     from ._skeleton import build_skeleton, read_adapter_config
     from ._tensor_files import open_adapter
 
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 def _check_values(file: "TensorFile", hashes: dict[str, str] | None) -> list[tuple[str, str]]:
     """Read each tensor once: is it the one that was saved, and are its entries finite?"""
-    from ..utils.tensor_hashes import hash_of
+    from ..checkpoints.hashes import hash_of
 
     problems = []
     for key in file.entries:
@@ -71,11 +71,11 @@ def _check_values(file: "TensorFile", hashes: dict[str, str] | None) -> list[tup
 
 def _check_fit(file: "TensorFile", skeleton: "nn.Module", config: Any) -> list[tuple[str, str]]:
     """Compare names, shapes and ties with those of an adapter that is made for the base model."""
+    from ..anatomy.walking import adapter_modules
+    from ..checkpoints.keys import Place, adapter_key_map, bias_key_map, embedding_tensors, read_forms
+    from ..checkpoints.save_and_load import live_tensors, under_new_names
     from ..mapping_func import get_peft_model
-    from ..tuners._surgery import adapter_modules
-    from ..utils.adapter_keys import Place, adapter_key_map, bias_key_map, embedding_tensors, read_forms
-    from ..utils.save_and_load import live_tensors, under_new_names
-    from ..utils.tying import restore_aliases
+    from ..tying.groups import restore_aliases
 
     model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
     # what the file holds, and which of its keys a tensor that is written once stands for

@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """Methods: one package each, which enters itself into the registry."""
 
-from .._lazy import lazy_exports
+from ..utils.lazy import lazy_exports
 
 
 __getattr__, __dir__, __all__ = lazy_exports(

@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """Helpers that methods and models share; names are resolved on first use."""
 
-from .._lazy import lazy_exports
+from .lazy import lazy_exports
 
 
 __getattr__, __dir__, __all__ = lazy_exports(
@@ -17,10 +17,10 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "WEIGHTS_NAME",
         ],
         ".error": ["NoMatchingPeftModuleError", "PeftError"],
-        ".kbit_training": ["prepare_model_for_kbit_training"],
+        "peft.surgery.kbit_training": ["prepare_model_for_kbit_training"],
         ".integrations": ["gather_params_ctx"],
-        ".load_report": ["LoadReport", "PeftLoadError"],
-        ".other": [
+        "peft.checkpoints.load_report": ["LoadReport", "PeftLoadError"],
+        "peft.surgery.saved_modules": [
             "AuxiliaryTrainingWrapper",
             "ModulesToSaveWrapper",
             "TrainableTokensWrapper",
@@ -40,7 +40,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "quantization_extra_repr",
             "resolve_quantization_backend",
         ],
-        ".save_and_load": [
+        "peft.checkpoints.save_and_load": [
             "get_base_model_state_dict",
             "get_peft_model_state_dict",
             "load_peft_weights",

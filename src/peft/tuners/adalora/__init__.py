@@ -6,8 +6,8 @@ AdaLoRA: low-rank adaptation that hands out its ranks where they matter.
 Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 2023, arXiv:2303.10512.
 """
 
-from ..._lazy import lazy_exports
 from ...mapping import add_method
+from ...utils.lazy import lazy_exports
 
 
 add_method(

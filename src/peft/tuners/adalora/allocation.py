@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .._surgery import adapter_modules
+from ...anatomy.walking import adapter_modules
 from .config import AdaLoraConfig
 
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...anatomy.kinds import stores_weight_transposed
+from ...layers.base_layer import AdditiveLayer, BaseTunerLayer, unwrapped
+from ...layers.merging import changes_adapter
 from ...utils.error import PeftValueError
-from .._kinds import stores_weight_transposed
-from .._layer import AdditiveLayer, BaseTunerLayer, unwrapped
-from .._merging import changes_adapter
 from ..lora.layer import Linear, LoraLayer
 from .allocation import RankAllocator
 from .config import AdaLoraConfig

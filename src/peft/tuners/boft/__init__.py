@@ -6,8 +6,8 @@ BOFT: orthogonal fine-tuning by a product of sparse rotations, as in a butterfly
 Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", 2023, arXiv:2311.06243.
 """
 
-from ..._lazy import lazy_exports
 from ...mapping import add_method
+from ...utils.lazy import lazy_exports
 
 
 add_method("BOFT", "peft.tuners.boft.config:BOFTConfig", "peft.tuners.boft.model:BOFTModel", prefix="boft_")

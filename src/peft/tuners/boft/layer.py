@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...anatomy.kinds import stores_weight_transposed
+from ...anatomy.offload import tensor_of
+from ...layers.merging import changes_adapter, take_adapter_out
 from ...utils.error import PeftValueError
-from ...utils.offload import tensor_of
 from ...utils.warning import warn
-from .._kinds import stores_weight_transposed
-from .._merging import changes_adapter, take_adapter_out
-from .._rotations import BlockRotation, Rotation, RotationLayer, cayley, full_precision, identity_like
-from ..tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from ..base import BaseTunerLayer, check_adapters_to_merge
+from ..families.rotations import BlockRotation, Rotation, RotationLayer, cayley, full_precision, identity_like
 from .config import BOFTConfig
 
 

@@ -7,8 +7,8 @@ Yuan et al., "Bridging The Gap between Low-rank and Orthogonal Adaptation via Ho
 2024, arXiv:2405.17484.
 """
 
-from ..._lazy import lazy_exports
 from ...mapping import add_method
+from ...utils.lazy import lazy_exports
 
 
 add_method("HRA", "peft.tuners.hra.config:HRAConfig", "peft.tuners.hra.model:HRAModel", prefix="hra_")

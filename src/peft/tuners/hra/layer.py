@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...layers.merging import changes_adapter
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
-from .._merging import changes_adapter
-from .._rotations import Rotation, RotationLayer, full_precision
-from ..tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from ..base import BaseTunerLayer, check_adapters_to_merge
+from ..families.rotations import Rotation, RotationLayer, full_precision
 from .config import HRAConfig
 
 

@@ -7,8 +7,8 @@ Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
 arXiv:2205.05638.
 """
 
-from ..._lazy import lazy_exports
 from ...mapping import add_method
+from ...utils.lazy import lazy_exports
 
 
 add_method("IA3", "peft.tuners.ia3.config:IA3Config", "peft.tuners.ia3.model:IA3Model", prefix="ia3_")

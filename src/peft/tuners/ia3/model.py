@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...anatomy.matching import matching_entry
 from ...utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
-from .._matching import matching_entry
-from ..tuners_utils import BaseTuner
+from ..base import BaseTuner
 from .config import IA3Config
 from .layer import Conv2d, Conv3d, IA3Layer, Linear
 

@@ -4,7 +4,7 @@
 
 from torch import nn
 
-from .._layer import ReplacementLayer
+from ...layers.base_layer import ReplacementLayer
 
 
 class LNTuningLayer(ReplacementLayer, nn.Module):

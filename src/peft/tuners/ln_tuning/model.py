@@ -4,10 +4,10 @@
 
 from torch import nn
 
+from ...layers.base_layer import unwrapped
+from ...tying.groups import ReachedTie
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
-from ...utils.tying import ReachedTie
-from .._layer import unwrapped
-from ..tuners_utils import BaseTuner, UnsupportedLayerError
+from ..base import BaseTuner, UnsupportedLayerError
 from .config import LNTuningConfig
 from .layer import LNTuningLayer
 

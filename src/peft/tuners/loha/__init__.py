@@ -8,8 +8,8 @@ arXiv:2108.06098; Yeh et al., "Navigating Text-To-Image Customization: From LyCO
 2023, arXiv:2309.14859.
 """
 
-from ..._lazy import lazy_exports
 from ...mapping import add_method
+from ...utils.lazy import lazy_exports
 
 
 add_method(

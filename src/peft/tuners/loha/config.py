@@ -5,7 +5,7 @@
 from dataclasses import dataclass, field
 
 from ...utils.peft_types import PeftType
-from ..lycoris_utils import LycorisConfig
+from ..families.lycoris import LycorisConfig
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..lycoris_utils import LycorisLayer
+from ..families.lycoris import LycorisLayer
 
 
 # Cost of one pass over a delta of one entry, in multiplications of a matrix product. Measured, and not critical.

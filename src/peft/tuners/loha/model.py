@@ -5,7 +5,7 @@
 from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
-from ..lycoris_utils import LycorisTuner
+from ..families.lycoris import LycorisTuner
 from .layer import Conv1d, Conv2d, Linear, LoHaLayer
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ...utils.peft_types import PeftType
-from ..lycoris_utils import LycorisConfig
+from ..families.lycoris import LycorisConfig
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._kinds import CONVOLUTIONS, along_features, apply_weight
-from ..lycoris_utils import LycorisLayer
+from ...anatomy.kinds import CONVOLUTIONS, along_features, apply_weight
+from ..families.lycoris import LycorisLayer
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:

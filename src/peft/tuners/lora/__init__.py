@@ -6,8 +6,8 @@ LoRA: low-rank adaptation of weights.
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685.
 """
 
-from ..._lazy import lazy_exports
 from ...mapping import add_method
+from ...utils.lazy import lazy_exports
 
 
 add_method(

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...layers.call_context import Call, begin, calling, current_call, end, remember
+from ...surgery.transaction import on_failure
 from ...utils.caches import given_cache
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
-from .._call_context import Call, begin, calling, current_call, end, remember
-from .._transaction import on_failure
 from .variants import LoraVariant
 from .whole_weight import OnWholeWeight
 

@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ...anatomy.matching import find_targets
+from ...anatomy.walking import adapter_modules, names_of_modules
+from ...surgery.saved_modules import AuxiliaryTrainingWrapper
+from ...surgery.transaction import all_or_nothing
 from ...utils import merge_utils
 from ...utils.error import PeftValueError
 from ...utils.near_names import explain_unknown_adapters
-from ...utils.other import AuxiliaryTrainingWrapper
 from ...utils.warning import warn
 from ...utils.wrapped_names import plain_name, renamed
-from .._matching import find_targets
-from .._surgery import adapter_modules, names_of_modules
-from .._transaction import all_or_nothing
 from .config import LoraConfig
 from .initialization import changes_base
 from .layer import LoraLayer

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...layers.base_layer import AdditiveLayer, BaseTunerLayer
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
-from .._layer import AdditiveLayer, BaseTunerLayer
 from .config import LoraConfig
 from .room import RankAxis
 

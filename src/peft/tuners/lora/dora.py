@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ...anatomy.kinds import along_features, can_use_weight, feature_axis
 from ...utils.error import PeftRuntimeError, PeftValueError
 from ...utils.integrations import gather_params_ctx
-from .._kinds import along_features, can_use_weight, feature_axis
 from .initialization import changes_base
 from .variants import LoraVariant
 from .whole_weight import OnWholeWeight

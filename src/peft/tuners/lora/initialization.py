@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ...anatomy.kinds import stores_weight_transposed
+from ...layers.base_changes import change_base
+from ...layers.base_layer import BaseTunerLayer
 from ...utils.computed_weights import find_computed_weight
 from ...utils.error import PeftNotImplementedError, PeftRuntimeError, PeftTypeError, PeftValueError
 from ...utils.quantization_utils import resolve_quantization_backend
-from .._base_changes import change_base
-from .._kinds import stores_weight_transposed
-from .._layer import BaseTunerLayer
 
 
 if TYPE_CHECKING:

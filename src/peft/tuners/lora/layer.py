@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...anatomy.kinds import embed, stores_weight_transposed
+from ...anatomy.offload import tensor_of
+from ...layers.base_layer import AdditiveLayer, BaseTunerLayer, unwrapped
+from ...layers.merging import changes_adapter, check_adapters_to_merge
+from ...layers.scaling import Scaled
 from ...utils.error import PeftRuntimeError, PeftValueError
-from ...utils.offload import tensor_of
-from .._kinds import embed, stores_weight_transposed
-from .._layer import AdditiveLayer, BaseTunerLayer, unwrapped
-from .._merging import changes_adapter, check_adapters_to_merge
-from .._scaling import Scaled
 from .config import LoraConfig
 from .conv import OnConvolution
 from .initialization import StartMethods, find_initialization

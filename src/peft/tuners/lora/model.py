@@ -9,7 +9,12 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ...anatomy.kinds import stores_weight_transposed
+from ...checkpoints.save_and_load import collect_tensors
 from ...config import PeftConfig
+from ...layers.base_layer import unwrapped
+from ...surgery.replication import remove_replicas, replicate_layers, separate_replicas
+from ...tying.groups import find_tied_groups, module_of
 from ...utils.constants import (
     MAMBA_FUSED_LAYERS,
     MAMBA_MODEL_TYPES,
@@ -17,13 +22,8 @@ from ...utils.constants import (
 )
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.integrations import changes_weights_while_loading
-from ...utils.save_and_load import collect_tensors
-from ...utils.tying import find_tied_groups, module_of
 from ...utils.warning import warn
-from .._kinds import stores_weight_transposed
-from .._layer import unwrapped
-from .._replication import remove_replicas, replicate_layers, separate_replicas
-from ..tuners_utils import BaseTuner
+from ..base import BaseTuner
 from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig
 from .initialization import check_bases_can_change, showing_progress
@@ -100,7 +100,7 @@ class LoraModel(BaseTuner):
     def _resolve_targets(self, model: nn.Module, config: LoraConfig) -> None:
         # the weights of experts whose layers were fused have three dimensions
         if changes_weights_while_loading() and any(parameter.dim() == 3 for parameter in model.parameters()):
-            from ...utils.transformers_weight_conversion import conversions_of, convert_peft_config_for_transformers
+            from ...checkpoints.conversion import conversions_of, convert_peft_config_for_transformers
 
             convert_peft_config_for_transformers(config, model, conversions_of(model))
         super()._resolve_targets(model, config)

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 
 import torch
 
+from ...checkpoints.save_and_load import load_peft_weights
 from ...config import PeftConfig
+from ...tying.groups import split_aliases
 from ...utils.error import PeftValueError
-from ...utils.save_and_load import load_peft_weights
-from ...utils.tying import split_aliases
 from .config import LoraConfig
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ...anatomy.walking import adapter_modules
 from ...utils.error import PeftNotImplementedError, PeftValueError
-from .._surgery import adapter_modules
 
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from ...anatomy.offload import onloaded, tensor_of
+from ...layers.call_context import alone_with
+from ...layers.merging import merge_layer
 from ...utils.error import PeftNotImplementedError, PeftValueError
-from ...utils.offload import onloaded, tensor_of
 from ...utils.warning import warn
-from .._call_context import alone_with
-from .._merging import merge_layer
 from .config import LoraConfig
 from .room import RankAxis
 

@@ -10,12 +10,12 @@ from torch import nn
 
 from ...config import PeftConfig
 from ...mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from ...surgery.saved_modules import check_additional_trainable_modules, set_additional_trainable_modules
+from ...surgery.transaction import all_or_nothing
+from ...tying.groups import find_followers, keep_ties, one_object_each
 from ...utils.error import PeftNotImplementedError, PeftValueError
-from ...utils.other import check_additional_trainable_modules, set_additional_trainable_modules
 from ...utils.peft_types import PeftType
-from ...utils.tying import find_followers, keep_ties, one_object_each
-from .._transaction import all_or_nothing
-from ..tuners_utils import BaseTuner, BaseTunerLayer
+from ..base import BaseTuner, BaseTunerLayer
 
 
 # methods whose adapters can be active beside those of others

@@ -7,8 +7,8 @@ Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", 2023
 Qiu et al., "Orthogonal Finetuning Made Scalable", 2025, arXiv:2506.19847.
 """
 
-from ..._lazy import lazy_exports
 from ...mapping import add_method
+from ...utils.lazy import lazy_exports
 
 
 add_method(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...layers.merging import changes_adapter
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
-from .._merging import changes_adapter
-from .._rotations import BlockRotation, RotationLayer, cayley, full_precision, identity_like
-from ..tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from ..base import BaseTunerLayer, check_adapters_to_merge
+from ..families.rotations import BlockRotation, RotationLayer, cayley, full_precision, identity_like
 from .config import OFTConfig
 
 

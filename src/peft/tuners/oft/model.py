@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
-from .._rotations import RotationModel
+from ..families.rotations import RotationModel
 from .layer import Conv2d, Embedding, Linear, OFTLayer
 
 

@@ -6,8 +6,8 @@ P-tuning: learned embeddings that a small network computes while they are traine
 Liu et al., "GPT Understands, Too", 2021, arXiv:2103.10385.
 """
 
-from ..._lazy import lazy_exports
 from ...mapping import add_method
+from ...utils.lazy import lazy_exports
 
 
 add_method("P_TUNING", "peft.tuners.p_tuning.config:PromptEncoderConfig", "peft.tuners.p_tuning.model:PromptEncoder")

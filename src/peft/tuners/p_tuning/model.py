@@ -5,9 +5,9 @@
 import torch
 from torch import nn
 
+from ...prompts.encoder import BasePromptEncoder
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
-from .._prompt_encoder import BasePromptEncoder
 from .config import PromptEncoderConfig, PromptEncoderReparameterizationType
 
 

@@ -5,8 +5,8 @@
 import torch
 from torch import nn
 
+from ...prompts.encoder import BasePromptEncoder
 from ...utils.error import PeftValueError
-from .._prompt_encoder import BasePromptEncoder
 from .config import PrefixTuningConfig
 
 

@@ -6,8 +6,8 @@ Prompt tuning: learned embeddings in front of those of the inputs.
 Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021, arXiv:2104.08691.
 """
 
-from ..._lazy import lazy_exports
 from ...mapping import add_method
+from ...utils.lazy import lazy_exports
 
 
 add_method(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...layers.new_tensors import on_meta
+from ...prompts.encoder import BasePromptEncoder
 from ...utils.error import PeftValueError
 from ...utils.integrations import gather_params_ctx
-from .._new_tensors import on_meta
-from .._prompt_encoder import BasePromptEncoder
 from .config import PromptTuningConfig, PromptTuningInit
 
 

@@ -2,8 +2,8 @@
 # peft: the fork in which tied weights stay tied
 """Trainable tokens: train single rows of an embedding, and the columns of the logits that belong to them."""
 
-from ..._lazy import lazy_exports
 from ...mapping import add_method
+from ...utils.lazy import lazy_exports
 
 
 add_method(

@@ -5,11 +5,11 @@
 from torch import nn
 
 from ...config import PeftConfig
+from ...layers.tokens import TrainableTokensLayer, check_token_indices
+from ...tying.groups import ReachedTie, name_of_input_embedding
 from ...utils.error import PeftValueError
-from ...utils.tying import ReachedTie, name_of_input_embedding
-from ..tuners_utils import BaseTuner
+from ..base import BaseTuner
 from .config import TrainableTokensConfig
-from .layer import TrainableTokensLayer, check_token_indices
 
 
 class TrainableTokensModel(BaseTuner):

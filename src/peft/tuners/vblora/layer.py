@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...anatomy.kinds import stores_weight_transposed
+from ...layers.base_layer import AdditiveLayer
 from ...utils.error import PeftRuntimeError, PeftValueError
-from .._kinds import stores_weight_transposed
-from .._layer import AdditiveLayer
 from .config import VBLoRAConfig
 from .topk import NOT_SAVED, TopkForm
 

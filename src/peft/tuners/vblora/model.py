@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...anatomy.offload import computing_device
+from ...layers.new_tensors import check_size, new_parameter
 from ...utils.constants import TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
-from ...utils.offload import computing_device
 from ...utils.quantization_utils import stored_weight
-from .._new_tensors import check_size, new_parameter
-from ..tuners_utils import BaseTuner
+from ..base import BaseTuner
 from .config import VBLoRAConfig
 from .layer import Linear, VBLoRALayer
 

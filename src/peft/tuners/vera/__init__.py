@@ -6,8 +6,8 @@ VeRA: random projections that all layers share, and trained vectors between them
 Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", 2023, arXiv:2310.11454.
 """
 
-from ..._lazy import lazy_exports
 from ...mapping import add_method
+from ...utils.lazy import lazy_exports
 
 
 add_method("VERA", "peft.tuners.vera.config:VeraConfig", "peft.tuners.vera.model:VeraModel", prefix="vera_lambda_")

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .._kinds import stores_weight_transposed
-from .._layer import AdditiveLayer
-from .._shared_tensors import SharedBuffers
+from ...anatomy.kinds import stores_weight_transposed
+from ...layers.base_layer import AdditiveLayer
+from ...layers.shared_tensors import SharedBuffers
 from .config import VeraConfig
 
 

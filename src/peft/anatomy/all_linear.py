@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""What `target_modules="all-linear"` stands for in a model."""
+
+from torch import nn
+
+from ..config import PeftConfig
+from ..layers.base_layer import unwrapped
+from ..utils.constants import SEQ_CLS_HEAD_NAMES
+from ..utils.peft_types import TaskType
+from .embeddings import output_embedding
+from .kinds import gives_features, is_linear
+from .matching import ends_like
+from .walking import walk
+
+
+def all_linear_names(model: nn.Module, config: PeftConfig) -> set[str]:
+    """
+    Find what target_modules="all-linear" stands for.
+
+    That is every linear layer but the model's output head, those that `modules_to_save` trains in full, and those that
+    do more than linear layers do.
+
+    Args:
+        model: the base model.
+        config: its task says whether there is a classification head to leave out.
+
+    Returns:
+        Full names of the layers.
+    """
+    saved = getattr(config, "modules_to_save", None) or ()
+    saved = [saved] if isinstance(saved, str) else saved
+    linear = {name: unwrapped(module) for name, module in walk(model) if is_linear(unwrapped(module))}
+    names = {name for name, layer in linear.items() if not ends_like(saved, name) and gives_features(layer)}
+    if not hasattr(model, "get_output_embeddings"):
+        return names
+    head = output_embedding(model)
+    heads = {name for name, module in walk(model) if head is not None and module is head}
+    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+        heads |= {name for name in names if name.rpartition(".")[2] in SEQ_CLS_HEAD_NAMES}
+    return names - heads

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""What layers and wrappers have in common, so that saving, loading and walking a model treats them alike."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..utils.same_tensor import identity_of
+from .new_tensors import copy_module
+
+
+class Borrowed(NamedTuple):
+    """A parameter of one module that is in fact another module's: module and name of the first, then of the second."""
+
+    module: nn.Module
+    name: str
+    lender: nn.Module
+    lender_name: str
+
+    def take(self) -> None:
+        """Hold the lender's parameter."""
+        self.module._parameters[self.name] = self.lender._parameters[self.lender_name]
+
+
+def shared_places(module: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Find the parameters that a module shares with another one: own name -> that one, and the name there."""
+    theirs = {identity_of(p): name for name, p in other.named_parameters(remove_duplicate=False)}
+    own = module.named_parameters(remove_duplicate=False)
+    return {name: (other, theirs[key]) for name, p in own if (key := identity_of(p)) in theirs}
+
+
+def copy_borrowing(module: nn.Module, lent: Mapping[str, tuple[nn.Module, str]]) -> tuple[nn.Module, list[Borrowed]]:
+    """
+    Copy a module around parameters of others, which are never copied, not even for a moment.
+
+    Args:
+        module: what to copy.
+        lent: name of a parameter -> module whose parameter stands there in the copy, and its name in that one.
+
+    Returns:
+        The copy, and what it has borrowed.
+    """
+    instead = {id(module.get_parameter(name)): lender.get_parameter(there) for name, (lender, there) in lent.items()}
+    copied = copy_module(module, instead)
+    return copied, [Borrowed(*_place(copied, name), *_place(*place)) for name, place in lent.items()]
+
+
+def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return module.get_submodule(path), key
+
+
+class AdapterModule:
+    """
+    A module that this package has put into a model.
+
+    Attributes:
+        adapter_layer_names: attributes that hold trainable tensors by adapter name.
+        other_param_names: attributes that hold other settings by adapter name.
+    """
+
+    _is_adapter_module = True
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+
+    _borrowed: Mapping[str, list[Borrowed]] = MappingProxyType({})
+    _borrowers: Iterable["AdapterModule"] = ()
+    # While adapters are switched off: adapter name -> numbers of its parameters that were trained before. By number,
+    # since parameters may be replaced meanwhile.
+    _trained_before: dict[str, set[int]] | None = None
+
+    def borrow(self, adapter_name: str, borrowed: Iterable[Borrowed], owner: "AdapterModule | None" = None) -> None:
+        """
+        Hold parameters of others in the places of own ones, and go on doing so whatever replaces parameters.
+
+        Moving a model to the meta device replaces the parameters of each module by new ones, and so does
+        `load_state_dict(..., assign=True)`. What is trained as one would be two afterwards.
+
+        Args:
+            adapter_name: the adapter that the parameters belong to.
+            borrowed: where they are, and whose they are.
+            owner: the adapter module that has them, if it is not this one's base module.
+        """
+        self.__dict__.setdefault("_borrowed", {})[adapter_name] = list(borrowed)
+        _notice_loading(self)
+        if owner is not None and self not in owner._borrowers:
+            owner.__dict__.setdefault("_borrowers", []).append(self)
+            _notice_loading(owner)
+        self.take_borrowed()
+
+    def take_borrowed(self) -> None:
+        """Hold the parameters of others again; those who hold some of this module's do the same."""
+        for borrowed in self._borrowed.values():
+            for place in borrowed:
+                place.take()
+        for borrower in self._borrowers:
+            borrower.take_borrowed()
+
+    def give_back(self, adapter_name: str) -> None:
+        """Forget which parameters of an adapter are others', since it is deleted."""
+        if adapter_name in self._borrowed:
+            del self.__dict__["_borrowed"][adapter_name]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Move or cast the module as torch does."""
+        super()._apply(fn, recurse)
+        self.take_borrowed()
+        return self
+
+    def train(self, mode: bool = True) -> Any:
+        """
+        Set the mode, and tie again what was parted by a loader that replaces parameters one by one.
+
+        Args:
+            mode: False to evaluate.
+
+        Returns:
+            The module.
+        """
+        self.take_borrowed()
+        return super().train(mode)
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters of one adapter."""
+        raise NotImplementedError
+
+    def freeze_while_off(self, adapter_names: Iterable[str]) -> None:
+        """
+        Freeze adapters because they are switched off, and note which of their parameters were trained.
+
+        Args:
+            adapter_names: names.
+        """
+        noted = self._trained_before or {}
+        for name in adapter_names:
+            trained = [(i, p) for i, p in enumerate(self.adapter_parameters(name)) if p.requires_grad]
+            for number, parameter in trained:
+                parameter.requires_grad_(False)
+                noted.setdefault(name, set()).add(number)
+        self.__dict__["_trained_before"] = noted or None
+
+    def train_as_before(self) -> None:
+        """Let those parameters be trained again that were trained when adapters were switched off."""
+        noted = self._trained_before or {}
+        self.__dict__["_trained_before"] = None
+        for name, numbers in noted.items():
+            for number, parameter in enumerate(self.adapter_parameters(name)):
+                if number in numbers:
+                    parameter.requires_grad_(True)
+
+    def forget_trained_before(self, adapter_name: str) -> None:
+        """Drop what was noted about an adapter, since somebody has decided otherwise meanwhile."""
+        if self._trained_before:
+            self._trained_before.pop(adapter_name, None)
+
+    def computed_tensors(
+        self, adapter_name: str, state_dict: Mapping[str, torch.Tensor], prefix: str
+    ) -> dict[str, torch.Tensor]:
+        """
+        Give tensors of a checkpoint that follow from those of the model, instead of standing in it.
+
+        Args:
+            adapter_name: name.
+            state_dict: the model's state dict.
+            prefix: what keys of this module start with in it.
+
+        Returns:
+            Key in a checkpoint -> tensor; they replace what `adapter_keys` tells.
+        """
+        return {}
+
+    def prepare_to_load(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """
+        Make room for the tensors of a checkpoint, where they have another form than those of the model.
+
+        Args:
+            adapter_name: name.
+            tensors: key in a checkpoint -> tensor. They are not checked yet.
+        """
+
+
+def _notice_loading(module: AdapterModule) -> None:
+    """Let a module take what it has borrowed after each `load_state_dict`, of it or of a module around it."""
+    if _take_after_loading not in module._load_state_dict_post_hooks.values():
+        module.register_load_state_dict_post_hook(_take_after_loading)
+
+
+def _take_after_loading(module: AdapterModule, incompatible_keys: Any) -> None:
+    module.take_borrowed()

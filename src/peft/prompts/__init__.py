@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""What prompt methods put in front of inputs."""

@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+The prompts of a model: making, saving, switching and deleting them, once for all methods.
+
+Where they go when the model is called is told in `prompt_inputs.py`.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..anatomy import embeddings
+from ..anatomy.walking import adapter_modules, base_modules
+from ..config import PeftConfig, PromptLearningConfig
+from ..layers.adapter_module import AdapterModule
+from ..layers.new_tensors import check_size, making_tensors, on_meta
+from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from ..surgery.saved_modules import (
+    AuxiliaryTrainingWrapper,
+    check_additional_trainable_modules,
+    set_additional_trainable_modules,
+)
+from ..surgery.transaction import all_or_nothing
+from ..tuners.base import check_adapter_name, set_adapter
+from ..tying.groups import find_followers, keep_ties, one_object_each
+from ..tying.shield import shield_tie_weights
+from ..utils.error import PeftError, PeftKeyError, PeftValueError
+from ..utils.quantization_utils import accompany_layer
+from ..utils.warning import PeftWarning, warn
+from .encoder import BasePromptEncoder
+from .sizes import complete_config
+
+
+class PromptEncoders(AdapterModule, nn.ModuleDict):
+    """
+    The prompts of a model by adapter name. For prompt learning it is what a `BaseTuner` is for other methods.
+
+    Args:
+        model: the base model. It is frozen, and not held as a submodule.
+
+    Attributes:
+        peft_config: adapter name -> config as it applies to this model.
+        word_embeddings: the base model's input embedding.
+    """
+
+    # see `utils/adapter_keys.py`: prompts stand in a checkpoint without the name that this module has in the model
+    _base_names = ()
+    _keys_at_top = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_base_model"] = model
+        self.peft_config: dict[str, PeftConfig] = {}
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+
+    # ------------------------------------------------------------------------------------------------- basic access
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """The base model's input embedding, without adapters around it."""
+        embedding = input_embedding(self._base_model)
+        while isinstance(embedding, AuxiliaryTrainingWrapper):
+            embedding = embedding.original_module
+        return embedding
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The base model."""
+        return self._base_model
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Name of the active adapter, in a list."""
+        return self._active_adapter
+
+    @property
+    def available_adapters(self) -> set[str]:
+        """Names of all adapters."""
+        return set(self._modules)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether prompts are switched off."""
+        return self._disable_adapters
+
+    @property
+    def in_use(self) -> bool:
+        """Whether there is a prompt to put in front of inputs."""
+        return bool(self._active_adapter) and not self._disable_adapters
+
+    @property
+    def active_encoder(self) -> BasePromptEncoder:
+        """The prompt that is in use."""
+        return self[self._active_adapter[0]]
+
+    @property
+    def active_config(self) -> PromptLearningConfig:
+        """Config of the adapter that is in use."""
+        return self.peft_config[self._active_adapter[0]]
+
+    # ------------------------------------------------------------------------------------------------------ adapters
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PromptLearningConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """
+        Make the prompt of an adapter; if it is refused, the model stays as it was. The first one is active.
+
+        Args:
+            adapter_name: its name.
+            peft_config: its config; it is not changed.
+            low_cpu_mem_usage: make its tensors on the meta device.
+            autocast_adapter_dtype: keep copies of base modules in float32 where the base is in half precision. The
+                prompt itself always is.
+
+        Raises:
+            PeftKeyError: if the name cannot be one, or there is no task type.
+            PeftValueError: if the model or the config cannot work.
+        """
+        with all_or_nothing(self, self._base_model):
+            self._add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+
+    def _add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PromptLearningConfig,
+        low_cpu_mem_usage: bool,
+        autocast_adapter_dtype: bool,
+    ) -> None:
+        model = self._base_model
+        check_adapter_name(adapter_name, PEFT_TYPE_TO_PREFIX_MAPPING[peft_config.peft_type])
+        if hasattr(self, adapter_name) and adapter_name not in self:
+            raise PeftKeyError(
+                f"adapter name {adapter_name!r} is an attribute of {type(self).__name__}; choose another"
+            )
+        config = complete_config(peft_config, model)
+        encoder_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+        if encoder_cls.fills_cache:
+            refuse_checkpointing(model)
+        config.modules_to_tie = find_followers(keep_ties(model, config))
+        check_additional_trainable_modules(model, config)
+        active = not self._active_adapter
+        making = making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype)
+        with one_object_each(model), making:
+            encoder = self._make_encoder(encoder_cls, config)
+            set_additional_trainable_modules(model, config, {}, adapter_name, activate_adapter=active)
+        shield_tie_weights(model)
+        self[adapter_name] = encoder.train(model.training)
+        self.peft_config[adapter_name] = config
+        if active:
+            self._active_adapter = [adapter_name]
+        for module in base_modules(model):
+            accompany_layer(module)
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.requires_grad = False
+        self.set_requires_grad(adapter_name, active and not config.inference_mode)
+
+    def _make_encoder(self, encoder_cls: type[BasePromptEncoder], config: PromptLearningConfig) -> BasePromptEncoder:
+        """Make a prompt in float32, in which training is stable, beside the base model's embedding."""
+        embedding, on_meta_already = self.word_embeddings, on_meta()
+        with torch.device("meta"), making_tensors(on_meta=True), warnings.catch_warnings():
+            if not on_meta_already:
+                warnings.simplefilter("ignore", PeftWarning)  # what there is to say is said when the prompt is made
+            try:
+                encoder = encoder_cls.for_model(config, embedding).float()
+            except PeftError:
+                raise
+            except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+                raise PeftValueError(f"the config asks for a prompt that cannot be made: {error}") from error
+        for parameter in encoder.parameters():
+            check_size(tuple(parameter.shape), embedding.weight, torch.float32, "cpu", times_base=64)
+        if on_meta_already:
+            return encoder
+        return encoder_cls.for_model(config, embedding).to(embedding.weight.device, torch.float32)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """
+        Choose the prompt that is used; others are frozen.
+
+        Args:
+            adapter_name: its name.
+            inference_mode: freeze it too.
+
+        Raises:
+            PeftValueError: for several names, or an unknown one.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) != 1 or names[0] not in self:
+            raise PeftValueError(
+                f"one prompt is used at a time; choose one of {', '.join(self)}, found {adapter_name!r}"
+            )
+        set_adapter(self._base_model, names, inference_mode=inference_mode)
+        self._active_adapter = names
+        for name in self:
+            self.set_requires_grad(name, name in names and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """
+        Freeze prompts and what is trained beside them, or let them be trained.
+
+        Args:
+            adapter_names: one name or several.
+            requires_grad: False to freeze.
+        """
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.forget_trained_before(name)
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(requires_grad)
+        for _, module in adapter_modules(self._base_model):
+            module.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """
+        Remove a prompt and what was trained beside it. If it was active, another one becomes active, with a warning.
+
+        Args:
+            adapter_name: its name.
+        """
+        was_trained = adapter_name in (self._trained_before or ()) or any(
+            parameter.requires_grad for parameter in self.adapter_parameters(adapter_name)
+        )
+        del self[adapter_name], self.peft_config[adapter_name]
+        self.forget_trained_before(adapter_name)
+        was_active = adapter_name in self._active_adapter
+        remaining = list(self)[:1] if was_active else self._active_adapter
+        for _, module in adapter_modules(self._base_model):
+            module.delete_adapter(adapter_name, new_active_adapters=remaining)
+        if was_active:
+            self._active_adapter = []
+            if remaining:
+                warn(f"the active adapter {adapter_name!r} was deleted; {remaining[0]!r} is active now")
+                frozen = self.peft_config[remaining[0]].inference_mode or not was_trained
+                self.set_adapter(remaining, inference_mode=frozen)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """
+        Switch prompts on or off.
+
+        Args:
+            enabled: True to switch on. What was trainable before is trainable again.
+        """
+        self._disable_adapters = not enabled
+        if enabled:
+            self.train_as_before()
+        else:
+            self.freeze_while_off(list(self))
+
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """Switch prompts and what was trained beside them off inside a context."""
+        modules = [self, *(module for _, module in adapter_modules(self._base_model))]
+        on = [module for module in modules if not module.disable_adapters]
+        for module in on:
+            module.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for module in on:
+                module.enable_adapters(True)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say whether an adapter can be converted to LoRA: a prompt is no change of weights."""
+        return False
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters of a prompt."""
+        if adapter_name in self:
+            yield from self[adapter_name].parameters()
+
+    def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
+        """Yield for each tensor of a prompt its key in a checkpoint and its key in this module's state dict."""
+        if adapter_name in self:
+            yield "prompt_embeddings", f"{adapter_name}.embedding.weight"
+            yield from ((name, f"{adapter_name}.{name}") for name in self[adapter_name].saved_names)
+
+    def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
+        """Yield nothing: no prompt follows another one."""
+        yield from ()
+
+    def computed_tensors(
+        self, adapter_name: str, state_dict: Mapping[str, torch.Tensor], prefix: str
+    ) -> dict[str, torch.Tensor]:
+        """
+        Compute what stands in a checkpoint in the place of a network.
+
+        Args:
+            adapter_name: name.
+            state_dict: the model's state dict.
+            prefix: what keys of this module start with in it.
+        """
+        if adapter_name not in self or not self[adapter_name].is_computed:
+            return {}
+        start = f"{prefix}{adapter_name}."
+        own = {key.removeprefix(start): tensor for key, tensor in state_dict.items() if key.startswith(start)}
+        return {"prompt_embeddings": self[adapter_name].finished_table(own)}
+
+    def prepare_to_load(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """
+        Make room for a finished prompt where a network computes it now: the prompt in the file is what was asked for.
+
+        Args:
+            adapter_name: name.
+            tensors: what is going to be loaded.
+        """
+        encoder = self[adapter_name] if adapter_name in self else None
+        if encoder is None or not encoder.is_computed or "prompt_embeddings" not in tensors:
+            return
+        present = encoder.finished_table()
+        if tensors["prompt_embeddings"].shape == present.shape:
+            encoder.replace_network(present)
+            warn(
+                f"the checkpoint holds the finished prompt of adapter {adapter_name!r}, not the network that computed "
+                "it, so the network is dropped; make the optimizer after loading if you train on"
+            )
+
+    def check_training_goes_on(self, adapter_name: str) -> None:
+        """
+        Refuse to go on with the training of a prompt from a checkpoint if a network computes it, which is not there.
+
+        Args:
+            adapter_name: name.
+
+        Raises:
+            PeftValueError: in that case.
+        """
+        if adapter_name in self and self[adapter_name].is_computed:
+            raise PeftValueError(
+                f"training of adapter {adapter_name!r} cannot be resumed: a network computes its prompt, and the "
+                "checkpoint holds the finished prompt alone, so that an optimizer's state fits no longer. Start anew, "
+                "or fill the adapter with load_adapter before the Trainer or the optimizer is made, and train without "
+                "resume_from_checkpoint and without is_trainable=True"
+            )
+
+    def fill_missing(self, adapter_name: str, config: PeftConfig) -> None:
+        """Start tensors of a prompt that a checkpoint has left without storage."""
+        for module in self[adapter_name].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    values = torch.empty_like(parameter, device=self.word_embeddings.weight.device)
+                    module._parameters[name] = nn.Parameter(nn.init.normal_(values, std=0.02), parameter.requires_grad)
+
+    # ---------------------------------------------------------------------------------------------------- the prompt
+    def prompt(self, batch_size: int, task_ids: torch.Tensor | None = None) -> Any:
+        """
+        Compute what the active adapter puts in front of inputs.
+
+        Args:
+            batch_size: number of samples.
+            task_ids: (batch,) for methods with several tasks. If samples come several times in a row, as with beams,
+                one id for all of them will do.
+
+        Returns:
+            (batch, tokens, width) virtual tokens, or a cache that holds keys and values.
+        """
+        encoder = self.active_encoder
+        if encoder.fills_cache:
+            return self.fill_cache(None, batch_size)
+        indices = encoder.indices()
+        if not encoder.needs_task_ids:
+            return encoder(indices.unsqueeze(0)).expand(batch_size, -1, -1)
+        if task_ids is not None:
+            task_ids = task_ids.to(indices.device)
+            if len(task_ids) == 0 or batch_size % len(task_ids):
+                raise PeftValueError(
+                    f"task_ids has {len(task_ids)} entries for a batch of {batch_size}; give one each"
+                )
+            task_ids = task_ids.repeat_interleave(batch_size // len(task_ids))
+        return encoder(indices.expand(batch_size, -1), task_ids)
+
+    def fill_cache(self, cache: Any, batch_size: int) -> Any:
+        """
+        Put keys and values of the prompt into a cache.
+
+        Args:
+            cache: an empty one; a new one is made if it is None.
+            batch_size: number of samples.
+
+        Returns:
+            The cache.
+        """
+        encoder, config, weight = self.active_encoder, self.active_config, self.word_embeddings.weight
+        if cache is None:
+            # not when the package is imported: it takes seconds where a library for quantised caches is installed
+            from transformers import DynamicCache, EncoderDecoderCache
+
+            cache = DynamicCache()
+            if getattr(self._base_model.config, "is_encoder_decoder", False):
+                cache = EncoderDecoderCache(cache, DynamicCache())
+        table = encoder(encoder.indices().unsqueeze(0))[0]
+        if weight.dtype.is_floating_point and weight.dtype.itemsize >= 2:
+            table = table.to(weight.dtype)
+        tokens, heads = len(table), config.num_attention_heads
+        # (layers * 2, batch, heads, tokens, width of a head): keys and values of a layer follow each other
+        parts = table.view(tokens, config.num_layers * 2, 1, heads, config.token_dim // heads)
+        parts = parts.permute(1, 2, 3, 0, 4).expand(-1, batch_size, -1, -1, -1)
+        decoder_cache = getattr(cache, "self_attention_cache", cache)
+        for layer in range(config.num_layers):
+            # In checkpoints of encoder-decoder models every second pair was meant for cross attention. Keys and values
+            # of that come from the source alone, so these pairs are left out, and the count begins again at the end.
+            first = 2 * config.num_transformer_submodules * layer % len(parts)
+            decoder_cache.update(parts[first], parts[first + 1], layer)
+        return cache
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """
+    Find the embedding that turns a model's input ids into vectors; with encoder-decoder models, the encoder's.
+
+    Raises:
+        PeftValueError: if the model does not say which it is.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        model = model.get_encoder()
+    embedding = embeddings.input_embedding(model)
+    if embedding is None:
+        raise PeftValueError(
+            f"prompt learning needs the input embedding, and {type(model).__name__} has no get_input_embeddings"
+        )
+    return embedding
+
+
+def refuse_checkpointing(model: nn.Module) -> None:
+    """
+    Refuse to fill the cache of a model that checkpoints activations, since that model uses no cache in training.
+
+    Raises:
+        PeftValueError: if it does.
+    """
+    # transformers 5 has renamed the property
+    name = "is_activation_checkpointing"
+    if getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False):
+        raise PeftValueError(
+            "prefix tuning does not work with gradient checkpointing, which uses no cache; call "
+            "gradient_checkpointing_disable() on the base model, or use prompt tuning"
+        )

@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""What a config trains beside the adapter layers: which modules are wrapped, and how they are tied."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..anatomy.embeddings import output_embedding
+from ..anatomy.matching import (
+    check_target_module_exists,
+    ends_like,
+    get_pattern_key,
+    lies_in,
+    match_target_against_key,
+    near_names,
+    outermost,
+)
+from ..anatomy.walking import bare_modules, is_adapter_module, names_of_modules
+from ..config import PeftConfig
+from ..layers.tokens import check_token_indices
+from ..layers.training_wrappers import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    check_wrappable,
+)
+from ..tying.groups import find_token_modules
+from ..utils.constants import (
+    CONFIG_NAME,
+    EMBEDDING_LAYER_NAMES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    QUESTION_ANSWERING_HEAD_NAMES,
+    SAFETENSORS_WEIGHTS_NAME,
+    SEQ_CLS_HEAD_NAMES,
+    WEIGHTS_NAME,
+)
+from ..utils.error import PeftTypeError, PeftValueError
+from ..utils.fsdp import fsdp_auto_wrap_policy
+from ..utils.near_names import FEW, did_you_mean
+from ..utils.quantization_utils import get_quantization_config, is_gptqmodel_awq_layer, is_gptqmodel_quant_linear
+from ..utils.same_tensor import identity_of
+from ..utils.warning import warn
+from .kbit_training import prepare_model_for_kbit_training
+from .slots import Slots
+
+
+__all__ = [
+    "CONFIG_NAME",
+    "EMBEDDING_LAYER_NAMES",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
+    "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper",
+    "TrainableTokensWrapper",
+    "cast_mixed_precision_params",
+    "check_file_exists_on_hf_hub",
+    "fsdp_auto_wrap_policy",
+    "get_pattern_key",
+    "get_quantization_config",
+    "infer_device",
+    "is_gptqmodel_awq_layer",
+    "is_gptqmodel_quant_linear",
+    "match_target_against_key",
+    "prepare_model_for_kbit_training",
+    "set_additional_trainable_modules",
+    "shift_tokens_right",
+    "transpose",
+]
+
+
+def _modules_named(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
+    """
+    Find the modules one of whose full names ends with one of `names`; see `ends_like`.
+
+    Returns:
+        First full name -> module, in the order of the model.
+    """
+    wanted = tuple(names)
+    first: dict[int, str] = {}
+    found = {}
+    for name, module in names_of_modules(model).items():
+        first.setdefault(id(module), name)
+        if ends_like(wanted, name):
+            found[first[id(module)]] = module
+    return found
+
+
+def newly_started_heads(model: nn.Module) -> list[str]:
+    """
+    Find the modules that a model of transformers has on top of its body, and that no checkpoint has filled.
+
+    They hold random values, which an adapter has to train and save, whatever they are called.
+
+    Args:
+        model: a base model, with or without adapters.
+
+    Returns:
+        Full names; none for models that do not say which module their body is.
+    """
+    body = model._modules.get(getattr(model, "base_model_prefix", None) or "")
+    if body is None:
+        return []
+    output = output_embedding(model)
+    of_body = {id(parameter) for parameter in body.parameters()}
+    found = []
+    waiting = [(name, child) for name, child in reversed(model._modules.items()) if child not in (None, body, output)]
+    while waiting:
+        name, module = waiting.pop()
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            waiting.extend((f"{name}.{key}", child) for key, child in reversed(module._modules.items()))
+            continue
+        parameters = list(module.parameters())
+        tied = any(id(parameter) in of_body for parameter in parameters)
+        # transformers notes on each parameter that it has read
+        if any(not getattr(p, "_is_hf_initialized", False) for p in parameters) and not tied:
+            found.append(name)
+    return found
+
+
+def _set_trainable(
+    model: nn.Module,
+    adapter_name: str,
+    module_names: Sequence[str],
+    inference_mode: bool = False,
+    strict_module_check: bool = False,
+    wrapper_cls: type[AuxiliaryTrainingWrapper] = ModulesToSaveWrapper,
+    activate_adapter: bool = True,
+    tied_module: ModulesToSaveWrapper | None = None,
+    full_names: bool = False,
+    **wrapper_kwargs: Any,
+) -> list[str]:
+    """
+    Wrap modules so that an adapter trains them in full.
+
+    Args:
+        model: the model.
+        adapter_name: name of the adapter.
+        module_names: names of modules, or their endings.
+        inference_mode: freeze what is made.
+        strict_module_check: raise if no module matches.
+        wrapper_cls: which wrapper.
+        activate_adapter: use what is made at once.
+        tied_module: wrapper of a module that these modules follow; see `ModulesToSaveWrapper.update`.
+        full_names: take `module_names` as full names only.
+        wrapper_kwargs: for the wrapper.
+
+    Returns:
+        Full names of the wrapped modules.
+
+    Raises:
+        PeftValueError: with `strict_module_check`, if no module matches.
+    """
+    modules = _modules_named(model, module_names)
+    if full_names:
+        modules = {name: modules[name] for name in module_names}
+    if tied_module is not None:
+        wrapper_kwargs["tied_module"] = tied_module
+    names = outermost(modules)
+    if strict_module_check and not names:
+        raise PeftValueError(f"no module of the model is named {', '.join(module_names)}")
+    slots = Slots(model)
+    for name in names:
+        module = modules[name]
+        if isinstance(module, wrapper_cls):
+            module.update(adapter_name, **wrapper_kwargs)
+        else:
+            wrapper = wrapper_cls(module, adapter_name, **wrapper_kwargs)
+            wrapper.training = module.training
+            if not activate_adapter:
+                wrapper.choose([])
+            slots.replace(module, wrapper)
+            module = wrapper
+        if activate_adapter:
+            module.set_adapter(adapter_name, inference_mode=inference_mode)
+        else:
+            module.set_requires_grad(adapter_name, False)
+    return names
+
+
+def check_additional_trainable_modules(model: nn.Module, peft_config: PeftConfig) -> None:
+    """
+    Refuse what `set_additional_trainable_modules` could not do, and warn about names that match nothing.
+
+    Args:
+        model: the model, not changed yet.
+        peft_config: a config.
+
+    Raises:
+        PeftTypeError: for a module that cannot be wrapped.
+    """
+    names = getattr(peft_config, "modules_to_save", None) or ()
+    if isinstance(names, str):
+        raise PeftTypeError(f"modules_to_save must be a list of names, found the string {names!r}")
+    for name, module in _modules_named(model, names).items():
+        check_wrappable(module, name)
+        inside = any(is_adapter_module(m) for m in module.modules() if m is not module)
+        if not isinstance(module, ModulesToSaveWrapper) and (is_adapter_module(module) or inside):
+            raise PeftTypeError(
+                f"modules_to_save reaches {name!r}, which another adapter has adapted already; a module is either "
+                "adapted or trained in full. Leave it out of modules_to_save, or delete the other adapter"
+            )
+    _check_followers(model, peft_config)
+    _check_token_modules(model, peft_config, names)
+    # the names of classification heads are tried for every model of their task
+    optional = {*SEQ_CLS_HEAD_NAMES, *QUESTION_ANSWERING_HEAD_NAMES}
+    full_names = list(names_of_modules(model)) if names else []
+    unmatched = [entry for entry in names if not any(ends_like([entry], name) for name in full_names)]
+    for entry in unmatched[:FEW]:
+        if entry not in optional:
+            near = near_names(entry, [name for name, _ in bare_modules(model)])
+            warn(f"modules_to_save entry {entry!r} matches no module{did_you_mean(near)}")
+    if unmatched and len(unmatched) == len(names) and optional.issuperset(names):
+        warn(
+            f"the task is {getattr(peft_config.task_type, 'value', peft_config.task_type)}, but "
+            f"{type(model).__name__} has no module named {' or '.join(unmatched)}, so no head is trained and saved; "
+            "name the head in modules_to_save, or use a model that has one for the task"
+        )
+
+
+def _check_followers(model: nn.Module, peft_config: PeftConfig) -> None:
+    """
+    Refuse modules that a tie brings in, and that cannot be wrapped because another adapter has adapted them.
+
+    Raises:
+        PeftTypeError: if there is one.
+    """
+    recorded = (
+        ("modules_to_save", peft_config.modules_to_tie, ModulesToSaveWrapper),
+        ("trainable_token_indices", peft_config.token_modules_to_tie, TrainableTokensWrapper),
+    )
+    for route, ties, wrapper_cls in recorded:
+        for name in dict.fromkeys(name for pair in (ties or {}).items() for name in pair):
+            module = model.get_submodule(name)
+            if is_adapter_module(module) and not isinstance(module, wrapper_cls):
+                others = ", ".join(
+                    repr(other) for pair in ties.items() if name in pair for other in pair if other != name
+                )
+                raise PeftTypeError(
+                    f"{route} reaches {name!r}, since it shares its weight with {others}, and another adapter has "
+                    "adapted it already; a module is adapted in one way. Leave the tied modules out, or delete the "
+                    "other adapter"
+                )
+
+
+def _check_token_modules(model: nn.Module, peft_config: PeftConfig, saved: Collection[str]) -> None:
+    """
+    Refuse tokens that cannot be trained, and warn about those that are trained anyway.
+
+    Raises:
+        PeftTypeError: for a module that is adapted or cannot have tokens.
+        PeftIndexError: for an id outside of the vocabulary.
+        PeftValueError: for ids that stand there twice, and for unknown modules.
+    """
+    for name, indices in find_token_modules(model, getattr(peft_config, "trainable_token_indices", None)).items():
+        module = model.get_submodule(name)
+        if lies_in(saved, name):
+            warn(f"trainable_token_indices has no effect for {name!r}, which modules_to_save trains in full")
+            continue
+        targeted = peft_config.target_modules is not None and check_target_module_exists(peft_config, name)
+        if targeted or (is_adapter_module(module) and not isinstance(module, TrainableTokensWrapper)):
+            raise PeftTypeError(
+                f"trainable_token_indices reaches {name!r}, which is adapted as a target too; a module is adapted in "
+                "one way. Leave it out of target_modules or of trainable_token_indices"
+            )
+        base = module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
+        check_token_indices(base, name, indices)
+
+
+def set_additional_trainable_modules(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    model_config: Mapping[str, Any],
+    adapter_name: str,
+    activate_adapter: bool = True,
+) -> None:
+    """
+    Wrap what a config trains beside the adapter layers.
+
+    Args:
+        model: the model.
+        peft_config: config of the adapter.
+        model_config: the base model's config.
+        adapter_name: name of the adapter.
+        activate_adapter: use what is made at once.
+    """
+    options = {
+        "inference_mode": peft_config.inference_mode,
+        "activate_adapter": activate_adapter,
+        "full_names": True,
+    }
+    if getattr(peft_config, "modules_to_save", None):
+        _train_in_full(model, peft_config, adapter_name, options)
+    if getattr(peft_config, "trainable_token_indices", None):
+        _train_tokens(model, peft_config, adapter_name, options)
+
+
+def _train_in_full(model: nn.Module, peft_config: PeftConfig, adapter_name: str, options: dict[str, Any]) -> None:
+    """Wrap the modules of `modules_to_save`, and those that follow them."""
+    ties = peft_config.modules_to_tie or {}
+    named = outermost(_modules_named(model, peft_config.modules_to_save))
+    _set_trainable(model, adapter_name, [name for name in named if name not in ties], **options)
+    # Second stage. Everything that has to follow was recorded before the first module was replaced, so the order in
+    # which modules were named does not matter: owners come first.
+    for owner in dict.fromkeys(ties.values()):
+        followers = [follower for follower, followed in ties.items() if followed == owner]
+        if owner not in named:
+            shared = _shared_parameter_names(model, owner, followers)
+            _set_trainable(model, adapter_name, [owner], only=shared, **options)
+        tied_module = model.get_submodule(owner)
+        for follower in followers:
+            only = None if follower in named else _shared_parameter_names(model, follower, [owner])
+            _set_trainable(model, adapter_name, [follower], tied_module=tied_module, only=only, **options)
+
+
+def _train_tokens(model: nn.Module, peft_config: PeftConfig, adapter_name: str, options: dict[str, Any]) -> None:
+    """Wrap the modules of which tokens are trained, and those that follow them."""
+    ties = peft_config.token_modules_to_tie or {}
+    options = {**options, "wrapper_cls": TrainableTokensWrapper}
+    tokens = {
+        name: indices
+        for name, indices in find_token_modules(model, peft_config.trainable_token_indices).items()
+        if not isinstance(model.get_submodule(name), ModulesToSaveWrapper)
+    }
+    for name in dict.fromkeys([*tokens, *ties.values()]):
+        if name not in ties:
+            # members beside the named one follow too, so only some of the followers have tokens
+            named = (tokens[follower] for follower, owner in ties.items() if owner == name and follower in tokens)
+            indices = tokens.get(name) or next(named)
+            _set_trainable(model, adapter_name, [name], token_indices=indices, **options)
+    order = {name: place for place, (name, _) in enumerate(bare_modules(model))}
+    for follower, owner in ties.items():
+        layer = model.get_submodule(owner).token_adapter
+        is_named = _have_one_entry(peft_config.trainable_token_indices, follower, owner)
+        options.update(token_indices=layer.token_indices[adapter_name], is_named=is_named)
+        _set_trainable(model, adapter_name, [follower], tied_adapter=layer, **options)
+        if order[follower] < order[owner]:  # Marian's `shared` comes before the embedding that it says it has
+            model.get_submodule(follower).token_adapter.hold_nothing(adapter_name)
+
+
+def _have_one_entry(tokens: Collection[int] | Mapping[str, Collection[int]], name: str, other: str) -> bool:
+    """Say whether the config reaches two modules by one name, as `embed_tokens` in an encoder and in a decoder."""
+    entries = tokens if isinstance(tokens, Mapping) else ()
+    reached = [next((entry for entry in entries if ends_like([entry], module)), None) for module in (name, other)]
+    return reached[0] is not None and reached[0] == reached[1]
+
+
+def _shared_parameter_names(model: nn.Module, name: str, others: Iterable[str]) -> set[str]:
+    """Name the parameters that a module of the base model shares with one of others."""
+    elsewhere = {identity_of(p) for other in others for p in _base_module(model, other).parameters()}
+    own = _base_module(model, name).named_parameters(remove_duplicate=False)
+    return {key for key, parameter in own if identity_of(parameter) in elsewhere}
+
+
+def _base_module(model: nn.Module, name: str) -> nn.Module:
+    module = model.get_submodule(name)
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """Give the parent of a module, the module, and its name in the parent."""
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def infer_device() -> str:
+    """Name the device that tensors are loaded to when nobody says: an accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
+    """Transpose a weight if it is stored as (in, out)."""
+    return weight.T if fan_in_fan_out else weight
+
+
+def check_file_exists_on_hf_hub(repo_id: str, filename: str, **kwargs: Any) -> bool | None:
+    """
+    Say whether a repository on the hub has a file.
+
+    Args:
+        repo_id: id of the repository.
+        filename: name of the file.
+        kwargs: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only`; others have no effect.
+
+    Returns:
+        None if it cannot be known, because the hub is not there to ask and the file is not in the cache.
+    """
+    from huggingface_hub import file_exists, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    path = "/".join(part for part in (kwargs.get("subfolder"), filename) if part)
+    revision = kwargs.get("revision")
+    if isinstance(try_to_load_from_cache(repo_id, path, cache_dir=kwargs.get("cache_dir"), revision=revision), str):
+        return True
+    if HF_HUB_OFFLINE or kwargs.get("local_files_only"):
+        return None
+    try:
+        return file_exists(repo_id, path, revision=revision, token=kwargs.get("token"))
+    except Exception as error:  # the hub's client has dozens of classes for 'cannot be had'
+        warn(f"the hub could not be asked whether {repo_id} has {path}: {error}")
+        return None
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """
+    Bring parameters to the types for mixed precision: float32 for what is trained, another one for what is frozen.
+
+    Args:
+        model: any model.
+        dtype: type for frozen parameters, such as `torch.bfloat16`.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import LoraConfig, cast_mixed_precision_params, get_peft_model
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+        >>> cast_mixed_precision_params(model, torch.bfloat16)
+        >>> sorted({(parameter.requires_grad, str(parameter.dtype)) for parameter in model.parameters()})
+        [(False, 'torch.bfloat16'), (True, 'torch.float32')]
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
+    """
+    Make a decoder's inputs from its labels: each token is to be predicted from those before it.
+
+    Args:
+        input_ids: labels, (batch, length); -100 stands for tokens that are not predicted.
+        pad_token_id: token to put in place of -100.
+        decoder_start_token_id: token to begin with.
+
+    Returns:
+        (batch, length).
+
+    Raises:
+        PeftValueError: without a token for padding.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import shift_tokens_right
+        >>> shift_tokens_right(torch.tensor([[5, 6, -100, -100]]), pad_token_id=0, decoder_start_token_id=1)
+        tensor([[1, 5, 6, 0]])
+    """
+    if pad_token_id is None:
+        raise PeftValueError(
+            "pad_token_id is None, and labels of -100 need a token in their place; set it in the model's config"
+        )
+    shifted = input_ids.roll(1, dims=-1)
+    shifted[..., 0] = decoder_start_token_id
+    return shifted.masked_fill(shifted == -100, pad_token_id)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Replacing modules wherever a model holds them."""
+
+import functools
+import gc
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..anatomy.walking import walk
+
+
+def without_collecting(function: Callable) -> Callable:
+    """
+    Pause the garbage collector while a function makes many modules.
+
+    All of them stay, and the collector would scan the growing model again and again to find that out.
+    """
+
+    @functools.wraps(function)
+    def paused(*args: Any, **kwargs: Any) -> Any:
+        if not gc.isenabled():
+            return function(*args, **kwargs)
+        gc.disable()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            gc.enable()
+
+    return paused
+
+
+class Slots:
+    """
+    Every place of a model that holds a module.
+
+    One module object may stand in several places; whoever replaces it has to do so in all of them.
+
+    Args:
+        model: the model. Places inside adapter modules count too.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for _, module in walk(model, into_bases=True):
+            for key, child in module._modules.items():
+                if child is not None:
+                    self._places.setdefault(id(child), []).append((module, key))
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put `new` wherever `old` is held."""
+        places = self._places.pop(id(old), [])
+        for parent, key in places:
+            parent._modules[key] = new
+        self._places[id(new)] = places

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""What OFT, BOFT and HRA share: matrices that are multiplied from the right without being built, and their rule."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...anatomy.kinds import stores_weight_transposed
+from ...config import PeftConfig
+from ...layers.base_layer import WeightLayer, unwrapped
+from ...utils.error import PeftNotImplementedError
+from ...utils.warning import warn
+from ..base import BaseTuner
+
+
+# ------------------------------------------------------------------------------------------------------------- math
+def identity_like(matrices: torch.Tensor) -> torch.Tensor:
+    """Give the identity that matrices (..., b, b) can be added to."""
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+
+
+def full_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """Bring half precision to float32: decompositions have no other, and products of rotations need it."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def cayley(skew: torch.Tensor) -> torch.Tensor:
+    """
+    Turn skew-symmetric matrices into rotations: (I - Q) (I + Q)^-1.
+
+    Args:
+        skew: Q, (..., b, b).
+    """
+    identity = identity_like(skew)
+    return torch.linalg.solve(identity + skew, identity - skew)  # the two factors commute
+
+
+class Rotation(ABC):
+    """A square matrix that rows are multiplied by, from the right."""
+
+    @abstractmethod
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply rows (..., features), in the precision of the rotation."""
+
+    @abstractmethod
+    def transposed(self) -> "Rotation":
+        """Give the transposed matrix."""
+
+    def inverse(self) -> "Rotation":
+        """Give the inverse, which is the transpose where the matrix is orthogonal."""
+        return self.transposed()
+
+
+@dataclass(frozen=True)
+class BlockRotation(Rotation):
+    """
+    A block-diagonal matrix.
+
+    Args:
+        blocks: (features / b, b, b), or (1, b, b) if all are the same one.
+    """
+
+    blocks: torch.Tensor
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply rows (..., features)."""
+        shape, (count, size, _) = rows.shape, self.blocks.shape
+        rows = rows.to(self.blocks.dtype)
+        if count == 1:
+            return (rows.reshape(-1, size) @ self.blocks[0]).view(shape)
+        rows = rows.reshape(-1, count, size).transpose(0, 1)
+        return torch.bmm(rows, self.blocks).transpose(0, 1).reshape(shape)
+
+    def transposed(self) -> "BlockRotation":
+        """Transpose each block."""
+        return BlockRotation(self.blocks.mT)
+
+    def inverse(self) -> "BlockRotation":
+        """Invert each block; those of a Neumann series are not quite orthogonal."""
+        return BlockRotation(torch.linalg.inv(self.blocks))
+
+
+# ------------------------------------------------------------------------------------------------------------ layers
+class RotationLayer(WeightLayer):
+    """
+    Rule for methods that rotate the input of a layer: f(W) x = W g(x), where g multiplies rows of inputs by a matrix.
+
+    A method supplies `rotation`. For convolutions it is the weight, with one row per output channel, that is rotated.
+    """
+
+    transforms_input = True
+
+    @abstractmethod
+    def rotation(self, adapter: str, training: bool = False) -> Rotation:
+        """
+        Give what rows of inputs are multiplied by.
+
+        Args:
+            adapter: name.
+            training: whether dropout is to be applied.
+        """
+
+    def weight_rotation(self, adapter: str, training: bool = False) -> Rotation:
+        """Give what the rows of the weight are multiplied by, which is the transpose: (x R) W' = x (W R')'."""
+        return self.rotation(adapter, training).transposed()
+
+    def rows_to_rotate(self) -> int:
+        """Give the number of features that are rotated: inputs, for convolutions one per entry of the kernel."""
+        base = self.get_base_layer()
+        if not isinstance(base, nn.Conv2d):
+            return self.in_features
+        if base.groups > 1:
+            raise PeftNotImplementedError(
+                f"{type(self).__name__} cannot rotate the inputs of a Conv2d with groups={base.groups}, since each "
+                "group sees inputs of its own; leave the layer out with exclude_modules, or use another method"
+            )
+        return base.in_channels * base.kernel_size[0] * base.kernel_size[1]
+
+    def get_delta_weight(self, adapter: str, *options: Any) -> torch.Tensor:
+        """
+        Build the matrix that rows of inputs are multiplied by. It is meant for looking at; nothing else needs it.
+
+        Returns:
+            (features, features)
+        """
+        parameter = next(self.adapter_parameters(adapter))
+        return self.rotation(adapter)(torch.eye(self.rows_to_rotate(), dtype=parameter.dtype, device=parameter.device))
+
+    def transform_input(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """Rotate the inputs."""
+        return self.rotation(adapter, self.training)(x)
+
+    def transform_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Rotate the rows of the weight."""
+        return self._rotate_rows(weight, self.weight_rotation(adapter))
+
+    def forward_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Rotate the rows of the weight, with dropout in training."""
+        return self._rotate_rows(weight, self.weight_rotation(adapter, self.training))
+
+    def inverse_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Rotate the rows of the weight back."""
+        return self._rotate_rows(weight, self.weight_rotation(adapter).inverse())
+
+    def _rotate_rows(self, weight: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        if stores_weight_transposed(self.get_base_layer()):
+            return rotation(weight.T).T
+        return rotation(weight.flatten(1)).view_as(weight)
+
+    # A rotation by half the angle is another method; these stand here for callers of the released package.
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """
+        Warn: rotations have no scale.
+
+        Args:
+            adapter: name; a layer that does not have it is silent.
+            scale: 1 is silent too.
+        """
+        if self.has_adapter(adapter) and scale != 1:
+            self._refuse_scale()
+
+    def scale_layer(self, scale: float) -> None:
+        """
+        Warn: rotations have no scale.
+
+        Args:
+            scale: 1 is silent.
+        """
+        if scale != 1:
+            self._refuse_scale()
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """
+        Warn: rotations have no scale.
+
+        Args:
+            scale: 1 is silent.
+        """
+        if scale != 1:
+            self._refuse_scale()
+
+    def _refuse_scale(self) -> None:
+        warn(f"{type(self).__name__} rotates and has no scale; it stays as it is")
+
+
+class RotationModel(BaseTuner):
+    """What the models of these methods share; the arguments are those of `BaseTuner`."""
+
+    def _check_targets(self, model: nn.Module, config: PeftConfig, names: Sequence[str]) -> None:
+        """Believe the layers, not the config, in how weights are stored."""
+        layers = [unwrapped(model.get_submodule(name)) for name in names]
+        if getattr(config, "fan_in_fan_out", False) and not any(isinstance(layer, Conv1D) for layer in layers):
+            config.fan_in_fan_out = False
+            warn("fan_in_fan_out=True does not fit the targets, which store their weights as (out, in); False is used")

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""The state of a model's ties as a table, and the table that a config would lead to."""
+
+import copy
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..anatomy.walking import adapter_modules, bare_modules
+from ..config import PeftConfig
+from ..layers.base_layer import BaseTunerLayer
+from ..layers.merging import merging_layers, original_weights
+from ..utils.same_tensor import identity_of
+from .groups import TiedGroup, containing, contains_one_of, declared_but_untied, find_tied_groups, module_of
+
+
+@dataclass(frozen=True)
+class TyingRow:
+    """
+    One line of a report: what stands at the members of a tied group, for the base model or for one adapter.
+
+    Attributes:
+        members: full names of the parameter; the owner comes first.
+        owner: the member that the others follow.
+        adapter: name of the adapter, None for the base model.
+        route: how the adapter reaches the group: "modules_to_save", "target_modules", "trainable_token_indices"; "base
+            model" for the base model.
+        shared: whether all members hold one parameter.
+        bytes: memory of what stands at the members, each tensor counted once.
+    """
+
+    members: tuple[str, ...]
+    owner: str
+    adapter: str | None
+    route: str
+    shared: bool
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TyingReport:
+    """
+    The state of a model's ties; printed, it is a table.
+
+    Attributes:
+        rows: the base model's groups, each followed by what adapters have in their place.
+    """
+
+    rows: tuple[TyingRow, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every tie holds, in the base model and for each adapter."""
+        return all(row.shared for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the report as a dictionary of plain values."""
+        return {"holds": self.holds, "rows": [{**asdict(row), "members": list(row.members)} for row in self.rows]}
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no two modules of the model share a parameter"
+        head = ("tied members (owner first)", "adapter", "route", "shared", "bytes")
+        lines = [
+            (", ".join(r.members), r.adapter or "-", r.route, "yes" if r.shared else "NO", f"{r.bytes:,d}")
+            for r in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+        rule = tuple("-" * width for width in widths)
+        return "\n".join(
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+            for line in (head, rule, *lines)
+        )
+
+
+def weight_tying_report(model: nn.Module) -> TyingReport:
+    """
+    Say which weights of a model are tied, what adapters have in their place, and whether that is tied too.
+
+    Args:
+        model: any model: bare, with injected adapters, a `PeftModel`, or a merged one. Ties that a transformers model
+            declares and does not have are reported as not shared, and so are those whose members are not merged alike
+            at this moment.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import weight_tying_report
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        >>> net[1].weight = net[0].weight
+        >>> print(weight_tying_report(net))
+        tied members (owner first)  adapter  route       shared  bytes
+        --------------------------  -------  ----------  ------  -----
+        0.weight, 1.weight          -        base model  yes     64
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with original_weights(merging_layers(base)):  # while something is merged, a tie may have come apart
+        groups, declared = find_tied_groups(base), declared_but_untied(base)
+    rows = []
+    for group in groups:
+        rows.append(_row(group.members, None, "base model", _at_members(base, group)))
+        for adapter in getattr(model, "peft_config", None) or ():
+            present = _in_place_of(base, group, adapter)
+            if any(identity_of(parameter) != identity_of(group.parameter) for parameter in present):
+                rows.append(_row(group.members, adapter, "modules_to_save", present))
+            rows += _target_row(base, group, adapter)
+    rows += [
+        _row((owner, follower), None, "declared by the model", [one, other])
+        for owner, follower, one, other in declared
+    ]
+    return TyingReport(tuple(rows))
+
+
+def plan_weight_tying(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> TyingReport:
+    """
+    Say what an adapter would do to the ties of a model, without a change to the model.
+
+    The adapter is put into a copy of the model that has no storage, by the code that puts it into the model itself. So
+    the answer holds for every method, costs no memory for weights, and is there for models on the meta device too.
+    What `get_peft_model` would warn about or refuse is warned about and refused here.
+
+    Args:
+        model: a base model; or a `PeftModel`, beside whose adapters the new one would stand.
+        config: config of the adapter; it is not changed.
+        adapter_name: its name.
+
+    Returns:
+        What `weight_tying_report` would give for the adapted model.
+
+    Raises:
+        PeftError: if the adapter would be refused.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import LoraConfig, plan_weight_tying
+        >>> net = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9))
+        >>> net[1].weight = net[0].weight
+        >>> print(plan_weight_tying(net, LoraConfig(r=2, target_modules=["1"], ensure_weight_tying=True)))
+        tied members (owner first)  adapter  route           shared  bytes
+        --------------------------  -------  --------------  ------  -----
+        0.weight, 1.weight          -        base model      yes     144
+        0.weight, 1.weight          default  target_modules  yes     104
+    """
+    from ..mapping_func import get_peft_model
+
+    skeleton = without_storage(model)
+    if hasattr(skeleton, "get_base_model"):
+        skeleton.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
+    else:
+        skeleton = get_peft_model(skeleton, config, adapter_name, low_cpu_mem_usage=True)
+    return weight_tying_report(skeleton)
+
+
+def without_storage(model: nn.Module) -> nn.Module:
+    """
+    Copy a model with its adapters, ties and all, but with every parameter and buffer on the meta device.
+
+    Args:
+        model: any model.
+    """
+    return copy_without_storage(model)[0]
+
+
+def copy_without_storage(model: nn.Module) -> tuple[nn.Module, dict[int, torch.Tensor]]:
+    """
+    Do what `without_storage` does, and say what each tensor of the copy stands for.
+
+    Args:
+        model: any model.
+
+    Returns:
+        The copy; id of one of its tensors -> tensor of the model.
+    """
+    instead: dict[int, torch.Tensor] = {}
+    originals: dict[int, torch.Tensor] = {}
+    made: dict[Hashable, torch.Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        key = (isinstance(tensor, nn.Parameter), identity_of(tensor))
+        if key not in made:
+            empty = torch.empty_like(tensor, device="meta")
+            made[key] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        instead[id(tensor)] = made[key]
+        originals.setdefault(id(made[key]), tensor)
+    return copy.deepcopy(model, instead), originals
+
+
+def _row(members: tuple[str, ...], adapter: str | None, route: str, present: list[torch.Tensor]) -> TyingRow:
+    tensors = {identity_of(tensor): tensor for tensor in present}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return TyingRow(members, members[0], adapter, route, len(tensors) == 1, size)
+
+
+def _at_members(base: nn.Module, group: TiedGroup) -> list[torch.Tensor]:
+    """Find what the base model has at each member of a group at this moment."""
+    modules = dict(bare_modules(base))
+    return [modules[module_of(member)]._parameters[member.rpartition(".")[2]] for member in group.members]
+
+
+def _in_place_of(base: nn.Module, group: TiedGroup, adapter: str) -> list[nn.Parameter]:
+    """Find what an adapter has in the place of a tied parameter, at each member that takes part in computations."""
+    wrappers = {name: module for name, module in adapter_modules(base) if "modules_to_save" in module._modules}
+    present = []
+    for member in group.members:
+        module = module_of(member)
+        if contains_one_of(module, wrappers):  # stands there for the sake of its name; see _wrappable_modules
+            continue
+        wrapper = wrappers.get(containing(wrappers, module))
+        if wrapper is None or adapter not in wrapper.modules_to_save:
+            present.append(group.parameter)
+        else:
+            present.append(wrapper.parameters_in_place_of(adapter)[identity_of(group.parameter)])
+    return present
+
+
+def _target_row(base: nn.Module, group: TiedGroup, adapter: str) -> list[TyingRow]:
+    """Say whether the members of a group are adapted by one adapter; nothing if none of them is adapted by a layer."""
+    modules = dict(adapter_modules(base))
+    layers = {name: getattr(module, "token_adapter", module) for name, module in modules.items()}
+    sources = []
+    for member in group.members:
+        layer = layers.get(module_of(member)) if member.endswith("weight") else None
+        can_have = isinstance(layer, BaseTunerLayer) and layer.has_adapter(adapter)
+        sources.append(layer.source(adapter) if can_have else None)
+    adapted = {id(layer): layer for layer in sources if layer is not None}
+    if not adapted:
+        return []
+    wrapped = any("token_adapter" in modules[module_of(m)]._modules for m in group.members if module_of(m) in modules)
+    route = "trainable_token_indices" if wrapped else "target_modules"
+    shared = len(adapted) == 1 and None not in sources
+    parameters = {id(p): p for layer in adapted.values() for p in layer.adapter_parameters(adapter)}
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+    return [TyingRow(group.members, group.owner, adapter, route, shared, size)]
