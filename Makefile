@@ -44,6 +44,7 @@ style: $(VENV)/.installed
 quality: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/python scripts/check_docstrings.py
 
 # Makes .venv-released, which holds the released package, when it is missing.

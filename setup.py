@@ -24,7 +24,7 @@ TEST = ["hypothesis", "matplotlib", "pytest", "pytest-xdist", "scikit-learn", "s
 EXTRAS = {
     "export": EXPORT,
     "quantization": QUANTIZATION,
-    "quality": ["ruff"],
+    "quality": ["import-linter", "ruff"],
     "test": [*TEST, *EXPORT, *QUANTIZATION, *CLIENTS],
     # The model of the demo comes from two more packages, which the Makefile installs without their dependencies.
     "demo": ["matplotlib", "scikit-learn"],
