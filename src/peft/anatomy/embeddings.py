@@ -65,3 +65,15 @@ def let_output_require_grad(module: nn.Module) -> None:
 def _require_grad(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
     # with a name of its own, since models with hooks are pickled
     output.requires_grad_(True)
+
+
+def checkpoints_activations(model: nn.Module) -> bool:
+    """
+    Say whether a model computes its activations anew in the backward pass, and so uses no cache in training.
+
+    Args:
+        model: any model.
+    """
+    # transformers 5 has renamed the property
+    name = "is_activation_checkpointing"
+    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))

@@ -3,7 +3,7 @@
 """
 The prompts of a model: making, saving, switching and deleting them, once for all methods.
 
-Where they go when the model is called is told in `prompt_inputs.py`.
+Where they go when the model is called is told in `inputs.py`.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from torch import nn
 from ..anatomy import embeddings
 from ..anatomy.walking import adapter_modules, base_modules
 from ..config import PeftConfig, PromptLearningConfig
-from ..layers.adapter_module import AdapterModule
+from ..layers.adapter_module import AdapterModule, check_adapter_name
 from ..layers.new_tensors import check_size, making_tensors, on_meta
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from ..surgery.saved_modules import (
@@ -25,8 +25,8 @@ from ..surgery.saved_modules import (
     check_additional_trainable_modules,
     set_additional_trainable_modules,
 )
+from ..surgery.switching import set_adapter
 from ..surgery.transaction import all_or_nothing
-from ..tuners.base import check_adapter_name, set_adapter
 from ..tying.groups import find_followers, keep_ties, one_object_each
 from ..tying.shield import shield_tie_weights
 from ..utils.error import PeftError, PeftKeyError, PeftValueError
@@ -48,7 +48,7 @@ class PromptEncoders(AdapterModule, nn.ModuleDict):
         word_embeddings: the base model's input embedding.
     """
 
-    # see `utils/adapter_keys.py`: prompts stand in a checkpoint without the name that this module has in the model
+    # see `checkpoints/keys.py`: prompts stand in a checkpoint without the name that this module has in the model
     _base_names = ()
     _keys_at_top = True
 
@@ -436,9 +436,7 @@ def refuse_checkpointing(model: nn.Module) -> None:
     Raises:
         PeftValueError: if it does.
     """
-    # transformers 5 has renamed the property
-    name = "is_activation_checkpointing"
-    if getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False):
+    if embeddings.checkpoints_activations(model):
         raise PeftValueError(
             "prefix tuning does not work with gradient checkpointing, which uses no cache; call "
             "gradient_checkpointing_disable() on the base model, or use prompt tuning"

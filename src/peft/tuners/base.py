@@ -35,6 +35,7 @@ from ..anatomy.offload import refuse_offloaded
 from ..anatomy.parameters import check_stacks, find_parameters, stack_of
 from ..anatomy.walking import adapter_modules, base_modules, base_parameters, names_of_modules
 from ..config import PeftConfig
+from ..layers.adapter_module import check_adapter_name
 from ..layers.base_layer import (
     ActivationLayer,
     AdditiveLayer,
@@ -87,7 +88,6 @@ from ..utils.constants import (
 )
 from ..utils.error import (
     NoMatchingPeftModuleError,
-    PeftKeyError,
     PeftNotImplementedError,
     PeftTypeError,
     PeftValueError,
@@ -959,31 +959,3 @@ def with_ties(names: list[str], ties: dict[str, str]) -> list[str]:
 
 class UnsupportedLayerError(PeftValueError, PeftTypeError):
     """A target whose kind of layer the method cannot adapt."""
-
-
-def check_adapter_name(name: str, prefix: str) -> None:
-    """
-    Refuse names that cannot be keys of module containers or folders of checkpoints.
-
-    Args:
-        name: name of an adapter.
-        prefix: prefix of the method's parameter names.
-
-    Raises:
-        PeftKeyError: if it is empty, or holds a dot or a path separator.
-    """
-    if not isinstance(name, str) or not name:
-        raise PeftKeyError(f"an adapter needs a name that is a non-empty string, found {name!r}")
-    illegal = sorted({character for character in name if character in "./\\:\0" or ord(character) < 32})
-    if illegal:
-        raise PeftKeyError(
-            f"adapter name {name!r} holds {', '.join(map(repr, illegal))}; names are keys of modules and names of "
-            "folders, so leave out dots, colons, path separators and control characters"
-        )
-    if any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict())):
-        raise PeftKeyError(f"adapter name {name!r} is an attribute of torch's module containers; choose another name")
-    if prefix and prefix in name:
-        warn(
-            f"adapter name {name!r} holds {prefix!r}, which the names of the adapter's tensors start with; another "
-            "name is safer for tools that read checkpoints by name"
-        )
