@@ -22,6 +22,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, 
 from peft.layers import call_context as _call_context
 from peft.layers.call_context import calling, current_call
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.models.per_sample import adapter_per_sample
 from peft.prompts import inputs as prompt_inputs
 
 
@@ -108,7 +109,7 @@ def test_tasks_get_the_rows_that_they_asked_for() -> None:
     expected = rows_alone(model, ids)
 
     async def ask(name: str) -> torch.Tensor:
-        with model._adapter_per_sample([name] * len(ids)):
+        with adapter_per_sample(model, [name] * len(ids)):
             await asyncio.sleep(0)
             with torch.no_grad():
                 return model.base_model(ids).logits

@@ -275,6 +275,13 @@ class TestFiles:
                 model.set_adapter(name)
                 assert_equal(logits(model, token_ids()), expected)
 
+    def test_an_adapter_is_loaded_to_be_trained(self, tmp_path: Path) -> None:
+        self.save(tmp_path)
+        model = mixed(("lora",)).train()
+        model.load_adapter(tmp_path / "loha", "loha", is_trainable=True)
+        assert model.training
+        assert any("loha" in name for name, p in model.named_parameters() if p.requires_grad)
+
     def test_tensors_are_collected_as_if_the_method_were_alone(self, tmp_path: Path) -> None:
         self.save(tmp_path)
         model = PeftMixedModel.from_pretrained(llama(), tmp_path / "lora", "lora")

@@ -30,6 +30,8 @@ from helpers import (
 from torch import nn
 
 from peft import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    LoHaConfig,
     LoraConfig,
     LoraModel,
     PeftModel,
@@ -69,6 +71,38 @@ def model_with(*adapters: str, **changes: Any) -> PeftModel:
 def adapters_of(names: set[str]) -> set[str]:
     """Adapters that parameter names belong to."""
     return {part for name in names for part in name.split(".") if part in ("default", "a", "b", "c")}
+
+
+# ------------------------------------------------------------------------------------------ classes of tasks
+def test_a_class_of_a_task_enters_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(MODEL_TYPE_TO_PEFT_MODEL_MAPPING, "CAUSAL_LM", PeftModelForCausalLM)
+
+    class OwnModel(PeftModelForCausalLM, task="CAUSAL_LM"):
+        pass
+
+    class OwnKind(OwnModel):  # without a task: for those who call it by its name
+        pass
+
+    model = get_peft_model(stack(), config(task_type="CAUSAL_LM"))
+    assert type(model) is OwnModel
+    model.save_pretrained(tmp_path)
+    assert type(PeftModel.from_pretrained(stack(), tmp_path)) is OwnModel
+    assert type(OwnKind.from_pretrained(stack(), tmp_path)) is OwnKind
+
+
+def test_a_card_of_ones_own_is_what_is_saved(tmp_path: Path) -> None:
+    class OwnCard(PeftModel):
+        def create_or_update_model_card(self, output_dir: str) -> None:
+            (Path(output_dir) / "README.md").write_text("our own")
+
+    OwnCard(stack(), config()).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "our own"
+
+
+def test_a_conversion_on_saving_is_the_matter_of_the_method(tmp_path: Path) -> None:
+    model = get_peft_model(stack(), LoHaConfig(target_modules=["up"]))
+    with refused(model, ValueError, "works for LoRA, found LoHaConfig", folder=tmp_path):
+        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ adapters by name

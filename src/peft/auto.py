@@ -23,9 +23,8 @@ from .anatomy.embeddings import input_embedding, without_adapters_around
 from .checkpoints.load_report import LoadReport, PeftLoadError
 from .checkpoints.vocabulary import embeddings_of
 from .config import PeftConfig
-from .models.peft_model import (
-    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-    PeftModel,
+from .models.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .models.tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,

@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import PeftConfig
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from .models.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .models.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, peft_model_for_task
 from .surgery.slots import without_collecting
 from .surgery.transaction import all_or_nothing
 from .tuners.base import BaseTuner, BaseTunerLayer
@@ -91,8 +91,7 @@ def get_peft_model(
             from .models.mixed import PeftMixedModel
 
             return PeftMixedModel(model, config, adapter_name=adapter_name)
-        model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        return model_cls(
+        return peft_model_for_task(
             model,
             config,
             adapter_name=adapter_name,

@@ -12,12 +12,12 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "peft.config": ["PeftConfig"],
         "peft.layers.base_layer": ["BaseTunerLayer"],
         "peft.layers.training_wrappers": ["AuxiliaryTrainingWrapper"],
-        "peft.models.peft_model": [
+        "peft.mapping": [
             "PEFT_TYPE_TO_CONFIG_MAPPING",
             "PEFT_TYPE_TO_PREFIX_MAPPING",
             "PEFT_TYPE_TO_TUNER_MAPPING",
-            "PeftModel",
         ],
+        "peft.models.peft_model": ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftModel"],
         "peft.models.status": ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"],
         "peft.models.tasks": [
             "PeftModelForCausalLM",

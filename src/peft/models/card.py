@@ -3,19 +3,16 @@
 """The model card that is saved beside an adapter."""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 
-from ..config import interface_version
+from ..config import PeftConfig, interface_version
 from ..utils.files import write_atomically
 from ..utils.peft_types import TaskType
-
-
-if TYPE_CHECKING:
-    from .peft_model import PeftModel
 
 
 # what the hub calls the tasks
@@ -48,16 +45,19 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 """
 
 
-def write_model_card(model: "PeftModel", folder: str) -> None:
+def write_model_card(
+    folder: str | os.PathLike, base_model: nn.Module, configs: Sequence[PeftConfig], trainable: int, total: int
+) -> None:
     """
     Write `README.md`; if there is one, its text stays as it is, and only metadata are added.
 
     Args:
-        model: the model whose adapters are saved.
         folder: folder to write to.
+        base_model: the base model.
+        configs: configs of its adapters.
+        trainable: number of parameters that are trained.
+        total: number of all parameters.
     """
-    configs = list(model.peft_config.values())
-    base_model = model.get_base_model()
     base = next((c.base_model_name_or_path for c in configs if c.base_model_name_or_path), None)
     base = base or getattr(base_model, "name_or_path", None) or None
     methods = sorted({getattr(c.peft_type, "value", str(c.peft_type)) for c in configs})
@@ -77,7 +77,6 @@ def write_model_card(model: "PeftModel", folder: str) -> None:
     if present:
         text = str(card)
     else:
-        trainable, total = model.get_nb_trainable_parameters()
         text = _TEXT.format(
             data=data.to_yaml(),
             base=base or type(base_model).__name__,

@@ -3,27 +3,20 @@
 """`PeftMixedModel`: adapters of several methods in one model, several of them active at once."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers.utils.hub import PushToHubMixin
 
-from ..checkpoints.load_report import LoadReport, LoadResult
+from ..checkpoints.load_report import LoadResult
 from ..config import PeftConfig
 from ..layers.new_tensors import making_tensors
-from ..tuners.mixed import MixedModel
-from ..utils.error import PeftNotImplementedError, PeftValueError
-from ..utils.near_names import explain_unknown_adapters
-from .peft_model import PeftModel
-from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from ..tuners.mixed.model import MixedModel
+from ..utils.error import PeftNotImplementedError
+from .loading import load_adapter, load_model
+from .wrapper import ModelWrapper
 
 
-__all__ = ["MixedModel", "PeftConfig", "PeftMixedModel", "PeftModel"]
-
-
-class PeftMixedModel(PushToHubMixin, nn.Module):
+class PeftMixedModel(ModelWrapper):
     """
     A base model whose adapters may be of several methods, several of them active at once.
 
@@ -57,7 +50,6 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> None:
         super().__init__()
-        self.load_reports: dict[str, LoadReport] = {}
         self.base_model = MixedModel(model, {adapter_name: peft_config}, adapter_name)
 
     @classmethod
@@ -71,45 +63,17 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
     ) -> "PeftMixedModel":
         """Do what the constructor does, with its arguments and those of other models' constructors."""
         made = cls.__new__(cls)
-        nn.Module.__init__(made)
-        made.load_reports = {}
+        ModelWrapper.__init__(made)
         with making_tensors(full_precision=autocast_adapter_dtype):
             made.base_model = MixedModel(
                 model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
             )
         return made
 
-    def __getattr__(self, name: str) -> Any:
-        """Forward what the wrapper lacks to the tuner and the base model."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model" or "_modules" not in self.__dict__:  # while unpickling
-                raise
-            return getattr(self.base_model, name)
-
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """Adapter name -> config as it applies to this model."""
-        return self.base_model.peft_config
-
     @property
     def active_adapter(self) -> str | list[str]:
         """Name or names of the active adapters."""
         return self.base_model.active_adapter
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters."""
-        return self.base_model.active_adapters
-
-    get_nb_trainable_parameters = PeftModel.get_nb_trainable_parameters
-    print_trainable_parameters = PeftModel.print_trainable_parameters
-    _fill_adapter = PeftModel._fill_adapter
-
-    def get_base_model(self) -> nn.Module:
-        """Give the base model, with adapter layers in it."""
-        return self.base_model.model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -131,12 +95,6 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         """
         return self.base_model.generate(*args, **kwargs)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Switch all adapters off inside a context."""
-        with self.base_model.adapters_disabled():
-            yield
-
     def add_adapter(
         self,
         adapter_name: str,
@@ -157,8 +115,7 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
             PeftValueError: if the name is taken, or the method cannot be active beside others; the model stays as it
                 was.
         """
-        if adapter_name in self.peft_config:
-            raise PeftValueError(f"there is an adapter named {adapter_name!r} already; delete it or use another name")
+        self._check_name_is_free(adapter_name)
         self.base_model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
 
     def set_modules_to_save(self, peft_config: PeftConfig, adapter_name: str) -> None:
@@ -207,11 +164,6 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         for name in names:
             self.load_reports.pop(name, None)
 
-    def _check_names(self, names: list[str]) -> None:
-        unknown = sorted(set(names) - set(self.peft_config))
-        if unknown:
-            raise PeftValueError(explain_unknown_adapters(unknown, self.peft_config))
-
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """
         Merge adapters and give the base model back; see `BaseTuner.merge_and_unload`.
@@ -231,14 +183,6 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
             kwargs: none.
         """
         return self.base_model.unload(*args, **kwargs)
-
-    def get_layer_status(self) -> list[TunerLayerStatus]:
-        """Say in which state each adapter layer and training wrapper is; see `peft.get_layer_status`."""
-        return get_layer_status(self)
-
-    def get_model_status(self) -> TunerModelStatus:
-        """Say in which state the adapters are; see `peft.get_model_status`."""
-        return get_model_status(self)
 
     def load_adapter(
         self,
@@ -261,7 +205,7 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
             kwargs: see `PeftModel.load_adapter`.
         """
         fit = {"strict": strict, "ignore_mismatched_sizes": ignore_mismatched_sizes}
-        return PeftModel.load_adapter(self, model_id, adapter_name, *args, **fit, **kwargs)
+        return load_adapter(self, model_id, adapter_name, *args, **fit, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -290,8 +234,7 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
             kwargs: see `PeftModel.from_pretrained`.
         """
         fit = {"strict": strict, "ignore_mismatched_sizes": ignore_mismatched_sizes}
-        load = PeftModel.from_pretrained.__func__
-        return load(cls._make, model, model_id, adapter_name, is_trainable, config, **fit, **kwargs)
+        return load_model(cls._make, model, model_id, adapter_name, is_trainable, config, **fit, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """

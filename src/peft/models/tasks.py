@@ -14,7 +14,7 @@ from ..utils.peft_types import TaskType
 from .peft_model import PeftModel
 
 
-class PeftModelForCausalLM(PeftModel):
+class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):
     """
     A causal language model with adapters.
 
@@ -81,7 +81,7 @@ class PeftModelForCausalLM(PeftModel):
         return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
 
 
-class PeftModelForSeq2SeqLM(PeftModel):
+class PeftModelForSeq2SeqLM(PeftModel, task=TaskType.SEQ_2_SEQ_LM):
     """
     An encoder-decoder language model with adapters.
 
@@ -213,7 +213,7 @@ class _PeftModelWithLabels(PeftModel):
         return self._forward_task(named, kwargs)
 
 
-class PeftModelForSequenceClassification(_PeftModelWithLabels):
+class PeftModelForSequenceClassification(_PeftModelWithLabels, task=TaskType.SEQ_CLS):
     """
     A sequence classifier with adapters; its head is trained in full.
 
@@ -227,7 +227,7 @@ class PeftModelForSequenceClassification(_PeftModelWithLabels):
     _head_names = tuple(SEQ_CLS_HEAD_NAMES[::-1])
 
 
-class PeftModelForTokenClassification(_PeftModelWithLabels):
+class PeftModelForTokenClassification(_PeftModelWithLabels, task=TaskType.TOKEN_CLS):
     """
     A token classifier with adapters; its head is trained in full.
 
@@ -252,7 +252,7 @@ class PeftModelForTokenClassification(_PeftModelWithLabels):
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
 
-class PeftModelForQuestionAnswering(PeftModel):
+class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS):
     """
     An extractive question answering model with adapters; its head is trained in full.
 
@@ -319,7 +319,7 @@ class PeftModelForQuestionAnswering(PeftModel):
         return self._forward_task(named, kwargs)
 
 
-class PeftModelForFeatureExtraction(PeftModel):
+class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION):
     """
     An encoder with adapters, for embeddings of text.
 
@@ -369,14 +369,3 @@ class PeftModelForFeatureExtraction(PeftModel):
             "task_ids": task_ids,
         }
         return self._forward_task(named, kwargs)
-
-
-# task -> class; a model without a task is a plain PeftModel
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
-    TaskType.SEQ_CLS.value: PeftModelForSequenceClassification,
-    TaskType.SEQ_2_SEQ_LM.value: PeftModelForSeq2SeqLM,
-    TaskType.CAUSAL_LM.value: PeftModelForCausalLM,
-    TaskType.TOKEN_CLS.value: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS.value: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION.value: PeftModelForFeatureExtraction,
-}

@@ -38,7 +38,7 @@ from .layer import (
     OutputProjection,
     ParamWrapper,
 )
-from .plain_lora import without_start
+from .plain_lora import convert_on_save, without_start
 from .variants import attach_variants, detach_variants, variant_field
 
 
@@ -181,6 +181,9 @@ class LoraModel(BaseTuner):
         """
         combination = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
         add_weighted_adapter(self, adapters, weights, adapter_name, combination)
+
+    # asked by `PeftModel.save_pretrained`
+    convert_on_save = staticmethod(convert_on_save)
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, torch.Tensor], adapter_name: str, kwargs: dict[str, Any] | None = None
