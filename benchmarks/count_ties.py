@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
 """
-Count on how many of the models in tests/tied_models.py a tie holds at each stage, for whichever peft is installed.
+Count on how many of the models in tests/support/tied_models.py a tie holds at each stage, for the installed peft.
 
     PYTHONPATH=tests python benchmarks/count_ties.py
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from tied_models import TIED_MODELS, TiedModel
+from support.tied_models import TIED_MODELS, TiedModel
 from torch import nn
 
 import peft

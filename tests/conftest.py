@@ -14,13 +14,13 @@ import torch
 from hypothesis import settings
 
 
-pytest.register_assert_rewrite("helpers")
+pytest.register_assert_rewrite("support")
 
 # The examples are the same on each run, and a slow machine fails no test.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
-# Where models and inputs are made, as in `PEFT_TEST_DEVICE=cuda pytest tests/test_methods.py`.
+# Where models and inputs are made, as in `PEFT_TEST_DEVICE=cuda pytest tests/products/test_methods.py`.
 if "PEFT_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["PEFT_TEST_DEVICE"])
     torch.backends.cudnn.allow_tf32 = False

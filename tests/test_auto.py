@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import VOCABULARY, WIDTH, assert_equal, bert_classifier, llama, logits, refused, token_ids
+from support.helpers import VOCABULARY, WIDTH, assert_equal, bert_classifier, llama, logits, refused, token_ids
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import refused, warned
+from support.helpers import refused, warned
 
 from peft import LoraConfig, PeftConfig, PeftType, PromptLearningConfig, TaskType, get_peft_config
 from peft.tuners.lora.config import EvaConfig, LoftQConfig, LoraRuntimeConfig

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_model
-from tied_models import _LLAMA, TIED_MODELS, TiedModel, llama
+from support.tied_models import _LLAMA, TIED_MODELS, TiedModel, llama
 from torch import nn
 
 from peft import LoraConfig, PeftError, PeftWarning, get_peft_model

@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, assert_equal, differs, kinds, llama, logits, randomise, refused, seeded, token_ids
+from support.helpers import (
+    assert_close,
+    assert_equal,
+    differs,
+    kinds,
+    llama,
+    logits,
+    randomise,
+    refused,
+    seeded,
+    token_ids,
+)
 from torch import nn
 
 from peft import LoraConfig, get_peft_model, shift_tokens_right

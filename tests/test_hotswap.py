@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, assert_equal, differs, llama, logits, randomise, refused, token_ids, warned
+from support.helpers import assert_close, assert_equal, differs, llama, logits, randomise, refused, token_ids, warned
 from torch import nn
 
 from peft import (

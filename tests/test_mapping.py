@@ -8,7 +8,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import assert_equal, bert_classifier, features, llama, logits, opt, randomise, refused, stack, warned
+from support.helpers import (
+    assert_equal,
+    bert_classifier,
+    features,
+    llama,
+    logits,
+    opt,
+    randomise,
+    refused,
+    stack,
+    warned,
+)
 from torch import nn
 
 import peft

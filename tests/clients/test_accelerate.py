@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import WORLD, process_group, run_processes
-from tied_models import llama
+from support.processes import WORLD, process_group, run_processes
+from support.tied_models import llama
 from torch import nn
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, weight_tying_report

@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, assert_equal, differs, randomise, seeded
+from support.helpers import assert_close, assert_equal, differs, randomise, seeded
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict

@@ -4,7 +4,7 @@
 
 import numpy as np
 import pytest
-from helpers import randomise, seeded
+from support.helpers import randomise, seeded
 from transformers import BertConfig, BertModel
 
 from peft import LoHaConfig, LoraConfig, OFTConfig

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, assert_equal, differs, logits, randomise
-from tied_models import llama
+from support.helpers import assert_close, assert_equal, differs, logits, randomise
+from support.tied_models import llama
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close, assert_equal, logits, randomise
-from tied_models import llama
+from support.helpers import assert_close, assert_equal, logits, randomise
+from support.tied_models import llama
 from transformers import AutoModelForCausalLM
 
 from peft import LoraConfig, PeftModel, get_peft_model, weight_tying_report

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Models that read `tie_word_embeddings` in their forward pass: merged and reopened, they compute what was trained."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.helpers import llama
+from torch import nn
+
+from peft import LoraConfig, PeftWarning, get_peft_model, weight_tying_report
+from peft.tying.flag import computes_with_flag
+
+
+SIZES = {
+    "vocab_size": 24,
+    "d_model": 8,
+    "d_kv": 4,
+    "d_ff": 8,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 2,
+}
+EXPERTS = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "T5ForConditionalGeneration": {},
+    "UMT5ForConditionalGeneration": {},
+    "MT5ForConditionalGeneration": {},
+    "LongT5ForConditionalGeneration": {},
+    "SwitchTransformersForConditionalGeneration": EXPERTS,
+    "UdopForConditionalGeneration": {"image_size": 16, "patch_size": 8},
+}
+READ_IN_FORWARD = ("SwitchTransformersForConditionalGeneration", "UdopForConditionalGeneration")
+ROUTES = {
+    "saved": {"target_modules": ["q"], "modules_to_save": ["lm_head"]},
+    "targeted": {"target_modules": ["q", "lm_head"]},
+    "embedding": {"target_modules": ["q", "shared"]},
+}
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    return cls(cls.config_class(**SIZES, **MODELS[name])).eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    boxes = {"bbox": torch.zeros(1, 3, 4)} if model.config.model_type == "udop" else {}
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[1, 2, 3]]), decoder_input_ids=torch.tensor([[1, 5]]), **boxes).logits
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_and_reopened_models_compute_what_was_trained_apart(name: str, route: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)
+        model = get_peft_model(build(name), LoraConfig(**ROUTES[route], init_lora_weights=False)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    expected = logits(model)
+    with pytest.warns(PeftWarning, match="no longer tied") as caught:
+        merged = model.merge_and_unload()
+    close(logits(merged), expected)
+    assert any("transformers 5" in str(w.message) for w in caught) == (name in READ_IN_FORWARD)
+    assert weight_tying_report(merged).holds
+    merged.save_pretrained(tmp_path)
+    close(logits(type(merged).from_pretrained(tmp_path).eval()), expected)
+
+    again = copy.deepcopy(merged)
+    again.tie_weights()
+    close(logits(again), expected)
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Base(nn.Module):
+    """A model whose config says that embeddings are tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = llama(tied=True).config
+
+
+class InAHelper(Base):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scaled(x)
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return [x / 2 if self.config.tie_word_embeddings else x for _ in range(1)][0]
+
+
+class NotInForward(Base):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def resize(self) -> bool:
+        return self.config.tie_word_embeddings
+
+
+def test_what_a_forward_pass_reads_is_told_from_its_code() -> None:
+    assert computes_with_flag(InAHelper()) and computes_with_flag(nn.Sequential(InAHelper()))
+    assert not computes_with_flag(NotInForward()) and not computes_with_flag(llama(tied=True))
+    assert [name for name in MODELS if computes_with_flag(build(name))] == list(READ_IN_FORWARD)
