@@ -22,12 +22,13 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import __version__
+from ..anatomy.skeletons import build_skeleton, model_config_path
 from ..config import PeftConfig
 from ..models.peft_model import PeftModel
 from ..tying.groups import find_tied_groups
 from ..utils.error import PeftNotImplementedError, PeftPathError, PeftRuntimeError, PeftValueError
 from ..utils.files import write_atomically
-from ._skeleton import build_skeleton, model_config_path, read_adapter_config
+from ._adapter_config import read_adapter_config
 from ._structure import Structure, Unit
 from ._tensor_files import DTYPES, INDEX_NAME, NAMES, BaseFiles, TensorWriter, read_json
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..anatomy.skeletons import copy_without_storage
 from ..anatomy.walking import adapter_modules, bare_modules, base_modules
 from ..layers.base_layer import BaseTunerLayer
 from ..layers.merging import layers_by_weight, merge_weight
 from ..models.peft_model import PeftModel
-from ..tying.report import copy_without_storage
 from ..utils.error import PeftNotImplementedError
 
 

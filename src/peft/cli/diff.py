@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Compare configs field by field, and tensors one pair at a time."""
-    from ._skeleton import read_adapter_config
+    from ._adapter_config import read_adapter_config
     from ._tensor_files import open_adapter
     from .inspect import settings
 

@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Read the config and the header of the weights; no tensor is read."""
     from ..checkpoints.hashes import hashes_from_header
     from ..tying.groups import aliases_from_header
-    from ._skeleton import read_adapter_config
+    from ._adapter_config import read_adapter_config
     from ._tensor_files import open_adapter
 
     config = read_adapter_config(arguments.adapter)

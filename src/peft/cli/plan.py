@@ -26,11 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Put the adapter into a model without weights, and look at the result."""
     from ..anatomy.matching import find_targets, near_names
+    from ..anatomy.skeletons import build_skeleton
     from ..anatomy.walking import names_of_modules
     from ..checkpoints.save_and_load import collect_tensors
     from ..mapping_func import get_peft_model
     from ..tying.report import weight_tying_report
-    from ._skeleton import build_skeleton, read_adapter_config
+    from ._adapter_config import read_adapter_config
 
     config = read_adapter_config(arguments.config)
     config.inference_mode = False

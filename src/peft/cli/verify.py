@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Check the file, then what it says about the base model."""
+    from ..anatomy.skeletons import build_skeleton
     from ..checkpoints.hashes import hashes_from_header
-    from ._skeleton import build_skeleton, read_adapter_config
+    from ._adapter_config import read_adapter_config
     from ._tensor_files import open_adapter
 
     config = read_adapter_config(arguments.adapter)

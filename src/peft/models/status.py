@@ -12,7 +12,6 @@ from torch import nn
 from ..anatomy.walking import adapter_modules
 from ..layers.adapter_module import AdapterModule
 from ..layers.base_layer import BaseTunerLayer
-from ..layers.tokens import TrainableTokensLayer
 from ..layers.training_wrappers import TrainableTokensWrapper
 from ..utils.error import PeftTypeError, PeftValueError
 
@@ -226,11 +225,9 @@ def _tensors_of(module: AdapterModule, adapter_name: str) -> Iterator[nn.Paramet
 
 
 def _type_name(module_cls: type) -> str:
-    """Put the method's name in front of a class that belongs to one; tokens are trained beside any method."""
+    """Put the method's name in front of a class that stands in the package of one."""
     packages = module_cls.__module__.split(".")[:-1]
-    is_of_method = "tuners" in packages[:-1]
-    alone = not is_of_method or module_cls is TrainableTokensLayer
-    return module_cls.__name__ if alone else f"{packages[-1]}.{module_cls.__name__}"
+    return f"{packages[-1]}.{module_cls.__name__}" if "tuners" in packages[:-1] else module_cls.__name__
 
 
 def _agreed(values: Iterable[Any]) -> Any:

@@ -2,14 +2,13 @@
 # peft: the fork in which tied weights stay tied
 """The state of a model's ties as a table, and the table that a config would lead to."""
 
-import copy
-from collections.abc import Hashable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..anatomy.skeletons import without_storage
 from ..anatomy.walking import adapter_modules, bare_modules
 from ..config import PeftConfig
 from ..layers.base_layer import BaseTunerLayer
@@ -154,39 +153,6 @@ def plan_weight_tying(model: nn.Module, config: PeftConfig, adapter_name: str = 
     else:
         skeleton = get_peft_model(skeleton, config, adapter_name, low_cpu_mem_usage=True)
     return weight_tying_report(skeleton)
-
-
-def without_storage(model: nn.Module) -> nn.Module:
-    """
-    Copy a model with its adapters, ties and all, but with every parameter and buffer on the meta device.
-
-    Args:
-        model: any model.
-    """
-    return copy_without_storage(model)[0]
-
-
-def copy_without_storage(model: nn.Module) -> tuple[nn.Module, dict[int, torch.Tensor]]:
-    """
-    Do what `without_storage` does, and say what each tensor of the copy stands for.
-
-    Args:
-        model: any model.
-
-    Returns:
-        The copy; id of one of its tensors -> tensor of the model.
-    """
-    instead: dict[int, torch.Tensor] = {}
-    originals: dict[int, torch.Tensor] = {}
-    made: dict[Hashable, torch.Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        key = (isinstance(tensor, nn.Parameter), identity_of(tensor))
-        if key not in made:
-            empty = torch.empty_like(tensor, device="meta")
-            made[key] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-        instead[id(tensor)] = made[key]
-        originals.setdefault(id(made[key]), tensor)
-    return copy.deepcopy(model, instead), originals
 
 
 def _row(members: tuple[str, ...], adapter: str | None, route: str, present: list[torch.Tensor]) -> TyingRow:

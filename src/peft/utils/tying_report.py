@@ -8,13 +8,7 @@ from .lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "peft.tying.report": [
-            "TyingReport",
-            "TyingRow",
-            "copy_without_storage",
-            "plan_weight_tying",
-            "weight_tying_report",
-            "without_storage",
-        ],
+        "peft.anatomy.skeletons": ["copy_without_storage", "without_storage"],
+        "peft.tying.report": ["TyingReport", "TyingRow", "plan_weight_tying", "weight_tying_report"],
     },
 )

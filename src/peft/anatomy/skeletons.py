@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""Base models without weights, built from their config: what a command needs to know about their structure."""
+"""
+Models without weights, which show the structure of models and take no memory.
 
+They are copied from models that are there, or built from the configs of those that are in a folder.
+"""
+
+import copy
 import os
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +17,9 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..utils.error import PeftPathError, PeftValueError
+from ..utils.files import read_json
 from ..utils.peft_types import TaskType
-from ._tensor_files import read_json
+from ..utils.same_tensor import identity_of
 
 
 AUTO_CLASSES = {
@@ -25,22 +32,37 @@ AUTO_CLASSES = {
 }
 
 
-def read_adapter_config(path: str) -> PeftConfig:
+def without_storage(model: nn.Module) -> nn.Module:
     """
-    Read the config of an adapter.
+    Copy a model with its adapters, ties and all, but with every parameter and buffer on the meta device.
 
     Args:
-        path: its folder, or the file itself.
-
-    Raises:
-        PeftPathError: if there is none; nothing is looked up on a hub.
-        PeftError: if it is not valid.
+        model: any model.
     """
-    if os.path.isdir(path):
-        return PeftConfig.from_pretrained(path)
-    if not os.path.isfile(path):
-        raise PeftPathError(f"there is no file {path!r}")
-    return PeftConfig.from_file(path)
+    return copy_without_storage(model)[0]
+
+
+def copy_without_storage(model: nn.Module) -> tuple[nn.Module, dict[int, torch.Tensor]]:
+    """
+    Do what `without_storage` does, and say what each tensor of the copy stands for.
+
+    Args:
+        model: any model.
+
+    Returns:
+        The copy; id of one of its tensors -> tensor of the model.
+    """
+    instead: dict[int, torch.Tensor] = {}
+    originals: dict[int, torch.Tensor] = {}
+    made: dict[Hashable, torch.Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        key = (isinstance(tensor, nn.Parameter), identity_of(tensor))
+        if key not in made:
+            empty = torch.empty_like(tensor, device="meta")
+            made[key] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        instead[id(tensor)] = made[key]
+        originals.setdefault(id(made[key]), tensor)
+    return copy.deepcopy(model, instead), originals
 
 
 def build_skeleton(path: str, config: PeftConfig) -> nn.Module:
@@ -58,6 +80,8 @@ def build_skeleton(path: str, config: PeftConfig) -> nn.Module:
     import transformers
 
     file = os.path.join(path, "config.json") if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        raise PeftPathError(f"there is no file {file!r}")
     kind = read_json(file).get("model_type")
     try:
         with _quiet(transformers):
@@ -89,7 +113,7 @@ def _model_class(transformers: Any, model_config: Any, config: PeftConfig) -> An
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Any:
+def _quiet(transformers: Any) -> Iterator[None]:
     """Keep transformers from talking about a model without weights."""
     logging = transformers.utils.logging
     before = logging.get_verbosity()
