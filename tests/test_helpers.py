@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""The helpers around models with adapters: scaling, signatures, types, choosing targets."""
+"""The helpers around models with adapters: scaling, types, files, kept norms."""
 
-import copy
-import inspect
-import pickle
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,7 +16,6 @@ from support.helpers import (
     logits,
     randomise,
     refused,
-    seeded,
     token_ids,
 )
 from torch import nn
@@ -27,14 +23,9 @@ from torch import nn
 from peft import LoraConfig, get_peft_model, shift_tokens_right
 from peft.helpers import (
     DoraCaching,
-    KappaTuneSelector,
     check_if_peft_model,
     disable_input_dtype_casting,
-    find_kappa_target_modules,
     rescale_adapter_scale,
-    update_forward_signature,
-    update_generate_signature,
-    update_signature,
 )
 from peft.tuners.lora import dora
 
@@ -113,47 +104,6 @@ def test_inputs_are_not_cast_for_a_while() -> None:
     model(x)
 
 
-# ------------------------------------------------------------------------------------------ signatures
-def test_a_model_shows_what_its_base_takes() -> None:
-    model = get_peft_model(llama(), LoraConfig(r=2)).eval()
-    base = model.get_base_model()
-    randomise(model)
-    expected = logits(model, token_ids())
-    assert "input_ids" not in inspect.signature(model.forward).parameters
-    update_signature(model)
-    assert inspect.signature(model.forward) == inspect.signature(base.forward)
-    assert inspect.signature(model.generate) == inspect.signature(base.generate)
-    assert_equal(logits(model, input_ids=token_ids()), expected)
-    assert model.generate(input_ids=token_ids(), max_new_tokens=2).shape == (2, 7)
-    names = ["default", "__base__"]
-    with model.disable_adapter():
-        plain = logits(model, token_ids())
-    assert_close(logits(model, input_ids=token_ids(), adapter_names=names)[1], plain[1])
-
-
-def test_signatures_of_tasks_stay() -> None:
-    model = get_peft_model(llama(), LoraConfig(r=2, task_type="CAUSAL_LM"))
-    before = inspect.signature(model.forward)
-    update_forward_signature(model)
-    assert inspect.signature(model.forward) == before
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_call_their_own_method(copied) -> None:
-    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
-    update_forward_signature(model)
-    twin = copied(model)
-    assert twin.forward.__self__ is twin
-    update_generate_signature(twin)  # its base has none
-    assert_equal(twin(torch.ones(1, 4)), model(torch.ones(1, 4)))
-
-
-def test_other_methods_have_no_signature_to_show() -> None:
-    model = get_peft_model(llama(), LoraConfig(r=2))
-    with refused(model, ValueError, "backward", "forward", "generate"):
-        update_signature(model, "backward")
-
-
 # ------------------------------------------------------------------------------------------ files
 def test_finding_adapters(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path / "adapter")
@@ -164,75 +114,6 @@ def test_finding_adapters(tmp_path: Path) -> None:
     assert check_if_peft_model(str(tmp_path / "adapter"))
     assert not check_if_peft_model(tmp_path / "empty")
     assert not check_if_peft_model(tmp_path / "broken")
-
-
-# ------------------------------------------------------------------------------------------ choosing targets
-class Experts(nn.Module):
-    """Linear layers with condition numbers 6, 100 and 1, a large one, and matrices of two experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.six = self._linear([1, 2, 3, 6])
-        self.hundred = self._linear([1, 1, 1, 100])
-        self.one = self._linear([5, 5, 5, 5])
-        self.singular = self._linear([1, 1, 1, 0])
-        self.embedding = nn.Embedding(4, 4)
-        self.large = nn.Linear(40, 4)
-        self.experts = nn.Module()
-        self.experts.down_proj = nn.Parameter(torch.stack([torch.diag(torch.tensor([1.0, x])) for x in (2, 4)]))
-        self.experts.up_proj = nn.Parameter(torch.stack([torch.diag(torch.tensor([1.0, x])) for x in (1, 2)]))
-
-    @staticmethod
-    def _linear(diagonal: list[float]) -> nn.Linear:
-        layer = nn.Linear(4, 4)
-        with torch.no_grad():
-            layer.weight.copy_(torch.diag(torch.tensor(diagonal, dtype=torch.float32)))
-        return layer
-
-
-def selector(**options) -> KappaTuneSelector:
-    return KappaTuneSelector(Experts(), **{"max_dim_size_to_analyze": 20, "show_progress": False, **options})
-
-
-@pytest.mark.parametrize(
-    ("options", "names"),
-    [
-        ({}, ["one", "six", "hundred", "singular"]),
-        ({"top_p": 0.5}, ["one", "six"]),
-        ({"top_p": 0.01}, ["one"]),
-        ({"num_modules": 3}, ["one", "six", "hundred"]),
-        ({"threshold": 10.0}, ["one", "six"]),
-        ({"threshold": 0.5}, []),
-    ],
-    ids=str,
-)
-def test_small_condition_numbers_come_first(options: dict, names: list[str]) -> None:
-    assert selector().get_best_targets(**options) == names
-
-
-def test_experts_count_by_their_mean() -> None:
-    chosen = selector()
-    assert chosen.get_best_target_parameters() == ["experts.up_proj", "experts.down_proj"]
-    assert chosen.get_best_target_parameters(threshold=1.6) == ["experts.up_proj"]
-    assert selector(moe_param_suffixes=["down_proj"]).get_best_target_parameters() == ["experts.down_proj"]
-
-
-def test_large_weights_are_passed_over() -> None:
-    assert "large" not in selector().get_best_targets()
-    assert "large" in selector(max_dim_size_to_analyze=40).get_best_targets()
-
-
-def test_targets_for_a_config() -> None:
-    assert find_kappa_target_modules(Experts(), top_p=0.5, max_dim_size_to_analyze=20, show_progress=False) == {
-        "target_modules": ["one", "six"],
-        "target_parameters": ["experts.up_proj"],
-    }
-    with seeded():
-        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    chosen = find_kappa_target_modules(net, show_progress=False)
-    assert chosen["target_parameters"] is None
-    config = LoraConfig(r=2, target_modules=chosen["target_modules"])
-    assert get_peft_model(net, config).targeted_module_names == chosen["target_modules"]
 
 
 # ------------------------------------------------------------------------------------------ norms of DoRA
