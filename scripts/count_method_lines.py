@@ -37,7 +37,7 @@ RULES = (AdditiveLayer, WeightLayer, ActivationLayer, ReplacementLayer)
 # Files outside of the methods' packages that exist for some methods only.
 SHARED = {
     "layers/scaling.py": "LoRA, LoHa, LoKr: setting and resetting the scaling",
-    "layers/tokens.py": "trained tokens, as a method and beside other ones",
+    "layers/trainable_tokens.py": "trained tokens, as a method and beside other ones",
     "tuners/families/lycoris.py": "LoHa, LoKr: settings, dropout, deltas that are added to the weight",
     "tuners/families/rotations.py": "OFT, BOFT, HRA: their rule, and rotations that are never built as matrices",
     "anatomy/parameters.py": "`target_parameters`: which ones are reached",

@@ -12,7 +12,7 @@ from torch import nn
 from .anatomy.condition_numbers import KappaTuneSelector, find_kappa_target_modules
 from .config import PeftConfig
 from .layers.base_layer import BaseTunerLayer
-from .layers.merging import taken_out
+from .layers.merging.changes import taken_out
 from .models.peft_model import PeftModel
 from .models.signatures import update_forward_signature, update_generate_signature, update_signature
 from .tuners.lora import dora

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from .anatomy.matching import get_pattern_key, pattern_lookup
-from .anatomy.walking import adapter_modules, names_of_modules
+from .anatomy.walking import adapter_modules, names_of_modules, unwrapped
 from .checkpoints.keys import adapter_key_map, read_forms
 from .checkpoints.load_report import LoadReport
 from .checkpoints.save_and_load import live_tensors, load_peft_weights, not_finite, one_value_per_tensor
 from .config import PeftConfig
-from .layers.base_layer import unwrapped
+from .layers.undo import keep_values, on_failure
 from .surgery.slots import without_collecting
-from .surgery.transaction import all_or_nothing, keep_values, on_failure
+from .surgery.transaction import all_or_nothing
 from .tuners.lora.config import LoraConfig
 from .tuners.lora.initialization import changes_base
 from .tuners.lora.layer import LoraLayer, ParamWrapper

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "peft.checkpoints.save_and_load": ["load_peft_weights"],
         "peft.config": ["PeftConfig"],
         "peft.layers.base_layer": ["BaseTunerLayer"],
-        "peft.layers.training_wrappers": ["AuxiliaryTrainingWrapper"],
+        "peft.layers.training_wrapper": ["AuxiliaryTrainingWrapper"],
         "peft.mapping": [
             "PEFT_TYPE_TO_CONFIG_MAPPING",
             "PEFT_TYPE_TO_PREFIX_MAPPING",

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
-from peft.layers.training_wrappers import AuxiliaryTrainingWrapper
+from peft.layers.training_wrapper import AuxiliaryTrainingWrapper
 from peft.surgery.saved_modules import newly_started_heads
 
 

@@ -34,9 +34,10 @@ from peft import (
 )
 from peft.config import PeftConfig, PromptLearningConfig
 from peft.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
-from peft.layers.merging import merge_layers
+from peft.layers.merging.model import merge_layers
+from peft.layers.undo import keep_values, on_failure
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.surgery.transaction import all_or_nothing, keep_values, on_failure
+from peft.surgery.transaction import all_or_nothing
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -19,7 +19,7 @@ from peft import (
 )
 from peft.anatomy.walking import adapter_modules, base_parameters
 from peft.config import PeftConfig
-from peft.layers.merging import merge_layers
+from peft.layers.merging.model import merge_layers
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

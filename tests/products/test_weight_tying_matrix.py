@@ -28,7 +28,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft import PeftModel, PeftWarning, get_peft_model, weight_tying_report
 from peft.anatomy.walking import adapter_modules, is_adapter_module
-from peft.layers import merging as _merging
+from peft.layers.merging import model as _merging_model
+from peft.layers.merging import weight as _merging_weight
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.models import peft_model
 from peft.surgery.saved_modules import ModulesToSaveWrapper
@@ -409,18 +410,18 @@ def merge_twice(patch: pytest.MonkeyPatch) -> None:
             layer._merge_state.contributions.extend((layer, n) for n in layer.active_adapters)
         return {}
 
-    patch.setattr(_merging, "merge_weight", merge_each)
+    patch.setattr(_merging_model, "merge_weight", merge_each)
 
 
 def merge_into_copies(patch: pytest.MonkeyPatch) -> None:
     """Members that are adapted alike get a weight each."""
-    merge = _merging._merge_sharing
+    merge = _merging_weight.merge_sharing
 
     def merge_apart(members: list, apart: bool, for_good: bool) -> None:
         for member in members:
             merge([member], True, for_good)
 
-    patch.setattr(_merging, "_merge_sharing", merge_apart)
+    patch.setattr(_merging_weight, "merge_sharing", merge_apart)
 
 
 def copy_the_follower(patch: pytest.MonkeyPatch) -> None:

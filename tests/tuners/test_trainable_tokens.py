@@ -24,7 +24,8 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peft.layers.tokens import AddColumns, TrainableTokensLayer, check_token_indices
+from peft.layers.add_columns import AddColumns
+from peft.layers.trainable_tokens import TrainableTokensLayer, check_token_indices
 from peft.utils import TrainableTokensWrapper
 from peft.utils.error import PeftError
 

@@ -5,13 +5,12 @@
 from torch import nn
 
 from ..config import PeftConfig
-from ..layers.base_layer import unwrapped
 from ..utils.constants import SEQ_CLS_HEAD_NAMES
 from ..utils.peft_types import TaskType
 from .embeddings import output_embedding
 from .kinds import gives_features, is_linear
 from .matching import ends_like
-from .walking import walk
+from .walking import unwrapped, walk
 
 
 def all_linear_names(model: nn.Module, config: PeftConfig) -> set[str]:

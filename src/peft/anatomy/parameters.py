@@ -6,12 +6,11 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
-from ..layers.base_layer import BaseTunerLayer, unwrapped
 from ..utils.error import NoMatchingPeftModuleError, PeftValueError
 from ..utils.near_names import FEW
 from ..utils.warning import warn
 from .matching import matching_entry, near_names
-from .walking import is_adapter_module
+from .walking import is_adapter_module, stack_of, unwrapped
 
 
 def find_parameters(modules: Mapping[str, nn.Module], wanted: Collection[str], others: bool) -> dict[str, nn.Module]:
@@ -97,12 +96,3 @@ def check_stacks(parameters: Mapping[str, nn.Module], targets: Iterable[nn.Modul
                 f"target_modules reaches a {type(unwrapped(module)).__name__} of which another adapter targets "
                 f"parameters ({', '.join(present)}); name the parameters in target_parameters here too"
             )
-
-
-def stack_of(module: nn.Module) -> list[BaseTunerLayer]:
-    """List the adapter layers around one base layer, the outermost first."""
-    layers = []
-    while isinstance(module, BaseTunerLayer):
-        layers.append(module)
-        module = module.base_layer
-    return layers

@@ -16,6 +16,33 @@ def is_adapter_module(module: nn.Module) -> bool:
     return getattr(type(module), "_is_adapter_module", False)
 
 
+def innermost_base_layer(layer: nn.Module) -> nn.Module:
+    """Give the layer of the base model inside an adapter layer, below any number of others."""
+    layer = layer._modules["base_layer"]
+    while "base_layer" in layer._modules:
+        layer = layer._modules["base_layer"]
+    return layer
+
+
+def is_adapter_layer(module: nn.Module) -> bool:
+    """Say whether a module is an adapter layer: one that has a base layer, unlike training wrappers."""
+    return is_adapter_module(module) and module._base_names == ("base_layer",)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Give the layer of the base model in an adapter layer, or the module itself."""
+    return innermost_base_layer(module) if is_adapter_layer(module) else module
+
+
+def stack_of(module: nn.Module) -> list[nn.Module]:
+    """List the adapter layers around one base layer, the outermost first."""
+    layers = []
+    while is_adapter_layer(module):
+        layers.append(module)
+        module = module._modules["base_layer"]
+    return layers
+
+
 def walk(model: nn.Module, into_bases: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """
     Yield each module of a model once, under its first name, without what adapters are made of.
@@ -80,7 +107,7 @@ def names_of_modules(model: nn.Module) -> dict[str, nn.Module]:
     while stack:
         name, module = stack.pop()
         names.setdefault(name, module)
-        while is_adapter_module(module) and module._base_names == ("base_layer",):
+        while is_adapter_layer(module):
             module = module._modules["base_layer"]
         # what computes a layer's weight is no layer, whatever its name ends with
         children = {} if isinstance(module, ParametrizationList) else module._modules

@@ -3,7 +3,7 @@
 """Which tensors of a model belong to an adapter, and under which keys they stand in a checkpoint."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from ..anatomy.embeddings import input_embedding, output_embedding, without_adapters_around
 from ..anatomy.walking import adapter_modules, base_parameters, walk
 from ..layers.base_layer import BaseTunerLayer
+from ..layers.keys import SavedForm
 from ..utils.wrapped_names import plain_name
 
 
@@ -29,25 +30,6 @@ class Place(NamedTuple):
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """Turn the model's tensor into the checkpoint's, or the other way round; the result is a view."""
         return tensor.T if self.transposed else tensor
-
-
-class SavedForm(Protocol):
-    """
-    How a tensor is written to a checkpoint as several others, and read back from them.
-
-    Attributes:
-        endings: what is put behind the tensor's key, for each of the others.
-        is_used: whether the tensor is written like that. It is read in either form.
-    """
-
-    endings: tuple[str, ...]
-    is_used: bool
-
-    def write(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Turn the model's tensor into those of the checkpoint, in the order of `endings`."""
-
-    def read(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """Turn the tensors of a checkpoint into the model's."""
 
 
 def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:

@@ -26,10 +26,12 @@ from ..anatomy.walking import adapter_modules, innermost_module
 from ..config import HUB_KWARGS, refuse_local
 from ..layers.adapter_module import AdapterModule
 from ..layers.base_layer import BaseTunerLayer
-from ..layers.merging import merging_layers, taken_out
+from ..layers.merging.changes import taken_out
+from ..layers.merging.sharing import merging_layers
+from ..layers.undo import keep_values
 from ..surgery.saved_modules import AuxiliaryTrainingWrapper, infer_device
 from ..surgery.slots import without_collecting
-from ..surgery.transaction import all_or_nothing, keep_values
+from ..surgery.transaction import all_or_nothing
 from ..tying.groups import aliases_to_header, restore_aliases, split_aliases
 from ..utils.constants import (
     EMBEDDING_LAYER_NAMES,

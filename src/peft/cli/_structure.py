@@ -18,7 +18,8 @@ from torch import nn
 from ..anatomy.skeletons import copy_without_storage
 from ..anatomy.walking import adapter_modules, bare_modules, base_modules
 from ..layers.base_layer import BaseTunerLayer
-from ..layers.merging import layers_by_weight, merge_weight
+from ..layers.merging.sharing import layers_by_weight
+from ..layers.merging.weight import merge_weight
 from ..models.peft_model import PeftModel
 from ..utils.error import PeftNotImplementedError
 

@@ -1,59 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""What layers and wrappers have in common, so that saving, loading and walking a model treats them alike."""
+"""
+What all that is put into a model has in common: layers, wrappers, prompts.
+
+Saving, loading, switching and walking a model ask for nothing else, and so treat all of them alike.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..utils.error import PeftKeyError
-from ..utils.same_tensor import identity_of
 from ..utils.warning import warn
-from .new_tensors import copy_module
-
-
-class Borrowed(NamedTuple):
-    """A parameter of one module that is in fact another module's: module and name of the first, then of the second."""
-
-    module: nn.Module
-    name: str
-    lender: nn.Module
-    lender_name: str
-
-    def take(self) -> None:
-        """Hold the lender's parameter."""
-        self.module._parameters[self.name] = self.lender._parameters[self.lender_name]
-
-
-def shared_places(module: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Find the parameters that a module shares with another one: own name -> that one, and the name there."""
-    theirs = {identity_of(p): name for name, p in other.named_parameters(remove_duplicate=False)}
-    own = module.named_parameters(remove_duplicate=False)
-    return {name: (other, theirs[key]) for name, p in own if (key := identity_of(p)) in theirs}
-
-
-def copy_borrowing(module: nn.Module, lent: Mapping[str, tuple[nn.Module, str]]) -> tuple[nn.Module, list[Borrowed]]:
-    """
-    Copy a module around parameters of others, which are never copied, not even for a moment.
-
-    Args:
-        module: what to copy.
-        lent: name of a parameter -> module whose parameter stands there in the copy, and its name in that one.
-
-    Returns:
-        The copy, and what it has borrowed.
-    """
-    instead = {id(module.get_parameter(name)): lender.get_parameter(there) for name, (lender, there) in lent.items()}
-    copied = copy_module(module, instead)
-    return copied, [Borrowed(*_place(copied, name), *_place(*place)) for name, place in lent.items()]
-
-
-def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, key = name.rpartition(".")
-    return module.get_submodule(path), key
+from .borrowing import Borrowed
+from .keys import SavedForm
 
 
 class AdapterModule:
@@ -66,16 +29,55 @@ class AdapterModule:
     """
 
     _is_adapter_module = True
+    # attributes that hold modules of the base model, the one whose place this module has taken first
+    _base_names: tuple[str, ...] = ()
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
 
+    _active_adapter: str | list[str] = "default"
+    _disable_adapters: bool = False
     _borrowed: Mapping[str, list[Borrowed]] = MappingProxyType({})
     _borrowers: Iterable["AdapterModule"] = ()
     # While adapters are switched off: adapter name -> numbers of its parameters that were trained before. By number,
     # since parameters may be replaced meanwhile.
     _trained_before: dict[str, set[int]] | None = None
 
+    # ------------------------------------------------------------------------------------------------------- adapters
+    @property
+    def available_adapters(self) -> set[str]:
+        """Names of the adapters that have something here."""
+        return {name for container in self.adapter_layer_names for name in self._modules[container].keys()}
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Say whether an adapter has something here."""
+        return any(adapter_name in self._modules[container] for container in self.adapter_layer_names)
+
+    def source(self, adapter_name: str) -> "AdapterModule":
+        """Give the module that has an adapter's tensors: this one, unless it follows another."""
+        return self
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether adapters are switched off."""
+        return self._disable_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """Name of the active adapter, or names if several are active."""
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters; not all of them need have something here."""
+        return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are part of the base weight, in the order of merging."""
+        return []
+
+    # ---------------------------------------------------------------------------------- parameters that are others'
     def borrow(self, adapter_name: str, borrowed: Iterable[Borrowed], owner: "AdapterModule | None" = None) -> None:
         """
         Hold parameters of others in the places of own ones, and go on doing so whatever replaces parameters.
@@ -127,6 +129,7 @@ class AdapterModule:
         self.take_borrowed()
         return super().train(mode)
 
+    # ------------------------------------------------------------------------------------------------------- training
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield the parameters of one adapter."""
         raise NotImplementedError
@@ -159,6 +162,62 @@ class AdapterModule:
         """Drop what was noted about an adapter, since somebody has decided otherwise meanwhile."""
         if self._trained_before:
             self._trained_before.pop(adapter_name, None)
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+    def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
+        """
+        Yield for each tensor of an adapter its key in a checkpoint and its key in this module's state dict.
+
+        The two differ by the adapter's name, which checkpoints leave out.
+        """
+        yield from ()
+
+    def shared_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
+        """Yield the same for the tensors that all layers share, which a checkpoint holds once."""
+        yield from ()
+
+    def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
+        """
+        Yield what a checkpoint holds for this module although the tensors are those of the one that it follows.
+
+        Yields:
+            Key in a checkpoint, key of the tensor in the owner's state dict, and whether it is to be transposed.
+        """
+        yield from ()
+
+    def saved_forms(self, adapter_name: str) -> Mapping[str, SavedForm]:
+        """
+        Say which tensors stand in a checkpoint in another form than in the model, or can do so.
+
+        Args:
+            adapter_name: name of an adapter that this module has, itself or from the one that it follows.
+
+        Returns:
+            Key, as `adapter_keys` or `adapter_aliases` yield it first -> form.
+        """
+        return {}
+
+    def token_axes(self, adapter_name: str) -> Mapping[str, tuple[int, float]] | None:
+        """
+        Say which tensors have an entry for each token, for layers around an embedding or an output head.
+
+        Args:
+            adapter_name: name of an adapter that this module has itself.
+
+        Returns:
+            Key in this module's state dict -> axis of the tokens, and the value with which a new token changes
+            nothing; None if the adapter cannot be brought to another number of tokens.
+        """
+        return None
+
+    def fill_missing(self, adapter_name: str, config: Any) -> None:
+        """
+        Start tensors of an adapter that a checkpoint has left without storage.
+
+        Args:
+            adapter_name: name.
+            config: the adapter's config.
+        """
 
     def computed_tensors(
         self, adapter_name: str, state_dict: Mapping[str, torch.Tensor], prefix: str

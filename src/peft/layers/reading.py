@@ -11,7 +11,7 @@ Everywhere else the weight is the parameter that is stored: its identity is what
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,10 +19,7 @@ from torch import nn
 from ..anatomy.offload import tensor_of
 from ..utils.error import PeftError
 from ..utils.warning import warn
-
-
-if TYPE_CHECKING:
-    from .base_layer import BaseTunerLayer
+from .merging.mergeable_layer import MergeableLayer
 
 
 _CALL = nn.Module._call_impl.__code__
@@ -40,7 +37,7 @@ def _read_by_other_module(layer: nn.Module) -> bool:
     return False
 
 
-def _layers_in_use(layer: nn.Module) -> Iterator["BaseTunerLayer"]:
+def _layers_in_use(layer: nn.Module) -> Iterator[MergeableLayer]:
     """Yield a layer, and the adapter layers inside it, if their adapters have an effect at the moment."""
     while "base_layer" in layer._modules:
         if layer.adapters_to_apply():
@@ -48,7 +45,7 @@ def _layers_in_use(layer: nn.Module) -> Iterator["BaseTunerLayer"]:
         layer = layer._modules["base_layer"]
 
 
-def read_weight(layer: "BaseTunerLayer") -> torch.Tensor:
+def read_weight(layer: MergeableLayer) -> torch.Tensor:
     """
     Give the weight of an adapted layer to whoever reads it.
 
@@ -78,7 +75,7 @@ def read_weight(layer: "BaseTunerLayer") -> torch.Tensor:
     return AdaptedWeight(compute, stored)
 
 
-def read_bias(layer: "BaseTunerLayer") -> torch.Tensor | None:
+def read_bias(layer: MergeableLayer) -> torch.Tensor | None:
     """
     Give the bias of an adapted layer to whoever reads it; see `read_weight`.
 
@@ -94,15 +91,15 @@ def read_bias(layer: "BaseTunerLayer") -> torch.Tensor | None:
     return bias
 
 
-def _parameters(layer: "BaseTunerLayer", adapter: str) -> Iterator[nn.Parameter]:
+def _parameters(layer: MergeableLayer, adapter: str) -> Iterator[nn.Parameter]:
     return layer.source(adapter).adapter_parameters(adapter)
 
 
-def _weight_in_stored_type(layer: "BaseTunerLayer") -> torch.Tensor:
+def _weight_in_stored_type(layer: MergeableLayer) -> torch.Tensor:
     return layer.effective_weight().to(layer.stored_weight().dtype)
 
 
-def _why_no_weight(layer: "BaseTunerLayer") -> str | None:
+def _why_no_weight(layer: MergeableLayer) -> str | None:
     """Say why an adapter in use cannot be part of a weight; None if all can."""
     for name in layer.adapters_to_apply():
         try:
@@ -112,7 +109,7 @@ def _why_no_weight(layer: "BaseTunerLayer") -> str | None:
     return None
 
 
-def _warn_and_give_stored(layer: "BaseTunerLayer", refusal: str) -> torch.Tensor:
+def _warn_and_give_stored(layer: MergeableLayer, refusal: str) -> torch.Tensor:
     if not layer.__dict__.get("_reading_was_refused"):
         layer.__dict__["_reading_was_refused"] = True
         warn(

@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """The number that an adapter's part is multiplied by, for methods that have one."""
 
-from .merging import changes_adapter, taken_out
+from .merging.changes import changes_adapter, taken_out
 
 
 class Scaled:

@@ -12,7 +12,7 @@ from torch import nn
 from ..anatomy.walking import adapter_modules
 from ..layers.adapter_module import AdapterModule
 from ..layers.base_layer import BaseTunerLayer
-from ..layers.training_wrappers import TrainableTokensWrapper
+from ..layers.token_wrapper import TrainableTokensWrapper
 from ..utils.error import PeftTypeError, PeftValueError
 
 

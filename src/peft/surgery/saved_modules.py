@@ -20,13 +20,10 @@ from ..anatomy.matching import (
 )
 from ..anatomy.walking import bare_modules, is_adapter_module, names_of_modules
 from ..config import PeftConfig
-from ..layers.tokens import check_token_indices
-from ..layers.training_wrappers import (
-    AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
-    TrainableTokensWrapper,
-    check_wrappable,
-)
+from ..layers.modules_to_save import ModulesToSaveWrapper
+from ..layers.token_wrapper import TrainableTokensWrapper
+from ..layers.trainable_tokens import check_token_indices
+from ..layers.training_wrapper import AuxiliaryTrainingWrapper, check_wrappable
 from ..tying.groups import find_token_modules
 from ..utils.constants import (
     CONFIG_NAME,

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..anatomy.walking import adapter_modules
 from ..layers.base_layer import BaseTunerLayer
-from ..layers.merging import unmerge_layers
+from ..layers.merging.layer import unmerge_layers
 from ..utils.warning import warn
 from .saved_modules import AuxiliaryTrainingWrapper
 from .slots import Slots

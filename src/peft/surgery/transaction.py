@@ -4,19 +4,18 @@
 Changes to a model that happen as a whole or not at all.
 
 Whatever changes a model opens `all_or_nothing` around it. What was there is noted once, by the outermost of such
-contexts, in one walk that copies no tensor. Whoever writes to a tensor that was there before says so to `keep_values`,
-and whoever changes an object that no module of the model holds gives `on_failure` the way back.
+contexts, in one walk that copies no tensor. What a walk cannot see is told to `layers.undo`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..layers.base_changes import deferring_base_changes
+from ..layers.undo import undoing, who_undoes
 from .slots import without_collecting
 
 
@@ -115,9 +114,6 @@ class _Before:
                 parameter.requires_grad_(wants_grad)
 
 
-_OPEN: ContextVar[_Before | None] = ContextVar("model_before_changes", default=None)
-
-
 @contextmanager
 def all_or_nothing(*models: nn.Module) -> Iterator[None]:
     """
@@ -131,46 +127,17 @@ def all_or_nothing(*models: nn.Module) -> Iterator[None]:
     Args:
         models: what is going to be changed.
     """
-    outer = _OPEN.get()
+    outer = who_undoes()
     if outer is not None:
         outer.note(models)
         yield
         return
     before = _Before()
     before.note(models)
-    token = _OPEN.set(before)
-    try:
-        with deferring_base_changes():
-            yield
-    except BaseException:
-        before.put_back()
-        raise
-    finally:
-        _OPEN.reset(token)
-
-
-def keep_values(tensors: Iterable[torch.Tensor]) -> None:
-    """
-    Keep the values of tensors that are about to be written to, should that have to be undone.
-
-    Only what was there when `all_or_nothing` was entered is copied. Outside of such a context nothing is done.
-
-    Args:
-        tensors: parameters and buffers.
-    """
-    before = _OPEN.get()
-    if before is not None:
-        for tensor in tensors:
-            before.keep_values(tensor)
-
-
-def on_failure(way_back: Callable[[], Any]) -> None:
-    """
-    Say how to undo a change of something that no module of the model holds.
-
-    Args:
-        way_back: is called if the outermost `all_or_nothing` is left with an exception; the last one first.
-    """
-    before = _OPEN.get()
-    if before is not None:
-        before.on_failure(way_back)
+    with undoing(before):
+        try:
+            with deferring_base_changes():
+                yield
+        except BaseException:
+            before.put_back()
+            raise

@@ -32,21 +32,22 @@ from ..anatomy.matching import (
     patterns_without_use,
 )
 from ..anatomy.offload import refuse_offloaded
-from ..anatomy.parameters import check_stacks, find_parameters, stack_of
-from ..anatomy.walking import adapter_modules, base_modules, base_parameters, names_of_modules
+from ..anatomy.parameters import check_stacks, find_parameters
+from ..anatomy.walking import adapter_modules, base_modules, base_parameters, names_of_modules, stack_of, unwrapped
 from ..config import PeftConfig
+from ..layers.activation import ActivationLayer
 from ..layers.adapter_module import check_adapter_name
-from ..layers.base_layer import (
-    ActivationLayer,
-    AdditiveLayer,
-    BaseTunerLayer,
-    ReplacementLayer,
-    WeightLayer,
-    unwrapped,
-)
-from ..layers.merging import check_adapters_to_merge, merge_layers, note_sharing, original_weights, unmerge_layers
+from ..layers.additive import AdditiveLayer
+from ..layers.base_layer import BaseTunerLayer
+from ..layers.merging.checks import check_adapters_to_merge
+from ..layers.merging.layer import unmerge_layers
+from ..layers.merging.model import merge_layers
+from ..layers.merging.sharing import note_sharing
+from ..layers.merging.state import original_weights
 from ..layers.new_tensors import making_tensors
+from ..layers.replacement import ReplacementLayer
 from ..layers.shared_tensors import SharedParameters
+from ..layers.weight import WeightLayer
 from ..prompts.encoder import BasePromptEncoder
 from ..surgery.replication import clone_module, replicate_layers
 from ..surgery.saved_modules import (

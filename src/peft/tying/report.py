@@ -12,7 +12,8 @@ from ..anatomy.skeletons import without_storage
 from ..anatomy.walking import adapter_modules, bare_modules
 from ..config import PeftConfig
 from ..layers.base_layer import BaseTunerLayer
-from ..layers.merging import merging_layers, original_weights
+from ..layers.merging.sharing import merging_layers
+from ..layers.merging.state import original_weights
 from ..utils.same_tensor import identity_of
 from .groups import TiedGroup, containing, contains_one_of, declared_but_untied, find_tied_groups, module_of
 

@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from ..anatomy.walking import base_modules, without_adapters
-from ..layers.merging import merging_layers, original_weights
+from ..layers.merging.sharing import merging_layers
+from ..layers.merging.state import original_weights
 from ..surgery.resizing import resize_vocabulary
 
 

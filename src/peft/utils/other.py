@@ -9,11 +9,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "peft.anatomy.matching": ["get_pattern_key", "match_target_against_key"],
-        "peft.layers.training_wrappers": [
-            "AuxiliaryTrainingWrapper",
-            "ModulesToSaveWrapper",
-            "TrainableTokensWrapper",
-        ],
+        "peft.layers.modules_to_save": ["ModulesToSaveWrapper"],
+        "peft.layers.token_wrapper": ["TrainableTokensWrapper"],
+        "peft.layers.training_wrapper": ["AuxiliaryTrainingWrapper"],
         "peft.surgery.kbit_training": ["prepare_model_for_kbit_training"],
         "peft.surgery.saved_modules": [
             "_get_submodules",

@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "torch_load",
             "write_peft_weights",
         ],
-        "peft.layers.training_wrappers": ["AuxiliaryTrainingWrapper"],
+        "peft.layers.training_wrapper": ["AuxiliaryTrainingWrapper"],
         "peft.surgery.saved_modules": ["infer_device"],
         "peft.utils.constants": [
             "EMBEDDING_LAYER_NAMES",

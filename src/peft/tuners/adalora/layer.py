@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...anatomy.kinds import stores_weight_transposed
-from ...layers.base_layer import AdditiveLayer, BaseTunerLayer, unwrapped
-from ...layers.merging import changes_adapter
+from ...anatomy.walking import unwrapped
+from ...layers.additive import AdditiveLayer
+from ...layers.base_layer import BaseTunerLayer
+from ...layers.merging.changes import changes_adapter
 from ...utils.error import PeftValueError
 from ..lora.layer import Linear, LoraLayer
 from .allocation import RankAllocator

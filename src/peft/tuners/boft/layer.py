@@ -13,7 +13,8 @@ from torch import nn
 
 from ...anatomy.kinds import stores_weight_transposed
 from ...anatomy.offload import tensor_of
-from ...layers.merging import changes_adapter, take_adapter_out
+from ...layers.merging.changes import changes_adapter
+from ...layers.merging.layer import take_adapter_out
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
 from ..base import BaseTunerLayer, check_adapters_to_merge

@@ -12,8 +12,8 @@ from torch import nn
 
 from ...anatomy.kinds import CONVOLUTIONS, along_axis, apply_weight
 from ...config import TyingConfig, check_layer_selection, check_types
-from ...layers.base_layer import AdditiveLayer
-from ...layers.merging import changes_adapter
+from ...layers.additive import AdditiveLayer
+from ...layers.merging.changes import changes_adapter
 from ...layers.scaling import Scaled
 from ...utils.error import PeftValueError
 from ...utils.warning import warn

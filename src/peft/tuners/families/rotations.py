@@ -12,8 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy.kinds import stores_weight_transposed
+from ...anatomy.walking import unwrapped
 from ...config import PeftConfig
-from ...layers.base_layer import WeightLayer, unwrapped
+from ...layers.weight import WeightLayer
 from ...utils.error import PeftNotImplementedError
 from ...utils.warning import warn
 from ..base import BaseTuner

@@ -5,7 +5,7 @@
 import torch
 from torch import nn
 
-from ...layers.base_layer import ActivationLayer
+from ...layers.activation import ActivationLayer
 from .config import IA3Config
 
 

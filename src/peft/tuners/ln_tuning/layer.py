@@ -4,7 +4,7 @@
 
 from torch import nn
 
-from ...layers.base_layer import ReplacementLayer
+from ...layers.replacement import ReplacementLayer
 
 
 class LNTuningLayer(ReplacementLayer, nn.Module):

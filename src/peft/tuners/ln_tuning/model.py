@@ -4,7 +4,7 @@
 
 from torch import nn
 
-from ...layers.base_layer import unwrapped
+from ...anatomy.walking import unwrapped
 from ...tying.groups import ReachedTie
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from ..base import BaseTuner, UnsupportedLayerError

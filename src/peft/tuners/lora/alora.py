@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...layers.call_context import Call, begin, calling, current_call, end, remember
-from ...surgery.transaction import on_failure
+from ...layers.undo import on_failure
 from ...utils.caches import given_cache
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn

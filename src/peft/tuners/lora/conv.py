@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...layers.base_layer import AdditiveLayer, BaseTunerLayer
+from ...layers.additive import AdditiveLayer
+from ...layers.base_layer import BaseTunerLayer
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
 from .config import LoraConfig

@@ -12,8 +12,11 @@ from torch import nn
 
 from ...anatomy.kinds import embed, stores_weight_transposed
 from ...anatomy.offload import tensor_of
-from ...layers.base_layer import AdditiveLayer, BaseTunerLayer, unwrapped
-from ...layers.merging import changes_adapter, check_adapters_to_merge
+from ...anatomy.walking import unwrapped
+from ...layers.additive import AdditiveLayer
+from ...layers.base_layer import BaseTunerLayer
+from ...layers.merging.changes import changes_adapter
+from ...layers.merging.checks import check_adapters_to_merge
 from ...layers.scaling import Scaled
 from ...utils.error import PeftRuntimeError, PeftValueError
 from .config import LoraConfig

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...anatomy.offload import onloaded, tensor_of
 from ...layers.call_context import alone_with
-from ...layers.merging import merge_layer
+from ...layers.merging.layer import merge_layer
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
 from .config import LoraConfig

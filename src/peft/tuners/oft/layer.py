@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...layers.merging import changes_adapter
+from ...layers.merging.changes import changes_adapter
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
 from ..base import BaseTunerLayer, check_adapters_to_merge

@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "peft.layers.base_layer": ["BaseTunerLayer"],
-        "peft.layers.tokens": ["TrainableTokensLayer"],
+        "peft.layers.trainable_tokens": ["TrainableTokensLayer"],
         "peft.tuners._buffer_dict": ["BufferDict"],
         "peft.tuners.trainable_tokens.config": ["TrainableTokensConfig"],
         "peft.utils.integrations": ["gather_params_ctx"],

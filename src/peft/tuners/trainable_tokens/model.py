@@ -5,7 +5,7 @@
 from torch import nn
 
 from ...config import PeftConfig
-from ...layers.tokens import TrainableTokensLayer, check_token_indices
+from ...layers.trainable_tokens import TrainableTokensLayer, check_token_indices
 from ...tying.groups import ReachedTie, name_of_input_embedding
 from ...utils.error import PeftValueError
 from ..base import BaseTuner

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...anatomy.kinds import stores_weight_transposed
-from ...layers.base_layer import AdditiveLayer
+from ...layers.additive import AdditiveLayer
 from ...utils.error import PeftRuntimeError, PeftValueError
 from .config import VBLoRAConfig
 from .topk import NOT_SAVED, TopkForm

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...anatomy.kinds import stores_weight_transposed
-from ...layers.base_layer import AdditiveLayer
+from ...layers.additive import AdditiveLayer
 from ...layers.shared_tensors import SharedBuffers
 from .config import VeraConfig
 

@@ -6,21 +6,35 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..anatomy.kinds import scale_rows
-from ..tuners.trainable_tokens.config import TrainableTokensConfig
+from ..anatomy.walking import unwrapped
 from ..utils.error import PeftIndexError, PeftTypeError, PeftValueError
 from ..utils.integrations import dequantize_module_weight, gather_params_ctx
 from ..utils.same_tensor import identity_of
-from .adapter_module import Borrowed
 from .add_columns import AddColumns
-from .base_layer import BaseTunerLayer, WeightLayer, unwrapped
+from .base_layer import BaseTunerLayer
+from .borrowing import Borrowed
 from .buffer_dict import BufferDict
+from .weight import WeightLayer
+
+
+class Tokens(NamedTuple):
+    """
+    What a layer asks a config for.
+
+    Attributes:
+        token_indices: ids of the tokens.
+        init_weights: True starts from the rows of the base model, False at random.
+    """
+
+    token_indices: Sequence[int]
+    init_weights: bool = True
 
 
 class TrainableTokensLayer(WeightLayer, nn.Module):
@@ -33,7 +47,7 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
     Args:
         base_layer: `nn.Embedding` or `nn.Linear`; its weight is (tokens, width).
         adapter_name: adapter to start with.
-        config: its config.
+        config: its config, or `Tokens`.
         tied_adapter: layer to follow, whose base layer holds the same weight.
         kwargs: for `BaseTunerLayer`.
     """
@@ -49,7 +63,7 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        config: TrainableTokensConfig | None = None,
+        config: Any = None,
         tied_adapter: "TrainableTokensLayer | None" = None,
         **kwargs: Any,
     ) -> None:
@@ -60,7 +74,7 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
         """The layer that this one follows; None if it has tensors of its own."""
         return next(iter(self._owners.values()), None)
 
-    def make_adapter(self, adapter_name: str, config: TrainableTokensConfig, **arguments: Any) -> None:
+    def make_adapter(self, adapter_name: str, config: Any, **arguments: Any) -> None:
         """Make room for the rows, and a table that says for each token of the vocabulary which of them is its own."""
         weight, indices = self.get_base_weight(), list(config.token_indices)
         check_token_indices(self.get_base_layer(), "", indices)
