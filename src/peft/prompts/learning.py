@@ -17,7 +17,8 @@ from torch import nn
 from ..anatomy import embeddings
 from ..anatomy.walking import adapter_modules, base_modules
 from ..config import PeftConfig, PromptLearningConfig
-from ..layers.adapter_module import AdapterModule, check_adapter_name
+from ..layers.adapter_module import AdapterModule
+from ..layers.adapter_names import check_adapter_name
 from ..layers.new_tensors import check_size, making_tensors, on_meta
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from ..surgery.saved_modules import (

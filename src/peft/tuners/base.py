@@ -36,7 +36,7 @@ from ..anatomy.parameters import check_stacks, find_parameters
 from ..anatomy.walking import adapter_modules, base_modules, base_parameters, names_of_modules, stack_of, unwrapped
 from ..config import PeftConfig
 from ..layers.activation import ActivationLayer
-from ..layers.adapter_module import check_adapter_name
+from ..layers.adapter_names import check_adapter_name
 from ..layers.additive import AdditiveLayer
 from ..layers.base_layer import BaseTunerLayer
 from ..layers.merging.checks import check_adapters_to_merge
