@@ -191,11 +191,6 @@ class PeftModel(ModelWrapper):
             return call_with_prompt(self.prompt_encoder, args, kwargs)
         return self.base_model(*args, **kwargs)
 
-    def _forward_task(self, named: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-        """Call the base model with those of a task's arguments that were given."""
-        named = {name: value for name, value in named.items() if value is not None}
-        return PeftModel.forward(self, **named, **kwargs)
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """
         Generate with the base model.

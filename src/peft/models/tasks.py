@@ -14,22 +14,18 @@ from ..utils.peft_types import TaskType
 from .peft_model import PeftModel
 
 
-class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):
-    """
-    A causal language model with adapters.
-
-    Args:
-        model: the base model; it is changed in place.
-        peft_config: what to adapt and how.
-        adapter_name: name of the adapter.
-        kwargs: see `PeftModel`.
-    """
+class _TaskModel(PeftModel):
+    """What the classes of all tasks share: arguments, and a call with those that models of most tasks take."""
 
     def __init__(
         self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
     ) -> None:
         super().__init__(model, peft_config, adapter_name, **kwargs)
-        self.base_model_prepare_inputs_for_generation = getattr(model, "prepare_inputs_for_generation", None)
+
+    def _forward_task(self, named: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+        """Call the base model with those of a task's arguments that were given."""
+        named = {name: value for name, value in named.items() if value is not None}
+        return PeftModel.forward(self, **named, **kwargs)
 
     def forward(
         self,
@@ -50,7 +46,8 @@ class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):
             input_ids: (batch, length) token ids.
             attention_mask: (batch, length), 0 at positions to leave out.
             inputs_embeds: (batch, length, width), instead of `input_ids`.
-            labels: (batch, length) token ids, -100 at positions without a loss.
+            labels: (batch,) classes or values; or (batch, length) token ids or classes of tokens, -100 at positions
+                without a loss.
             output_attentions: return the attention weights.
             output_hidden_states: return the hidden states.
             return_dict: return an object with names, not a tuple.
@@ -69,6 +66,16 @@ class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):
         }
         return self._forward_task(named, kwargs)
 
+
+class _GeneratingModel(_TaskModel):
+    """What the classes of language models share."""
+
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
+    ) -> None:
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        self.base_model_prepare_inputs_for_generation = getattr(model, "prepare_inputs_for_generation", None)
+
     def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """
         Prepare the inputs of one generation step as the base model does.
@@ -81,7 +88,19 @@ class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):
         return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
 
 
-class PeftModelForSeq2SeqLM(PeftModel, task=TaskType.SEQ_2_SEQ_LM):
+class PeftModelForCausalLM(_GeneratingModel, task=TaskType.CAUSAL_LM):
+    """
+    A causal language model with adapters.
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: what to adapt and how.
+        adapter_name: name of the adapter.
+        kwargs: see `PeftModel`.
+    """
+
+
+class PeftModelForSeq2SeqLM(_GeneratingModel, task=TaskType.SEQ_2_SEQ_LM):
     """
     An encoder-decoder language model with adapters.
 
@@ -91,12 +110,6 @@ class PeftModelForSeq2SeqLM(PeftModel, task=TaskType.SEQ_2_SEQ_LM):
         adapter_name: name of the adapter.
         kwargs: see `PeftModel`.
     """
-
-    def __init__(
-        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
-    ) -> None:
-        super().__init__(model, peft_config, adapter_name, **kwargs)
-        self.base_model_prepare_inputs_for_generation = getattr(model, "prepare_inputs_for_generation", None)
 
     def forward(
         self,
@@ -154,66 +167,8 @@ class PeftModelForSeq2SeqLM(PeftModel, task=TaskType.SEQ_2_SEQ_LM):
         """
         return super().generate(**kwargs)
 
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """
-        Prepare the inputs of one generation step as the base model does.
 
-        Args:
-            args: for the base model.
-            task_ids: (batch,) for methods with several tasks.
-            kwargs: for the base model.
-        """
-        return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
-
-
-class _PeftModelWithLabels(PeftModel):
-    """What models that map a text to labels or features share."""
-
-    def __init__(
-        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
-    ) -> None:
-        super().__init__(model, peft_config, adapter_name, **kwargs)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Call the base model.
-
-        Args:
-            input_ids: (batch, length) token ids.
-            attention_mask: (batch, length), 0 at positions to leave out.
-            inputs_embeds: (batch, length, width), instead of `input_ids`.
-            labels: (batch,) classes or values, or (batch, length) classes of tokens.
-            output_attentions: return the attention weights.
-            output_hidden_states: return the hidden states.
-            return_dict: return an object with names, not a tuple.
-            task_ids: (batch,) for methods with several tasks.
-            kwargs: passed on to the base model.
-        """
-        named = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-            "task_ids": task_ids,
-        }
-        return self._forward_task(named, kwargs)
-
-
-class PeftModelForSequenceClassification(_PeftModelWithLabels, task=TaskType.SEQ_CLS):
+class PeftModelForSequenceClassification(_TaskModel, task=TaskType.SEQ_CLS):
     """
     A sequence classifier with adapters; its head is trained in full.
 
@@ -227,7 +182,7 @@ class PeftModelForSequenceClassification(_PeftModelWithLabels, task=TaskType.SEQ
     _head_names = tuple(SEQ_CLS_HEAD_NAMES[::-1])
 
 
-class PeftModelForTokenClassification(_PeftModelWithLabels, task=TaskType.TOKEN_CLS):
+class PeftModelForTokenClassification(_TaskModel, task=TaskType.TOKEN_CLS):
     """
     A token classifier with adapters; its head is trained in full.
 
@@ -252,7 +207,7 @@ class PeftModelForTokenClassification(_PeftModelWithLabels, task=TaskType.TOKEN_
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
 
-class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS):
+class PeftModelForQuestionAnswering(_TaskModel, task=TaskType.QUESTION_ANS):
     """
     An extractive question answering model with adapters; its head is trained in full.
 
@@ -264,11 +219,6 @@ class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS):
     """
 
     _head_names = tuple(QUESTION_ANSWERING_HEAD_NAMES)
-
-    def __init__(
-        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
-    ) -> None:
-        super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def forward(
         self,
@@ -319,7 +269,7 @@ class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS):
         return self._forward_task(named, kwargs)
 
 
-class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION):
+class PeftModelForFeatureExtraction(_TaskModel, task=TaskType.FEATURE_EXTRACTION):
     """
     An encoder with adapters, for embeddings of text.
 
@@ -329,11 +279,6 @@ class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION)
         adapter_name: name of the adapter.
         kwargs: see `PeftModel`.
     """
-
-    def __init__(
-        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
-    ) -> None:
-        super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def forward(
         self,
