@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from base_models import base_source
 from measure import Stage, compare, measure, plot_loss, table
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tying.groups import weight_tying_report
+from peft.tying.report import weight_tying_report
 
 
 NEW_TOKENS = ["<|speech|>", "<|/speech|>"]

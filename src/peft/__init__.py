@@ -98,7 +98,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "set_base_model_state_dict",
             "set_peft_model_state_dict",
         ],
-        ".tying.report": ["plan_weight_tying", "weight_tying_report"],
+        ".planning": ["plan_weight_tying"],
+        ".tying.report": ["weight_tying_report"],
         ".utils.warning": ["PeftWarning"],
     },
 )

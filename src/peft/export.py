@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .anatomy.walking import adapter_modules
+from .checkpoints.aliases import aliases_to_header, split_aliases
 from .tying.flag import configs_that_tie
-from .tying.groups import aliases_to_header, find_tied_groups, split_aliases
+from .tying.groups import find_tied_groups
 from .tying.report import weight_tying_report
 from .utils.error import PeftNotImplementedError, PeftRuntimeError, PeftValueError
 from .utils.files import write_atomically

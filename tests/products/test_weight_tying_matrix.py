@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft import PeftModel, PeftWarning, get_peft_model, weight_tying_report
 from peft.anatomy.walking import adapter_modules, is_adapter_module
+from peft.checkpoints.aliases import split_aliases
 from peft.layers.merging import model as _merging_model
 from peft.layers.merging import weight as _merging_weight
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -35,7 +36,6 @@ from peft.models import peft_model
 from peft.surgery.saved_modules import ModulesToSaveWrapper
 from peft.tuners import base as tuners_utils
 from peft.tuners.base import BaseTuner, UnsupportedLayerError
-from peft.tying.groups import split_aliases
 from peft.utils.error import PeftError
 
 

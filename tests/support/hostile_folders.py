@@ -26,9 +26,9 @@ import torch
 from torch import nn
 
 from peft import PeftModel, get_peft_model
+from peft.checkpoints.aliases import ALIASES_HEADER
 from peft.checkpoints.hashes import HASHES_HEADER
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tying.groups import ALIASES_HEADER
 from support.helpers import Kinds, gpt2, kinds, llama, logits, randomise, stack
 
 

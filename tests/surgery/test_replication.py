@@ -42,7 +42,8 @@ from transformers import (
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.base import clone_module, replicate_layers
-from peft.tying.groups import find_tied_groups, weight_tying_report
+from peft.tying.groups import find_tied_groups
+from peft.tying.report import weight_tying_report
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")

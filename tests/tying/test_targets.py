@@ -19,7 +19,8 @@ from torch import nn
 
 from peft import LoraConfig, PeftModel, PeftWarning, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
-from peft.tying.groups import find_tied_groups, weight_tying_report
+from peft.tying.groups import find_tied_groups
+from peft.tying.report import weight_tying_report
 
 
 def adapted(tied: TiedModel, side: str = "inputs", ensure: bool = True, **config) -> PeftModel:

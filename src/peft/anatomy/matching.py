@@ -85,6 +85,17 @@ def outermost(names: Iterable[str]) -> list[str]:
     ]
 
 
+def containing(modules: Iterable[str], name: str) -> str | None:
+    """Find the module that is, or contains, the module of that name."""
+    return next((module for module in modules if name == module or name.startswith(f"{module}.")), None)
+
+
+def contains_one_of(module: str, others: Iterable[str]) -> bool:
+    """Say whether a module contains another one of some modules."""
+    prefix = f"{module}." if module else ""
+    return any(other != module and other.startswith(prefix) for other in others)
+
+
 def layer_index(key: str, layers_pattern: str | Collection[str] | None) -> int | None:
     """
     Read the index of the layer that a module lies in.

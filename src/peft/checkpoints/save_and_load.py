@@ -32,7 +32,6 @@ from ..layers.undo import keep_values
 from ..surgery.saved_modules import AuxiliaryTrainingWrapper, infer_device
 from ..surgery.slots import without_collecting
 from ..surgery.transaction import all_or_nothing
-from ..tying.groups import aliases_to_header, restore_aliases, split_aliases
 from ..utils.constants import (
     EMBEDDING_LAYER_NAMES,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -45,6 +44,7 @@ from ..utils.integrations import changes_weights_while_loading
 from ..utils.near_names import explain_unknown_adapters
 from ..utils.warning import warn
 from ..utils.wrapped_names import plain_name, renamed
+from .aliases import aliases_to_header, restore_aliases, split_aliases
 from .hashes import hashes_to_header
 from .keys import Place, adapter_key_map, bias_key_map, embedding_key_map, embedding_tensors, read_forms, write_forms
 from .load_report import LoadReport, LoadResult

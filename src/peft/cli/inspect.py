@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Read the config and the header of the weights; no tensor is read."""
+    from ..checkpoints.aliases import aliases_from_header
     from ..checkpoints.hashes import hashes_from_header
-    from ..tying.groups import aliases_from_header
     from ._adapter_config import read_adapter_config
     from ._tensor_files import open_adapter
 

@@ -73,10 +73,10 @@ def _check_values(file: "TensorFile", hashes: dict[str, str] | None) -> list[tup
 def _check_fit(file: "TensorFile", skeleton: "nn.Module", config: Any) -> list[tuple[str, str]]:
     """Compare names, shapes and ties with those of an adapter that is made for the base model."""
     from ..anatomy.walking import adapter_modules
+    from ..checkpoints.aliases import restore_aliases
     from ..checkpoints.keys import Place, adapter_key_map, bias_key_map, embedding_tensors, read_forms
     from ..checkpoints.save_and_load import live_tensors, under_new_names
     from ..mapping_func import get_peft_model
-    from ..tying.groups import restore_aliases
 
     model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
     # what the file holds, and which of its keys a tensor that is written once stands for

@@ -26,10 +26,11 @@ from ..surgery.saved_modules import (
     check_additional_trainable_modules,
     set_additional_trainable_modules,
 )
+from ..surgery.shield import shield_tie_weights
 from ..surgery.switching import set_adapter
 from ..surgery.transaction import all_or_nothing
-from ..tying.groups import find_followers, keep_ties, one_object_each
-from ..tying.shield import shield_tie_weights
+from ..tying.record import find_followers, keep_ties
+from ..tying.settle import one_object_each
 from ..utils.error import PeftError, PeftKeyError, PeftValueError
 from ..utils.quantization_utils import accompany_layer
 from ..utils.warning import PeftWarning, warn

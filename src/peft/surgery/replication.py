@@ -5,7 +5,7 @@ A deeper model out of a model's own layers, stacked several times.
 
 The replicas of a layer are modules of their own around the same parameters, so that each can have an adapter of its
 own at no cost but the adapter's. The list of layers remembers which layer each place was made of; that is how
-parameters that replicas share are told from ties (`utils.tying.find_tied_groups`).
+parameters that replicas share are told from ties (`tying.groups.find_tied_groups`).
 """
 
 import copy
@@ -14,14 +14,12 @@ from typing import Any
 
 from torch import nn
 
+from ..anatomy.replicas import REPLICATED_FROM
 from ..anatomy.walking import walk
 from ..layers.base_changes import change_base
 from ..utils.error import PeftValueError
 from ..utils.warning import warn
 
-
-# attribute of a list of layers: for each place the index of the layer that it was made of
-REPLICATED_FROM = "replicated_from"
 
 # lists in a model's config with one entry per layer
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")

@@ -24,7 +24,7 @@ from ..layers.modules_to_save import ModulesToSaveWrapper
 from ..layers.token_wrapper import TrainableTokensWrapper
 from ..layers.trainable_tokens import check_token_indices
 from ..layers.training_wrapper import AuxiliaryTrainingWrapper, check_wrappable
-from ..tying.groups import find_token_modules
+from ..tying.record import find_token_modules
 from ..utils.constants import (
     CONFIG_NAME,
     EMBEDDING_LAYER_NAMES,

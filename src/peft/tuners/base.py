@@ -55,6 +55,7 @@ from ..surgery.saved_modules import (
     check_additional_trainable_modules,
     set_additional_trainable_modules,
 )
+from ..surgery.shield import shield_tie_weights, unshield_tie_weights
 from ..surgery.slots import Slots, without_collecting
 from ..surgery.switching import (
     cast_adapter_dtype,
@@ -65,19 +66,16 @@ from ..surgery.switching import (
     set_requires_grad,
 )
 from ..surgery.transaction import all_or_nothing
-from ..tying.groups import (
+from ..tying.groups import find_tied_groups, module_of
+from ..tying.record import (
     ReachedTie,
     explaining_tie,
     find_followers,
     find_following_parameters,
-    find_tied_groups,
     keep_ties,
-    module_of,
-    one_object_each,
     refuse_excluded,
-    settle_ties,
 )
-from ..tying.shield import shield_tie_weights, unshield_tie_weights
+from ..tying.settle import one_object_each, settle_ties
 from ..utils.constants import (
     DUMMY_MODEL_CONFIG,
     DUMMY_TARGET_MODULES,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""The state of a model's ties as a table, and the table that a config would lead to."""
+"""The state of a model's ties as a table."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy.skeletons import without_storage
+from ..anatomy.matching import containing, contains_one_of
 from ..anatomy.walking import adapter_modules, bare_modules
-from ..config import PeftConfig
 from ..layers.base_layer import BaseTunerLayer
 from ..layers.merging.sharing import merging_layers
 from ..layers.merging.state import original_weights
 from ..utils.same_tensor import identity_of
-from .groups import TiedGroup, containing, contains_one_of, declared_but_untied, find_tied_groups, module_of
+from .groups import TiedGroup, declared_but_untied, find_tied_groups, module_of
 
 
 @dataclass(frozen=True)
@@ -113,47 +112,6 @@ def weight_tying_report(model: nn.Module) -> TyingReport:
         for owner, follower, one, other in declared
     ]
     return TyingReport(tuple(rows))
-
-
-def plan_weight_tying(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> TyingReport:
-    """
-    Say what an adapter would do to the ties of a model, without a change to the model.
-
-    The adapter is put into a copy of the model that has no storage, by the code that puts it into the model itself. So
-    the answer holds for every method, costs no memory for weights, and is there for models on the meta device too.
-    What `get_peft_model` would warn about or refuse is warned about and refused here.
-
-    Args:
-        model: a base model; or a `PeftModel`, beside whose adapters the new one would stand.
-        config: config of the adapter; it is not changed.
-        adapter_name: its name.
-
-    Returns:
-        What `weight_tying_report` would give for the adapted model.
-
-    Raises:
-        PeftError: if the adapter would be refused.
-
-    Example:
-
-        >>> import torch
-        >>> from peft import LoraConfig, plan_weight_tying
-        >>> net = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9))
-        >>> net[1].weight = net[0].weight
-        >>> print(plan_weight_tying(net, LoraConfig(r=2, target_modules=["1"], ensure_weight_tying=True)))
-        tied members (owner first)  adapter  route           shared  bytes
-        --------------------------  -------  --------------  ------  -----
-        0.weight, 1.weight          -        base model      yes     144
-        0.weight, 1.weight          default  target_modules  yes     104
-    """
-    from ..mapping_func import get_peft_model
-
-    skeleton = without_storage(model)
-    if hasattr(skeleton, "get_base_model"):
-        skeleton.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
-    else:
-        skeleton = get_peft_model(skeleton, config, adapter_name, low_cpu_mem_usage=True)
-    return weight_tying_report(skeleton)
 
 
 def _row(members: tuple[str, ...], adapter: str | None, route: str, present: list[torch.Tensor]) -> TyingRow:

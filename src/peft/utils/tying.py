@@ -8,6 +8,10 @@ from .lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "peft.tying.groups": ["ReachedTie", "TiedGroup", "find_tied_groups", "module_of", "settle_ties"],
+        "peft.planning": ["plan_weight_tying"],
+        "peft.tying.groups": ["TiedGroup", "find_tied_groups", "module_of"],
+        "peft.tying.record": ["ReachedTie"],
+        "peft.tying.report": ["TyingReport", "TyingRow", "weight_tying_report"],
+        "peft.tying.settle": ["settle_ties"],
     },
 )

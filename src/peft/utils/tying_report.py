@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "peft.anatomy.skeletons": ["copy_without_storage", "without_storage"],
-        "peft.tying.report": ["TyingReport", "TyingRow", "plan_weight_tying", "weight_tying_report"],
+        "peft.planning": ["plan_weight_tying"],
+        "peft.tying.report": ["TyingReport", "TyingRow", "weight_tying_report"],
     },
 )

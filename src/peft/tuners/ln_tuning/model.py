@@ -5,7 +5,7 @@
 from torch import nn
 
 from ...anatomy.walking import unwrapped
-from ...tying.groups import ReachedTie
+from ...tying.record import ReachedTie
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from ..base import BaseTuner, UnsupportedLayerError
 from .config import LNTuningConfig

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 
 import torch
 
+from ...checkpoints.aliases import split_aliases
 from ...checkpoints.save_and_load import load_peft_weights
 from ...config import PeftConfig
-from ...tying.groups import split_aliases
 from ...utils.error import PeftValueError
 from .config import LoraConfig
 

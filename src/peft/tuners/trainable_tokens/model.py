@@ -6,7 +6,8 @@ from torch import nn
 
 from ...config import PeftConfig
 from ...layers.trainable_tokens import TrainableTokensLayer, check_token_indices
-from ...tying.groups import ReachedTie, name_of_input_embedding
+from ...tying.groups import name_of_input_embedding
+from ...tying.record import ReachedTie
 from ...utils.error import PeftValueError
 from ..base import BaseTuner
 from .config import TrainableTokensConfig

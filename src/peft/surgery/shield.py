@@ -15,7 +15,7 @@ from torch import nn
 from ..anatomy.walking import base_modules, without_adapters
 from ..layers.merging.sharing import merging_layers
 from ..layers.merging.state import original_weights
-from ..surgery.resizing import resize_vocabulary
+from .resizing import resize_vocabulary
 
 
 def shield_tie_weights(model: nn.Module) -> None:

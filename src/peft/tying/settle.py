@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Settling ties: members hold one object while adapters are there, and are kept tied or untied after merging."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..anatomy.matching import containing
+from ..anatomy.walking import base_modules, innermost_module
+from ..utils.same_tensor import identity_of
+from ..utils.warning import warn
+from .flag import computes_with_flag, configs_that_tie, forget_declared_ties
+from .groups import TiedGroup, find_tied_groups, module_of
+
+
+@contextmanager
+def one_object_each(model: nn.Module) -> Iterator[None]:
+    """
+    Let the members of each tied group hold one parameter object, the owner's, from now on.
+
+    Objects that only share their memory would part when the model is moved, cast or copied. If the context ends with
+    an exception, each member gets back what it held.
+
+    Args:
+        model: the base model.
+    """
+    groups = find_tied_groups(model, with_replicas=True)
+    shared = {identity_of(group.parameter): group.parameter for group in groups}
+    replaced = []
+    for module in base_modules(model) if shared else ():
+        for key, parameter in module._parameters.items():
+            one = None if parameter is None else shared.get(identity_of(parameter), parameter)
+            if one is not parameter:
+                replaced.append((module._parameters, key, parameter))
+                module._parameters[key] = one
+    try:
+        yield
+    except BaseException:
+        for held, key, parameter in replaced:
+            held[key] = parameter
+        raise
+
+
+def settle_ties(model: nn.Module, groups: Iterable[TiedGroup], kept: Collection[str]) -> None:
+    """
+    Bring the ties of a base model in order after adapters were merged into it.
+
+    Where an adapter has put a trained parameter in the place of some members, the rest of the group gets it too, if
+    its tie is to be kept. Otherwise the group has come apart on purpose: the model's config is told so, since a reader
+    of the saved model would tie the members again and lose what was trained.
+
+    Args:
+        model: the base model, without adapters.
+        groups: its tied groups, as they were before.
+        kept: full names of modules whose ties the merged adapters were to keep.
+    """
+    apart = []
+    for group in groups:
+        present = [_parameter(model, member) for member in group.members]
+        trained = {identity_of(p): p for p in present}
+        if len(trained) == 1:
+            continue
+        trained.pop(identity_of(group.parameter), None)
+        if len(trained) == 1 and any(containing(kept, module_of(member)) for member in group.members):
+            (parameter,) = trained.values()
+            for member in group.members:
+                _set_parameter(model, member, parameter)
+        else:
+            apart.append(group)
+    if apart:
+        _declare_untied(model, apart)
+
+
+def _parameter(model: nn.Module, member: str) -> nn.Parameter:
+    path, _, key = member.rpartition(".")
+    return innermost_module(model, path)._parameters[key]
+
+
+def _set_parameter(model: nn.Module, member: str, parameter: nn.Parameter) -> None:
+    path, _, key = member.rpartition(".")
+    innermost_module(model, path)._parameters[key] = parameter
+
+
+def _declare_untied(model: nn.Module, apart: Iterable[TiedGroup]) -> None:
+    """Make a model whose members were adapted apart survive saving and loading with transformers."""
+    configs = [config for module in model.modules() for config in configs_that_tie(module)]
+    flag = ""
+    if configs and computes_with_flag(model):
+        forgotten = forget_declared_ties(model)
+        _give_own_tensors(model, lambda member: member in forgotten)
+        flag = (
+            "; tie_word_embeddings stays True in its config, since the model computes something else without it, and "
+            "transformers 5 or newer, which keeps members apart that differ, is needed to read it from files"
+        )
+    elif configs:
+        for config in configs:
+            config.tie_word_embeddings = False
+        _give_own_tensors(model, lambda member: True)  # the flag stands for all ties at once
+        flag = "; tie_word_embeddings is False in its config now, so that saving and loading keeps them apart"
+    members = "; ".join(", ".join(repr(member) for member in group.members) for group in apart)
+    warn(
+        f"modules that shared a weight were adapted apart and are no longer tied in the merged model ({members}){flag}"
+    )
+
+
+def _give_own_tensors(model: nn.Module, wanted: Callable[[str], bool]) -> None:
+    """
+    Part members that are still tied, but that transformers would not tie when it reads the model.
+
+    Tensors that are shared are saved under one name only, so the others would be missing in the file.
+    """
+    for group in find_tied_groups(model):
+        for member in filter(wanted, group.followers):
+            _set_parameter(model, member, nn.Parameter(group.parameter.detach().clone(), requires_grad=False))
