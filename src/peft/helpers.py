@@ -15,8 +15,8 @@ from .layers.base_layer import BaseTunerLayer
 from .layers.merging.changes import taken_out
 from .models.peft_model import PeftModel
 from .models.signatures import update_forward_signature, update_generate_signature, update_signature
-from .tuners.lora import dora
 from .tuners.lora.layer import LoraLayer
+from .tuners.lora.variants import dora
 from .utils.error import PeftError, PeftTypeError, PeftValueError
 
 

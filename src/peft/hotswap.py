@@ -20,9 +20,9 @@ from .layers.undo import keep_values, on_failure
 from .surgery.slots import without_collecting
 from .surgery.transaction import all_or_nothing
 from .tuners.lora.config import LoraConfig
-from .tuners.lora.initialization import changes_base
 from .tuners.lora.layer import LoraLayer, ParamWrapper
 from .tuners.lora.room import RankAxis
+from .tuners.lora.starts import changes_base
 from .utils.error import PeftRuntimeError, PeftValueError
 from .utils.peft_types import PeftType
 from .utils.warning import warn

@@ -41,7 +41,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.helpers import DoraCaching
-from peft.tuners.lora.alora import calculate_alora_offsets
+from peft.tuners.lora.variants import calculate_alora_offsets
 from peft.tuners.lora.layer import Embedding, Linear
 
 

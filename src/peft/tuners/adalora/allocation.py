@@ -3,19 +3,14 @@
 """How AdaLoRA hands out ranks: by the importance of each, smoothed over the steps of training."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ...anatomy.walking import adapter_modules
+from ..lora.layer import LoraLayer
 from .config import AdaLoraConfig
-
-
-if TYPE_CHECKING:
-    from .layer import AdaLoraLayer
-
-FACTORS = ("lora_A", "lora_B", "lora_E")
+from .ranks import RANK_AXIS
 
 
 class RankAllocator:
@@ -42,7 +37,7 @@ class RankAllocator:
         self.target_bgt = peft_config.target_r * len(layers)
         self.reset_ipt()
 
-    def layers(self, model: nn.Module) -> Iterator[tuple[str, "AdaLoraLayer"]]:
+    def layers(self, model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
         """
         Yield the layers that have the adapter's tensors, by name.
 
@@ -98,7 +93,7 @@ class RankAllocator:
         """
         beta1, beta2 = self.peft_config.beta1, self.peft_config.beta2
         for name, layer in self.layers(model):
-            for factor in FACTORS:
+            for factor in RANK_AXIS:
                 parameter = getattr(layer, factor)[self.adapter_name]
                 if parameter.grad is None:
                     continue
@@ -110,10 +105,10 @@ class RankAllocator:
                 self.exp_avg_unc[key] = beta2 * self.exp_avg_unc.get(key, zeros) + (1 - beta2) * variation
                 self.exp_avg_ipt[key] = average
 
-    def _importance(self, name: str, layer: "AdaLoraLayer") -> torch.Tensor:
+    def _importance(self, name: str, layer: LoraLayer) -> torch.Tensor:
         """Give one number per rank, (r,): that of its singular value, and the averages over its two vectors."""
         scores = {}
-        for factor in FACTORS:
+        for factor in RANK_AXIS:
             key = f"{name}.{factor}.{self.adapter_name}"
             if key not in self.exp_avg_ipt:
                 return torch.zeros_like(layer.lora_E[self.adapter_name]).flatten()

@@ -9,54 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...anatomy.kinds import stores_weight_transposed
-from ...anatomy.walking import unwrapped
 from ...layers.additive import AdditiveLayer
 from ...layers.base_layer import BaseTunerLayer
 from ...layers.merging.changes import changes_adapter
 from ...utils.error import PeftValueError
-from ..lora.layer import Linear, LoraLayer
+from ..lora.layer import LoraLayer, OnLinear, WithAdapter, make_dropout
 from .allocation import RankAllocator
 from .config import AdaLoraConfig
+from .ranks import RANK_AXIS, RanksLeft
 
 
 __all__ = ["AdaLoraConfig", "AdaLoraLayer", "LoraLayer", "RankAllocator", "SVDConv2d", "SVDLinear"]
-
-# the dimension of a factor that counts ranks
-RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_E": 0}
-
-
-class RanksLeft:
-    """
-    How a factor is saved once it is settled which ranks are left: without the others.
-
-    Args:
-        mask: for each rank of the model's tensor, whether it is left.
-        axis: dimension of the factor that counts ranks.
-    """
-
-    endings = ("",)
-
-    def __init__(self, mask: Sequence[bool], axis: int) -> None:
-        self.rows, self.axis = len(mask), axis
-        self.index = torch.tensor(mask, dtype=torch.bool).nonzero().flatten()
-
-    @property
-    def is_used(self) -> bool:
-        """Whether the model has more ranks than are left."""
-        return len(self.index) < self.rows
-
-    def write(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Leave the others out."""
-        return (tensor.index_select(self.axis, self.index.to(tensor.device)),)
-
-    def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Put zeros in their place."""
-        if tensor.shape[self.axis] != len(self.index):
-            return tensor
-        shape = list(tensor.shape)
-        shape[self.axis] = self.rows
-        return tensor.new_zeros(shape).index_copy(self.axis, self.index.to(tensor.device), tensor)
 
 
 class AdaLoraLayer(LoraLayer):
@@ -82,52 +45,54 @@ class AdaLoraLayer(LoraLayer):
     merged_tensors = BaseTunerLayer.merged_tensors
     _mixed_batch_forward = BaseTunerLayer._mixed_batch_forward
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        del self.__dict__["lora_E"]
+    def _make_containers(self) -> None:
+        super()._make_containers()
+        self.__dict__.pop("lora_E")
         self._modules.update({name: nn.ParameterDict() for name in (*RANK_AXIS, "ranknum")})
         self.__dict__.update(ranks_made={}, ranks_left={})
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: AdaLoraConfig, **kwargs: Any) -> None:
+    def make_adapter(
+        self,
+        adapter_name: str,
+        config: AdaLoraConfig,
+        r: int,
+        lora_alpha: float,
+        ranks_left: Sequence[bool] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """
-        Make the tensors of an adapter.
+        Make the tensors of an adapter, without values, and note its settings.
 
         Args:
             adapter_name: name.
+            config: the adapter's config.
             r: number of ranks at first, positive.
             lora_alpha: numerator of the scaling; r in its place if it is not positive.
-            config: the adapter's config.
-            kwargs: `owner`, the layer to follow; `ranks_left`, one truth value per rank, to make only those.
+            ranks_left: one truth value per rank, to make only those.
+            kwargs: kept for callers of the released package.
 
         Raises:
             PeftValueError: if `r` is not positive.
         """
-        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        if kwargs.get("owner") is not None:
-            self.follow(adapter_name, kwargs["owner"])
-            return
-        mask = kwargs.get("ranks_left")
-        r = r if mask is None else len(mask)
+        r = r if ranks_left is None else len(ranks_left)
         if not isinstance(r, int) or r <= 0:
             raise PeftValueError(f"the rank init_r must be a positive integer, found {r!r}")
+        made = [rank for rank in range(r) if ranks_left is None or ranks_left[rank]]
         # a setting that stands among the parameters, since the released package has it there; it always has a value
         weight = self.stored_weight()
         self.ranknum[adapter_name] = nn.Parameter(
             torch.full((1,), float(r), device="cpu" if weight.is_meta else weight.device), requires_grad=False
         )
         self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha if lora_alpha > 0 else float(r)
-        left = r if mask is None else sum(map(bool, mask))
+        self.scaling[adapter_name] = self._configured_scaling(adapter_name)
+        self.lora_dropout[adapter_name] = make_dropout(config)
         rows, columns = self._matrix_shape()
-        self.lora_A[adapter_name] = self.new_parameter(left, columns)
-        self.lora_E[adapter_name] = self.new_parameter(left, 1)
-        self.lora_B[adapter_name] = self.new_parameter(rows, left)
-        self.r[adapter_name] = left
-        self.ranks_made[adapter_name] = [rank for rank in range(r) if mask is None or mask[rank]]
-        if mask is not None:
-            self.ranks_left[adapter_name] = [bool(value) for value in mask]
-        self.reset_adapter(adapter_name, config)
-        self._trainable_adapters.add(adapter_name)
+        self.lora_A[adapter_name] = self.new_parameter(len(made), columns)
+        self.lora_E[adapter_name] = self.new_parameter(len(made), 1)
+        self.lora_B[adapter_name] = self.new_parameter(rows, len(made))
+        self.r[adapter_name], self.ranks_made[adapter_name] = len(made), made
+        if ranks_left is not None:
+            self.ranks_left[adapter_name] = list(map(bool, ranks_left))
 
     def _matrix_shape(self) -> tuple[int, int]:
         """Give the size of the matrix that is adapted: outputs, inputs."""
@@ -211,35 +176,8 @@ class AdaLoraLayer(LoraLayer):
         return alpha if alpha > 0 else float(self.ranknum[adapter])
 
 
-class SVDLinear(AdaLoraLayer, nn.Module):
-    """
-    AdaLoRA on `nn.Linear` and on transformers' `Conv1D`.
-
-    Args:
-        base_layer: the layer to adapt.
-        adapter_name: adapter to start with.
-        config: its config.
-        r: number of its ranks at first.
-        lora_alpha: numerator of its scaling.
-        kwargs: see `AdaLoraLayer.update_layer`.
-    """
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: AdaLoraConfig,
-        r: int = 0,
-        lora_alpha: int = 1,
-        **kwargs: Any,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.fan_in_fan_out = stores_weight_transposed(unwrapped(base_layer))
-        AdaLoraLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-
-    factor_layout = Linear.factor_layout
+class SVDLinear(OnLinear, WithAdapter, AdaLoraLayer, nn.Module):
+    """AdaLoRA on `nn.Linear` and on transformers' `Conv1D`; see `WithAdapter`."""
 
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Compute scaling / ranknum * B diag(E) A x."""
@@ -248,35 +186,11 @@ class SVDLinear(AdaLoraLayer, nn.Module):
         return F.linear(hidden * self.scaling[adapter], b)
 
 
-class SVDConv2d(AdaLoraLayer, nn.Module):
-    """
-    AdaLoRA on `nn.Conv2d`, whose weight counts as a matrix with one row per output channel.
-
-    Args:
-        base_layer: the layer to adapt.
-        adapter_name: adapter to start with.
-        config: its config.
-        r: number of its ranks at first.
-        lora_alpha: numerator of its scaling.
-        kwargs: see `AdaLoraLayer.update_layer`.
-    """
+class SVDConv2d(WithAdapter, AdaLoraLayer, nn.Module):
+    """AdaLoRA on `nn.Conv2d`, whose weight counts as a matrix with one row per output channel; see `WithAdapter`."""
 
     factor_layout = (("lora_B", False), ("lora_A", False))
     add_delta_ = AdditiveLayer.add_delta_
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: AdaLoraConfig,
-        r: int = 0,
-        lora_alpha: int = 1,
-        **kwargs: Any,
-    ) -> None:
-        nn.Module.__init__(self)
-        AdaLoraLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     def _matrix_shape(self) -> tuple[int, int]:
         weight = self.get_base_weight()

@@ -14,7 +14,8 @@ from ...utils.error import PeftTypeError, PeftValueError
 from ...utils.warning import warn
 from ..lora.model import LoraModel
 from .config import AdaLoraConfig
-from .layer import RANK_AXIS, AdaLoraLayer, RankAllocator, SVDConv2d, SVDLinear
+from .layer import AdaLoraLayer, RankAllocator, SVDConv2d, SVDLinear
+from .ranks import RANK_AXIS
 
 
 # fields of LoRA that mean nothing here

@@ -35,5 +35,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ],
         ".layer": ["Embedding", "Linear", "LoraLayer"],
         ".model": ["LoraModel"],
+        ".starts": ["Start", "register_start"],
+        ".variants": ["LoraVariant", "register_variant"],
     },
 )

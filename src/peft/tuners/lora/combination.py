@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,13 +33,11 @@ from ...utils.error import PeftValueError
 from ...utils.near_names import explain_unknown_adapters
 from ...utils.warning import warn
 from ...utils.wrapped_names import plain_name, renamed
+from ..base import BaseTuner
 from .config import LoraConfig
-from .initialization import changes_base
 from .layer import LoraLayer
-
-
-if TYPE_CHECKING:
-    from .model import LoraModel
+from .starts import changes_base
+from .variants import names_asked_for
 
 
 # functions of task tensors, their weights and options; those named in _SPARSE need a density
@@ -52,10 +50,6 @@ _FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
 }
 _SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATION_TYPES = ("svd", "cat", *_FUNCTIONS, *(f"{name}_svd" for name in _SPARSE))
-
-# what is not a sum of deltas has no weighted sum; nor have parameters that experts share
-_NOT_COMBINABLE = ("use_dora", "alora_invocation_tokens", "kasa_config", "use_bdlora", "monteclora_config")
-_NOT_COMBINABLE += ("arrow_config", "target_parameters")
 
 
 class Factors(NamedTuple):
@@ -298,7 +292,7 @@ def _combine_layer(layer: LoraLayer, weights: dict[str, float], combination: Com
 # ------------------------------------------------------------------------------------------ the model
 @torch.no_grad()
 def add_weighted_adapter(
-    model: "LoraModel", adapters: Sequence[str], weights: Iterable[float], adapter_name: str, combination: Combination
+    model: BaseTuner, adapters: Sequence[str], weights: Iterable[float], adapter_name: str, combination: Combination
 ) -> None:
     """
     Combine adapters of a model into a new one; see `LoraModel.add_weighted_adapter`.
@@ -353,7 +347,7 @@ def _leaves_root_of_rank(combination: Combination, configs: Sequence[LoraConfig]
     return combination.kind == "linear" and len(configs) > 1 and all(config.use_rslora for config in configs)
 
 
-def _check_adapters(model: "LoraModel", adapters: Sequence[str], weights: list[float]) -> dict[str, float]:
+def _check_adapters(model: BaseTuner, adapters: Sequence[str], weights: list[float]) -> dict[str, float]:
     """Give name -> weight; a name that comes several times gets the sum."""
     if isinstance(adapters, str) or not adapters:
         raise PeftValueError(f"adapters must be a list of at least one name, found {adapters!r}")
@@ -365,7 +359,9 @@ def _check_adapters(model: "LoraModel", adapters: Sequence[str], weights: list[f
     if len(weights) != len(adapters):
         warn(f"{len(adapters)} adapters and {len(weights)} weights were given; what is left over is not used")
     for name in adapters:
-        asked = [field for field in _NOT_COMBINABLE if getattr(model.peft_config[name], field)]
+        # a variant is no sum of deltas, so it has no weighted sum; nor have parameters that experts share
+        config = model.peft_config[name]
+        asked = names_asked_for(config) + (["target_parameters"] if config.target_parameters else [])
         if asked:
             raise PeftValueError(
                 f"adapter {name!r} uses {', '.join(asked)}; its effect is no sum of deltas, so it cannot be combined"
@@ -376,7 +372,7 @@ def _check_adapters(model: "LoraModel", adapters: Sequence[str], weights: list[f
     return weighted
 
 
-def _single_source_of_saved_modules(model: "LoraModel", adapters: list[str]) -> str | None:
+def _single_source_of_saved_modules(model: BaseTuner, adapters: list[str]) -> str | None:
     """Find the adapter whose modules trained in full the new one gets a copy of."""
     sources: set[str] = set()
     for name, module in adapter_modules(model.model):
@@ -403,7 +399,7 @@ def _joined_targets(configs: Sequence[LoraConfig]) -> set[str] | str:
     return {name for target in targets for name in target or ()}
 
 
-def _layers_of(model: "LoraModel", adapters: list[str]) -> tuple[dict[str, LoraLayer], set[str]]:
+def _layers_of(model: BaseTuner, adapters: list[str]) -> tuple[dict[str, LoraLayer], set[str]]:
     """
     Find the layers that have one of the adapters.
 
@@ -442,7 +438,7 @@ def _set_ranks(config: LoraConfig, ranks: dict[str, int]) -> None:
     config.alpha_pattern = dict(config.rank_pattern)
 
 
-def _narrow_targets(model: "LoraModel", config: LoraConfig, layers: set[str], followers: set[str]) -> None:
+def _narrow_targets(model: BaseTuner, config: LoraConfig, layers: set[str], followers: set[str]) -> None:
     """Name the layers one by one where the joined targets would reach others than the adapters have."""
     modules = names_of_modules(model.model)
     first: dict[int, str] = {}
@@ -466,7 +462,7 @@ def _warn_about_changed_bases(adapters: Iterable[str], configs: Iterable[LoraCon
         )
 
 
-def _copy_saved_modules(model: "LoraModel", source: str, target: str) -> None:
+def _copy_saved_modules(model: BaseTuner, source: str, target: str) -> None:
     """Copy what one adapter has trained in full."""
     tensors = renamed(model.model.state_dict(), plain_name)
     for name, module in adapter_modules(model.model):

@@ -64,6 +64,7 @@ class OnConvolution:
         return self.get_base_layer().groups
 
     def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
+        """Make the factors, without values; see `LoraLayer`."""
         base = self.get_base_layer()
         if base.groups > 1:
             warn(f"an adapter on a convolution with {base.groups} groups cannot be merged")

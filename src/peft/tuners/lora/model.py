@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy.kinds import stores_weight_transposed
@@ -26,20 +25,11 @@ from ...utils.warning import warn
 from ..base import BaseTuner
 from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig
-from .initialization import check_bases_can_change, showing_progress
-from .layer import (
-    Conv1d,
-    Conv2d,
-    Conv3d,
-    Embedding,
-    Linear,
-    LoraLayer,
-    MultiheadAttention,
-    OutputProjection,
-    ParamWrapper,
-)
+from .layer import LAYER_CLASSES, LoraLayer, ParamWrapper
 from .plain_lora import convert_on_save, without_start
-from .variants import attach_variants, detach_variants, variant_field
+from .starts import check_start, find_start
+from .starts.base_weight import showing_progress
+from .variants import attach_variants, detach_variants, find_variant
 
 
 # fields that ask for something that this version does not have
@@ -68,16 +58,7 @@ class LoraModel(BaseTuner):
 
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
-    layer_classes = {
-        nn.Embedding: Embedding,
-        Conv1D: Linear,
-        NonDynamicallyQuantizableLinear: OutputProjection,  # which nn.MultiheadAttention has
-        nn.Linear: Linear,
-        nn.Conv1d: Conv1d,
-        nn.Conv2d: Conv2d,
-        nn.Conv3d: Conv3d,
-        nn.MultiheadAttention: MultiheadAttention,
-    }
+    layer_classes = LAYER_CLASSES
     layer_parts = {nn.MultiheadAttention: ("out_proj",)}
     parameter_layer_cls = ParamWrapper
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -107,7 +88,7 @@ class LoraModel(BaseTuner):
 
     def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
         super()._check_new_adapter_config(adapter_name, config)
-        variant_field(config)  # refuses what it does not find
+        find_variant(config)  # refuses what it does not find
         asked = [name for name in _NOT_IMPLEMENTED if getattr(config, name)]
         if asked:
             raise PeftNotImplementedError(f"LoRA of this version does not have: {', '.join(asked)}; leave them out")
@@ -238,8 +219,8 @@ class LoraModel(BaseTuner):
         """Refuse an initialisation that cannot make factors of the base weights."""
         arguments_for, ties = self._layer_arguments_for(config), config.target_modules_to_tie or {}
         holders = [{module_of(member) for member in group.members} for group in find_tied_groups(model, True)]
-        check_bases_can_change(
-            config.init_lora_weights,
+        check_start(
+            find_start(config.init_lora_weights),
             {
                 name: (unwrapped(module), module, arguments_for([name])["r"])
                 for name, module in targets.items()
@@ -250,5 +231,5 @@ class LoraModel(BaseTuner):
 
     def _place_layers(self, model: nn.Module, adapter_name: str, config: LoraConfig, *targets: Any) -> None:
         """Create and place the layers, with a bar for what the initialisation computes."""
-        with showing_progress(config.init_lora_weights, len(targets[0])):
+        with showing_progress(find_start(config.init_lora_weights), len(targets[0])):
             super()._place_layers(model, adapter_name, config, *targets)

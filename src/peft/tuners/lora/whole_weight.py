@@ -18,6 +18,7 @@ from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
 from .config import LoraConfig
 from .room import RankAxis
+from .starts import find_start
 
 
 class OnWholeWeight:
@@ -170,6 +171,10 @@ class OnAttention(OnWholeWeight):
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
 
+    def _wrap(self, base_layer: nn.Module) -> None:
+        super()._wrap(base_layer)
+        self.__dict__.update(in_features=self.embed_dim, out_features=3 * self.embed_dim)
+
     def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
         weight = self.get_base_weight()
         if weight is None:
@@ -227,6 +232,12 @@ class OnParameter(OnWholeWeight):
     ranks of the first expert first; in factor B those of all experts take turns.
     """
 
+    def _wrap(self, base_layer: nn.Module) -> None:
+        super()._wrap(base_layer)
+        weight = self.get_base_weight()
+        *experts, rows, columns = weight.shape if weight.dim() > 1 else (1, 1)
+        self.__dict__.update(num_experts=experts[0] if experts else 1, out_features=rows, in_features=columns)
+
     def get_param(self) -> nn.Parameter:
         """Give the parameter that is adapted."""
         return self.get_base_weight()
@@ -249,7 +260,7 @@ class OnParameter(OnWholeWeight):
         if useless:
             raise PeftValueError(f"{', '.join(useless)} does not work with target_parameters; leave it out")
         plain = self.weight_name == "weight" and type(self.get_base_layer()) not in (nn.Embedding, Conv1D)
-        if config.init_lora_weights not in (True, False, None, "gaussian") and not (plain and self.num_experts == 1):
+        if find_start(config.init_lora_weights).needs_matrix and not (plain and self.num_experts == 1):
             raise PeftValueError(
                 f"init_lora_weights={config.init_lora_weights!r} does not work for {self.parameter_name!r} in "
                 "target_parameters; use True or 'gaussian'"

@@ -9,24 +9,23 @@ Greenewald et al., "Activated LoRA: Fine-tuned LLMs for Intrinsics", 2025, arXiv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...layers.call_context import Call, begin, calling, current_call, end, remember
-from ...layers.undo import on_failure
-from ...utils.caches import given_cache
-from ...utils.error import PeftNotImplementedError, PeftValueError
-from ...utils.warning import warn
-from .variants import LoraVariant
-from .whole_weight import OnWholeWeight
+from ....layers.call_context import Call, begin, calling, current_call, end, remember
+from ....layers.undo import on_failure
+from ....utils.caches import given_cache
+from ....utils.error import PeftNotImplementedError, PeftValueError
+from ....utils.warning import warn
+from ..config import LoraConfig
+from ..low_rank import LowRankLayer
+from ..whole_weight import OnWholeWeight
+from .base import LoraVariant
+from .registry import register_variant
 
-
-if TYPE_CHECKING:
-    from .config import LoraConfig
-    from .layer import LoraLayer
 
 # attribute of a cache of keys and values: adapter -> where each of its sequences invokes it
 _STARTS = "_alora_starts"
@@ -34,6 +33,7 @@ _STARTS = "_alora_starts"
 _NEVER = 1 << 40
 
 
+@register_variant("alora_invocation_tokens")
 class ActivatedLora(LoraVariant):
     """
     aLoRA: W x before the invocation tokens of a sequence, W x + scaling * B A x from the first of them on.
@@ -46,11 +46,11 @@ class ActivatedLora(LoraVariant):
     invocations: "Invocations | None" = None
 
     @classmethod
-    def supports(cls, layer: "LoraLayer") -> bool:
+    def supports(cls, layer: LowRankLayer) -> bool:
         """Say whether the layer is a linear one."""
         return isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)) and not isinstance(layer, OnWholeWeight)
 
-    def attach(self, model: nn.Module, adapter: str, config: "LoraConfig") -> None:
+    def attach(self, model: nn.Module, adapter: str, config: LoraConfig) -> None:
         """Have the base model note where its inputs invoke the adapter."""
         self.invocations = Invocations.of(model)
         self.invocations.note(adapter, config.alora_invocation_tokens)
@@ -61,7 +61,7 @@ class ActivatedLora(LoraVariant):
             self.invocations.forget(adapter)
 
     def forward(
-        self, layer: "LoraLayer", adapter: str, x: torch.Tensor, earlier: list[str], *args: Any, **kwargs: Any
+        self, layer: LowRankLayer, adapter: str, x: torch.Tensor, earlier: list[str], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Add the delta at the positions from the invocation on."""
         result = layer.adapted(earlier, x, *args, **kwargs)
@@ -85,13 +85,13 @@ class ActivatedLora(LoraVariant):
         return torch.where(is_active, (result + layer.delta_forward(adapter, x)).to(result.dtype), result)
 
     def forward_rows(
-        self, layer: "LoraLayer", adapter: str, rows: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any
+        self, layer: LowRankLayer, adapter: str, rows: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Compute samples of a batch, each from its own invocation on."""
         with calling(notes={self: rows}):
             return super().forward_rows(layer, adapter, rows, x, *args, **kwargs)
 
-    def check_mergeable(self, layer: "LoraLayer", adapter: str) -> None:
+    def check_mergeable(self, layer: LowRankLayer, adapter: str) -> None:
         """
         Refuse to merge.
 
@@ -235,7 +235,7 @@ def find_invocations(ids: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
 
 
 def calculate_alora_offsets(
-    peft_config: "Mapping[str, LoraConfig]",
+    peft_config: Mapping[str, LoraConfig],
     active_adapter: str,
     input_ids: torch.Tensor,
     adapter_names: Sequence[str] | None = None,
@@ -257,7 +257,7 @@ def calculate_alora_offsets(
 
         >>> import torch
         >>> from peft import LoraConfig
-        >>> from peft.tuners.lora.alora import calculate_alora_offsets
+        >>> from peft.tuners.lora.variants import calculate_alora_offsets
         >>> config = LoraConfig(alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
         >>> calculate_alora_offsets({"default": config}, "default", torch.tensor([[1, 5, 6, 2], [1, 2, 3, 4]]))
         [3, None]

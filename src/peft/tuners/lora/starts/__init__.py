@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""How LoRA's factors start: strategies by the value of `init_lora_weights`, a file for each kind."""
+
+from .olora import Olora
+from .pissa import Pissa
+from .random import Gaussian, Neutral, Orthogonal, Random
+from .registry import Start, changes_base, check_start, find_start, register_start
+
+
+__all__ = [
+    "Gaussian",
+    "Neutral",
+    "Olora",
+    "Orthogonal",
+    "Pissa",
+    "Random",
+    "Start",
+    "changes_base",
+    "check_start",
+    "find_start",
+    "register_start",
+]

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+Starts that make the factors from the base weight and take their product out of it.
+
+That is put off until all layers of an injection are made (`deferring_base_changes`), so that an injection or a load
+that is refused halfway has changed no weight.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ....anatomy.kinds import stores_weight_transposed
+from ....layers.base_changes import change_base
+from ....layers.base_layer import BaseTunerLayer
+from ....utils.computed_weights import find_computed_weight
+from ....utils.error import PeftRuntimeError, PeftTypeError, PeftValueError
+from ....utils.quantization_utils import resolve_quantization_backend
+from ..low_rank import LowRankLayer
+from .random import Neutral
+from .registry import Start
+
+
+_PROGRESS: ContextVar[tqdm | None] = ContextVar("start_progress", default=None)
+
+
+@contextmanager
+def showing_progress(start: Start, layers: int) -> Iterator[None]:
+    """
+    Show a bar for starts that take longer than a moment, where somebody can see it.
+
+    Args:
+        start: the strategy.
+        layers: how many layers are going to be started.
+    """
+    if not start.changes_base:
+        yield
+        return
+    with tqdm(total=layers, desc=str(start.name), disable=None, delay=2, leave=False) as bar:
+        token = _PROGRESS.set(bar)
+        try:
+            yield
+        finally:
+            _PROGRESS.reset(token)
+
+
+class FromBaseWeight(Start):
+    """Factors that are a part of the base weight, which keeps the rest. An embedding starts neutrally."""
+
+    changes_base = True
+
+    @abstractmethod
+    def factorise(self, weight: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Factorise a matrix; scaling times the product is taken out of it.
+
+        Args:
+            weight: (out, in), float32 or float64.
+            rank: rank of the factors.
+            scaling: factor that the adapter multiplies the product with.
+
+        Returns:
+            B (out, rank) and A (rank, in).
+        """
+
+    def changes_base_of(self, base: nn.Module) -> bool:
+        """Say no for embeddings."""
+        return not isinstance(base, nn.Embedding)
+
+    def start(self, layer: LowRankLayer, adapter: str) -> None:
+        """
+        Make the factors now, and have the weight changed.
+
+        Raises:
+            Exception: what `refusal` gives.
+        """
+        if layer.is_embedding:
+            Neutral(True).start(layer, adapter)
+            return
+        refusal = self.refusal(layer.get_base_layer(), layer.r[adapter], layer, adapter)
+        if refusal is not None:
+            raise refusal
+        weight = layer.get_base_weight()
+        matrix = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+        transposed = stores_weight_transposed(layer.get_base_layer())
+        b, a = self.factorise(matrix.T if transposed else matrix, layer.r[adapter], layer.scaling[adapter])
+        into, out = layer.factor_weights(adapter)
+        into.copy_(a)
+        out.copy_(b)
+        left, right = (a.T, b.T) if transposed else (b, a)
+        change_base((id(layer), adapter), lambda: _take_out(layer, adapter, left, right))
+        bar = _PROGRESS.get()
+        if bar is not None:
+            bar.update()
+
+    def refusal(
+        self, base: nn.Module, rank: int, layer: nn.Module | None = None, adapter: str | None = None
+    ) -> Exception | None:
+        """Say what stands against factors made from a base weight; see `Start.refusal`."""
+        if not self.changes_base_of(base):
+            return None
+        return self._refusal_of_weight(base, rank) or self._refusal_of_neighbours(base, layer, adapter)
+
+    def _refusal_of_weight(self, base: nn.Module, rank: int) -> Exception | None:
+        weight, kind = getattr(base, "weight", None), type(base).__name__
+        value = f"init_lora_weights={self.name!r}"
+        backend = resolve_quantization_backend(base)
+        if backend is not None:
+            return PeftTypeError(
+                f"{value} changes the base weight, which is quantised here ({backend.name}); start the adapter before "
+                "the model is quantised, or use another initialisation"
+            )
+        computed = find_computed_weight(base, "weight")
+        if computed is not None:
+            return PeftValueError(
+                f"{value} changes the base weight, which a {kind} layer computes anew in each forward pass "
+                f"({computed.kind}); use another initialisation, or take the parametrisation off first"
+            )
+        if weight is None or weight.dim() != 2:
+            return PeftValueError(
+                f"{value} works for matrices, not for the weight of a {kind}; use True or 'gaussian'"
+            )
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            return PeftTypeError(
+                f"{value} needs a base weight in float32, float64, bfloat16 or float16, found {weight.dtype}; start "
+                "the adapter before the model is quantised"
+            )
+        if weight.is_meta:
+            return PeftValueError(f"{value} reads the base weights, which are on the meta device; load them first")
+        if rank > min(weight.shape):
+            return PeftValueError(
+                f"{value} cannot give factors of rank {rank} for a {kind} of shape {tuple(weight.shape)}; use r <= "
+                f"{min(weight.shape)}, or rank_pattern for this layer"
+            )
+        return None
+
+    def _refusal_of_neighbours(
+        self, base: nn.Module, layer: nn.Module | None, adapter: str | None
+    ) -> Exception | None:
+        if not isinstance(layer, BaseTunerLayer):
+            return None
+        if layer.__dict__.get("base_changed_by") is not None:
+            return PeftRuntimeError(
+                f"the base weight of a {type(base).__name__} has been changed by adapter {layer.base_changed_by!r} "
+                f"already, so init_lora_weights={self.name!r} would start from what is left of it; load the base "
+                "model again. To use two such adapters in one model, save each with "
+                "path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+            )
+        others = sorted(layer.available_adapters - {adapter})
+        if others:
+            return PeftValueError(
+                f"init_lora_weights={self.name!r} changes the base weights, and other adapters ({', '.join(others)}) "
+                "stand on them; load this adapter first, or convert it to plain LoRA with "
+                "path_initial_model_for_weight_conversion"
+            )
+        return None
+
+
+@torch.no_grad()
+def _take_out(layer: LowRankLayer, adapter: str, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Subtract a product of factors from a base weight, which stays the same parameter."""
+    weight = layer.get_base_weight()
+    if left.dtype == weight.dtype:
+        weight.addmm_(left, right, alpha=-layer.scaling[adapter])
+    else:
+        weight.copy_(weight.to(left.dtype).addmm_(left, right, alpha=-layer.scaling[adapter]))
+    layer.__dict__["base_changed_by"] = adapter

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""What an adapter of LoRA may do otherwise: strategies, by what in the config asks for them, a file for each."""
+
+from .alora import ActivatedLora, calculate_alora_offsets
+from .base import LoraVariant
+from .dora import Dora
+from .registry import (
+    attach_variants,
+    detach_variants,
+    find_variant,
+    make_variant,
+    names_asked_for,
+    register_variant,
+)
+
+
+__all__ = [
+    "ActivatedLora",
+    "Dora",
+    "LoraVariant",
+    "attach_variants",
+    "calculate_alora_offsets",
+    "detach_variants",
+    "find_variant",
+    "make_variant",
+    "names_asked_for",
+    "register_variant",
+]

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""
+DoRA: magnitude and direction of a weight are learned apart.
+
+Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, arXiv:2402.09353.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ....anatomy.kinds import along_features, can_use_weight, feature_axis
+from ....utils.error import PeftRuntimeError, PeftValueError
+from ....utils.integrations import gather_params_ctx
+from ..config import LoraConfig
+from ..low_rank import LowRankLayer
+from ..starts import Start
+from ..whole_weight import OnWholeWeight
+from .base import LoraVariant
+from .registry import register_variant
+
+
+# Whether norms are kept from one forward pass to the next; `peft.helpers.DoraCaching` changes it. Torch does not count
+# writes through `.data`, so a norm can be out of date without a sign of it, and only who asks for it has it kept.
+ENABLE_DORA_CACHING = False
+
+# how often caching was switched; nothing is kept from one time to the next
+_switched = 0
+
+
+def switch_caching(enabled: bool) -> None:
+    """
+    Say whether norms are kept; what was kept before is not used again.
+
+    Args:
+        enabled: whether they are.
+    """
+    global ENABLE_DORA_CACHING, _switched
+    ENABLE_DORA_CACHING = enabled
+    _switched += 1
+
+
+# numbers of a weight in half precision that are merged at a time
+_MERGED_AT_A_TIME = 1 << 22
+
+
+class Magnitude(nn.Module):
+    """
+    The magnitudes of one adapter.
+
+    Args:
+        weight: one number per output feature, (out,), for convolutions (1, out, 1, ...).
+    """
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+
+class Kept:
+    """
+    Something that was computed from tensors, for as long as they stay as they are.
+
+    A tensor counts as changed if its storage is another one or was written to, but for writes through `.data`, which
+    torch does not count. The storages are not kept alive, and nothing is kept of tensors that count no changes.
+
+    Args:
+        value: no inference tensor, so that autograd can keep it too.
+        tensors: what it was computed from.
+        number: a number that it was computed from.
+    """
+
+    def __init__(self, value: torch.Tensor, tensors: tuple[torch.Tensor, ...], number: float):
+        self._value, self._number, self._switched = value, number, _switched
+        self._seen = [(StorageWeakRef(t.untyped_storage()), t._version) for t in tensors]
+
+    def get(self, tensors: tuple[torch.Tensor, ...], number: float) -> torch.Tensor | None:
+        """Give the value, or None if a tensor or the number has changed, or caching was switched."""
+        if self._switched != _switched:
+            return None
+        for (storage, version), tensor in zip(self._seen, tensors, strict=True):
+            if version != tensor._version or storage.cdata != tensor.untyped_storage()._cdata:
+                return None
+        return self._value if number == self._number else None
+
+    @staticmethod
+    def is_possible(tensors: tuple[torch.Tensor, ...]) -> bool:
+        """Say whether something can be kept at all: changes of the tensors are counted."""
+        if torch.compiler.is_compiling():
+            return False
+        try:
+            return not any(t.is_inference() or t.is_meta or t.untyped_storage() is None for t in tensors)
+        except NotImplementedError:  # tensors inside of `torch.func.vmap` and the like have no storage
+            return False
+
+
+@register_variant("use_dora")
+class Dora(LoraVariant):
+    """
+    DoRA: m * (W + scaling * B A) / ||W + scaling * B A||, with a magnitude m per output feature.
+
+    The norm is that of the direction of each output feature, taken with the base weight alone, whichever adapters
+    are active besides, and is a constant in the gradient (section 4.3 of the paper).
+    """
+
+    name = "DoRA (use_dora)"
+    # Neither is part of the object's state, so that copies and pickles start without.
+    _norm: Kept | None = None
+    _norm_before_merge: torch.Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def supports(cls, layer: LowRankLayer) -> bool:
+        """Say whether the layer is one of the kinds that apply their weight to an input."""
+        return can_use_weight(layer.get_base_layer()) and not isinstance(layer, OnWholeWeight)
+
+    def make(self, layer: LowRankLayer, adapter: str, config: LoraConfig) -> None:
+        """Make the magnitudes."""
+        dimensions = 2 + len(getattr(layer.get_base_layer(), "kernel_size", ()))
+        shape = (1, layer.out_features, *[1] * (dimensions - 2)) if dimensions > 2 else (layer.out_features,)
+        layer.container("lora_magnitude_vector")[adapter] = Magnitude(layer.new_parameter(*shape))
+
+    def start(self, layer: LowRankLayer, adapter: str, start: Start) -> None:
+        """Start the factors, and the magnitudes so that the weight is W + scaling * B A at first."""
+        magnitude = layer.lora_magnitude_vector[adapter].weight
+        is_known = not (magnitude.is_meta or layer.get_base_weight().is_meta)
+        # where the start takes B A out of W, the sum is what W was
+        norm = weight_norm(layer, None) if is_known and start.changes_base else None
+        start.start(layer, adapter)
+        if is_known:
+            norm = weight_norm(layer, adapter) if norm is None else norm
+            magnitude.copy_(norm.view_as(magnitude))
+
+    def saved_key(self, key: str) -> str:
+        """Leave the name of the parameter out, as checkpoints do."""
+        return key.removesuffix(".weight") if key.startswith("lora_magnitude_vector") else key
+
+    def adapter_aliases(self, layer: LowRankLayer, adapter: str) -> Iterator[tuple[str, str, bool]]:
+        """Yield the magnitudes, for layers whose output features are those of the owner."""
+        if not _meets_input(layer, adapter):
+            yield "lora_magnitude_vector", f"lora_magnitude_vector.{adapter}.weight", False
+
+    def forget(self) -> None:
+        """Drop norms that were kept."""
+        self._norm = None
+
+    def scale(self, layer: LowRankLayer, adapter: str) -> torch.Tensor:
+        """
+        Compute what each feature of W + scaling * B A is multiplied by: magnitude over norm, (out,).
+
+        Args:
+            layer: the layer that has the adapter's tensors.
+            adapter: name.
+        """
+        return layer.lora_magnitude_vector[adapter].weight.flatten() / self._norm_of(layer, adapter)
+
+    def _norm_of(self, layer: LowRankLayer, adapter: str) -> torch.Tensor:
+        """Compute the norm, or take the one that was kept; that needs to be asked for, and is for evaluation only."""
+        if layer.training or not ENABLE_DORA_CACHING:
+            return weight_norm(layer, adapter)
+        tensors, scaling = (layer.stored_weight(), *layer.delta_factors(adapter)), layer.scaling[adapter]
+        if not Kept.is_possible(tensors):
+            return weight_norm(layer, adapter)
+        kept = self._norm
+        norm = kept.get(tensors, scaling) if kept is not None else None
+        if norm is None:
+            with torch.inference_mode(False):
+                norm = weight_norm(layer, adapter)
+            self._norm = Kept(norm, tensors, scaling)
+        return norm
+
+    # ------------------------------------------------------------------------------------------------------- forward
+    def forward(
+        self, layer: LowRankLayer, adapter: str, x: torch.Tensor, earlier: list[str], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """
+        Scale the outputs, or the inputs where a tied owner's output features are inputs here.
+
+        That is how a follower of another kind computes with the owner's weight, without that weight being built.
+        """
+        source, base = layer.source(adapter), layer.get_base_layer()
+        scale = self.scale(source, adapter)
+        on_input = _meets_input(layer, adapter)
+        if on_input and not isinstance(base, nn.Embedding):
+            x = (x * along_features(base, scale)).to(x.dtype)
+            return super().forward(layer, adapter, x, earlier, *args, **kwargs)
+        before = layer.adapted(earlier, x, *args, **kwargs)
+        result = before + layer.delta_forward(adapter, x)
+        bias = layer.bias_with(earlier)
+        if on_input:  # each token has a factor
+            result = result * F.embedding(x, scale.unsqueeze(-1))
+        elif bias is None:
+            result = result * along_features(base, scale)
+        else:  # which is in the result already, and is not scaled
+            result = torch.addcmul(along_features(base, bias - bias * scale), result, along_features(base, scale))
+        return result.to(before.dtype)
+
+    def forward_rows(self, layer: LowRankLayer, adapter: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """
+        Refuse an adapter per sample.
+
+        Raises:
+            PeftValueError: always, as release 0.21.2 does.
+        """
+        raise PeftValueError(
+            f"adapter_names holds {adapter!r}, and does not work with DoRA (use_dora); compute a batch per adapter"
+        )
+
+    # ------------------------------------------------------------------------------------------------------- merging
+    def prepare_merge(self, layer: LowRankLayer, adapter: str) -> None:
+        """Compute the norm while the base weight is itself."""
+        self._norm_before_merge = weight_norm(layer, adapter, weight=layer.weight_before_merge())
+
+    def merge_weight_(self, layer: LowRankLayer, adapter: str, weight: torch.Tensor) -> None:
+        """Replace the weight by the scaled sum, some rows at a time."""
+        norm, self._norm_before_merge = self._norm_before_merge, None
+        if norm is None:
+            norm = weight_norm(layer, adapter, weight=layer.weight_before_merge())
+        scale = layer.lora_magnitude_vector[adapter].weight.flatten() / norm
+        scale = scale.to(weight.device)
+        left, right = (factor.to(weight.device) for factor in layer.delta_factors(adapter))
+        is_last = feature_axis(layer.get_base_layer(), of_input=False) == 1
+        matrix = weight.flatten(1)  # a copy, if the weight is stored otherwise
+        count = max(1, _MERGED_AT_A_TIME // max(1, matrix.shape[1]))
+        for start in range(0, matrix.shape[0], count):
+            rows = slice(start, start + count)
+            total = torch.addmm(matrix[rows].to(left.dtype), left[rows], right, alpha=layer.scaling[adapter])
+            matrix[rows] = total.mul_(scale if is_last else scale[rows].unsqueeze(1))
+        if matrix.data_ptr() != weight.data_ptr():
+            weight.copy_(matrix.view(weight.shape))
+
+    def unmerge_weight_(self, layer: LowRankLayer, adapter: str, weight: torch.Tensor) -> None:
+        """There is no way back but the copy that is kept."""
+        raise PeftRuntimeError("a merged DoRA adapter cannot be computed out of a weight")
+
+    def can_unmerge(self) -> bool:
+        """Ask for a copy of the weight, which is then restored bit for bit."""
+        return False
+
+
+def _meets_input(layer: LowRankLayer, adapter: str) -> bool:
+    """Say whether the features that have a magnitude are input features of a layer: one that follows another kind."""
+    owner = layer.source(adapter).get_base_layer()
+    return feature_axis(owner, of_input=False) != feature_axis(layer.get_base_layer(), of_input=False)
+
+
+def _by_feature(layer: LowRankLayer, matrix: torch.Tensor) -> torch.Tensor:
+    """Turn a matrix of the base weight's layout so that each output feature is a row."""
+    return matrix.T if feature_axis(layer.get_base_layer(), of_input=False) == 1 else matrix.flatten(1)
+
+
+@torch.no_grad()
+def base_squares(layer: LowRankLayer, weight: torch.Tensor) -> torch.Tensor:
+    """
+    Compute the squared norm of each output feature of a weight.
+
+    Args:
+        layer: says how the weight is laid out.
+        weight: the base weight.
+
+    Returns:
+        (out,) in float32 at least.
+    """
+    with gather_params_ctx(weight):
+        rows = _by_feature(layer, weight)
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square_()
+
+
+@torch.no_grad()
+def weight_norm(
+    layer: LowRankLayer,
+    adapter: str | None,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Compute ||W + s B A|| for each output feature, without B A.
+
+    ||w + s b A||^2 = ||w||^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>, for rows w of W and b of B.
+
+    Args:
+        layer: the layer that has the adapter's tensors.
+        adapter: name; None for the norm of W alone.
+        weight: W; the base weight if left out, without what is merged.
+
+    Returns:
+        (out,) in float32 at least, and never 0.
+    """
+    weight = layer.weight_before_merge() if weight is None else weight
+    squares = base_squares(layer, weight)
+    if adapter is not None:
+        with gather_params_ctx(weight), torch.autocast(weight.device.type, enabled=False):
+            squares = squares + _squares_added(layer, adapter, weight, squares.dtype)
+    return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt_()
+
+
+def _squares_added(layer: LowRankLayer, adapter: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Compute what B A adds to the squared norms."""
+    scaling, groups = layer.scaling[adapter], getattr(layer.get_base_layer(), "groups", 1)
+    b, a = (factor.to(weight.device, dtype) for factor in layer.delta_factors(adapter))
+    if feature_axis(layer.get_base_layer(), of_input=False) == 1:  # each output feature shall be a row
+        b, a = a.T, b.T
+    rows = _by_feature(layer, weight)
+    if groups > 1:
+        # The delta of a grouped convolution does not have the shape of its weight. In its place, release 0.21.2 takes
+        # the product of the factors in the order of their storage, and adapters are trained with that.
+        b = b.reshape(-1, a.shape[0])
+        rows, a = (
+            matrix.view(len(matrix), -1, rows.shape[1]).transpose(0, 1) for matrix in (rows.view(len(b), -1), a)
+        )
+    gram = a @ a.mT
+    met = (rows @ a.mT.to(rows.dtype)).to(dtype)
+    added = ((2 * scaling * met + scaling * scaling * (b @ gram)) * b).sum(-1)
+    return added if groups == 1 else added.T.flatten()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""The variants of LoRA by the names that they are registered under, and which of them a config asks for."""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from torch import nn
+
+from ....anatomy.walking import adapter_modules
+from ....utils.error import PeftNotImplementedError, PeftValueError
+from ..config import LoraConfig
+from ..low_rank import LowRankLayer
+from .base import LoraVariant
+
+
+# fields that ask for variants of later versions of this package
+_PLANNED = ("velora_config", "monteclora_config", "arrow_config", "kasa_config", "use_bdlora")
+
+_VARIANTS: dict[str, type[LoraVariant]] = {}
+
+VariantClass = TypeVar("VariantClass", bound=type[LoraVariant])
+
+
+def register_variant(name: str) -> Callable[[VariantClass], VariantClass]:
+    """
+    Make a decorator that enters a variant.
+
+    Args:
+        name: the field of the config that asks for it, unless its `is_asked` looks at something else, such as the
+            value of `init_lora_weights`.
+
+    Raises:
+        PeftValueError: if the name is taken.
+
+    Example:
+
+        >>> from peft.tuners.lora import LoraVariant, register_variant
+        >>> @register_variant("use_nothing_else")
+        ... class NothingElse(LoraVariant):
+        ...     name = "plain LoRA by another name"
+        >>> NothingElse.field
+        'use_nothing_else'
+    """
+
+    def enter(variant_cls: VariantClass) -> VariantClass:
+        if name in _VARIANTS or name in _PLANNED:
+            raise PeftValueError(f"a variant named {name!r} is registered already; choose another name")
+        variant_cls.field = name
+        _VARIANTS[name] = variant_cls
+        return variant_cls
+
+    return enter
+
+
+def names_asked_for(config: LoraConfig) -> list[str]:
+    """
+    Name the variants that a config asks for, those of later versions of this package too.
+
+    Args:
+        config: an adapter's config.
+    """
+    asked = [name for name, variant_cls in _VARIANTS.items() if variant_cls.is_asked(config)]
+    return asked + [name for name in _PLANNED if getattr(config, name, None)]
+
+
+def find_variant(config: LoraConfig) -> type[LoraVariant] | None:
+    """
+    Find the variant that a config asks for.
+
+    Args:
+        config: an adapter's config.
+
+    Raises:
+        PeftValueError: if it asks for two variants at once.
+        PeftNotImplementedError: if this version does not have the variant.
+    """
+    asked = names_asked_for(config)
+    if not asked:
+        return None
+    if len(asked) > 1:
+        raise PeftValueError(f"{', '.join(asked)} cannot be combined; ask for one of them")
+    if asked[0] in _PLANNED:
+        raise PeftNotImplementedError(f"LoRA of this version does not have: {asked[0]}; leave it out")
+    return _VARIANTS[asked[0]]
+
+
+def make_variant(layer: LowRankLayer, adapter: str, config: LoraConfig) -> LoraVariant | None:
+    """
+    Make the strategy of an adapter, if its config asks for one.
+
+    Args:
+        layer: a layer that is about to get the adapter.
+        adapter: name.
+        config: its config.
+    """
+    variant_cls = find_variant(config)
+    return None if variant_cls is None else variant_cls(layer, adapter, config)
+
+
+def attach_variants(model: nn.Module, adapter: str, config: LoraConfig) -> None:
+    """Let the variants of an adapter do what they have to do on the model."""
+    if find_variant(config) is not None:
+        for variant in _variants_of(model, [adapter]):
+            variant.attach(model, adapter, config)
+
+
+def detach_variants(model: nn.Module, adapters: Iterable[str]) -> None:
+    """Undo `attach_variants`."""
+    for adapter in adapters:
+        for variant in _variants_of(model, [adapter]):
+            variant.detach(adapter)
+
+
+def _variants_of(model: nn.Module, adapters: list[str]) -> list[LoraVariant]:
+    layers = [module for _, module in adapter_modules(model) if getattr(module, "variants", None)]
+    return [layer.variants[adapter] for layer in layers for adapter in adapters if adapter in layer.variants]
