@@ -251,9 +251,7 @@ def _as_matrices(layer: LoraLayer, adapter: str) -> Factors:
 
 
 def _part(layer: LoraLayer, adapter: str, weight: float) -> Part:
-    bias = None
-    if layer.lora_bias[adapter]:
-        bias = layer.lora_B[adapter].bias.detach()
+    bias = layer.lora_B[adapter].bias.detach() if layer.lora_bias[adapter] else None
     return Part(_as_matrices(layer, adapter), layer.scaling[adapter], weight, bias)
 
 

@@ -2,7 +2,6 @@
 # peft: the fork in which tied weights stay tied
 """LoRA's layers: one class per kind of base layer, each a few lines on top of the additive rule."""
 
-import math
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from .config import LoraConfig
 from .conv import OnConvolution
 from .mixed_batch import MixedBatches
 from .starts import find_start
-from .starts.methods import StartMethods
 from .variants import LoraVariant, make_variant
 from .variants.layer import VariantLayer
 from .whole_weight import OnAttention, OnOutputProjection, OnParameter, warn_of_dropout
@@ -44,7 +42,7 @@ __all__ = [
 ]
 
 
-class LoraLayer(StartMethods, MixedBatches, VariantLayer):
+class LoraLayer(MixedBatches, VariantLayer):
     """
     What LoRA's layers share: a product of two factors, how it starts, and what variants make of it.
 
@@ -91,12 +89,10 @@ class LoraLayer(StartMethods, MixedBatches, VariantLayer):
         if not isinstance(r, int) or r <= 0:
             raise PeftValueError(f"the rank r must be a positive integer, found {r!r}")
         variant = make_variant(self, adapter_name, config)
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.use_dora[adapter_name] = config.use_dora
-        self.use_rslora[adapter_name] = config.use_rslora
-        self.lora_bias[adapter_name] = config.lora_bias
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        for name in ("use_dora", "use_rslora", "lora_bias"):
+            getattr(self, name)[adapter_name] = getattr(config, name)
+        self.scaling[adapter_name] = self._configured_scaling(adapter_name)
         self.lora_dropout[adapter_name] = make_dropout(config)
         self._make_factors(adapter_name, r, config)
         if variant is not None:
@@ -126,6 +122,22 @@ class LoraLayer(StartMethods, MixedBatches, VariantLayer):
             start.start(self, adapter_name)
         else:
             variant.start(self, adapter_name, start)
+
+    # ------------------------------------------------------------- starts, by the names of the released package
+    @torch.no_grad()
+    def pissa_init(self, adapter_name: str, init_lora_weights: str) -> None:
+        """Start an adapter by PiSSA; `init_lora_weights` is "pissa" or "pissa_niter_N"."""
+        find_start(init_lora_weights).start(self, adapter_name)
+
+    @torch.no_grad()
+    def olora_init(self, adapter_name: str) -> None:
+        """Start an adapter by OLoRA."""
+        find_start("olora").start(self, adapter_name)
+
+    @torch.no_grad()
+    def orthogonal_init(self, adapter_name: str) -> None:
+        """Start an adapter with orthogonal halves."""
+        find_start("orthogonal").start(self, adapter_name)
 
 
 def make_dropout(config: LoraConfig) -> nn.Module:
@@ -375,7 +387,5 @@ def dispatch_default(
         The layer, or None if LoRA has none for that kind.
     """
     base = unwrapped(target)
-    for kind, layer_cls in LAYER_CLASSES.items():
-        if isinstance(base, kind):
-            return layer_cls(target, adapter_name, config=config, **kwargs)
-    return None
+    layer_cls = next((layer_cls for kind, layer_cls in LAYER_CLASSES.items() if isinstance(base, kind)), None)
+    return None if layer_cls is None else layer_cls(target, adapter_name, config=config, **kwargs)

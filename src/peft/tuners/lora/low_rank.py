@@ -191,9 +191,7 @@ class LowRankLayer(Scaled, AdditiveLayer):
         Returns:
             The output, in the type of the base layer's.
         """
-        if not adapters:
-            return self.base_layer(x, *args, **kwargs)
-        return self.adapter_forward(adapters, x, *args, **kwargs)
+        return self.adapter_forward(adapters, x, *args, **kwargs) if adapters else self.base_layer(x, *args, **kwargs)
 
     # -------------------------------------------------------------------------------------------------- B's own bias
     def check_mergeable(self, adapter_name: str) -> None:

@@ -32,10 +32,6 @@ from .starts.base_weight import showing_progress
 from .variants import attach_variants, detach_variants, find_variant
 
 
-# fields that ask for something that this version does not have
-_NOT_IMPLEMENTED = ("megatron_config",)
-
-
 class LoraModel(BaseTuner):
     """
     A model with LoRA layers in it (Hu et al. 2021, arXiv:2106.09685).
@@ -89,9 +85,8 @@ class LoraModel(BaseTuner):
     def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
         super()._check_new_adapter_config(adapter_name, config)
         find_variant(config)  # refuses what it does not find
-        asked = [name for name in _NOT_IMPLEMENTED if getattr(config, name)]
-        if asked:
-            raise PeftNotImplementedError(f"LoRA of this version does not have: {', '.join(asked)}; leave them out")
+        if config.megatron_config:
+            raise PeftNotImplementedError("LoRA of this version does not have: megatron_config; leave them out")
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LoraConfig) -> None:
         """
@@ -231,5 +226,5 @@ class LoraModel(BaseTuner):
 
     def _place_layers(self, model: nn.Module, adapter_name: str, config: LoraConfig, *targets: Any) -> None:
         """Create and place the layers, with a bar for what the initialisation computes."""
-        with showing_progress(find_start(config.init_lora_weights), len(targets[0])):
+        with showing_progress(config.init_lora_weights, len(targets[0])):
             super()._place_layers(model, adapter_name, config, *targets)

@@ -33,18 +33,13 @@ class OnWholeWeight:
     factor_layout = (("lora_B", False), ("lora_A", False))
     supports_mixed_batch = False
 
-    @property
-    def applied_adapters(self) -> list[str]:
-        """Names of the adapters that the base layer has to be given at the moment."""
-        return self.adapters_to_apply()
-
     def adapted_weight(self) -> torch.Tensor:
         """Compute the base weight with the active adapters, in the weight's type."""
-        return self._with_deltas(self.applied_adapters)
+        return self._with_deltas(self.adapters_to_apply())
 
     def adapted_bias(self) -> torch.Tensor | None:
         """Compute the base bias with those that active adapters may have."""
-        return self._with_biases(self.applied_adapters)
+        return self._with_biases(self.adapters_to_apply())
 
     def _with_deltas(self, adapters: list[str]) -> torch.Tensor:
         weight = self.get_base_weight()

@@ -24,25 +24,25 @@ from ....utils.error import PeftRuntimeError, PeftTypeError, PeftValueError
 from ....utils.quantization_utils import resolve_quantization_backend
 from ..low_rank import LowRankLayer
 from .random import Neutral
-from .registry import Start
+from .registry import Start, changes_base
 
 
 _PROGRESS: ContextVar[tqdm | None] = ContextVar("start_progress", default=None)
 
 
 @contextmanager
-def showing_progress(start: Start, layers: int) -> Iterator[None]:
+def showing_progress(name: bool | str | None, layers: int) -> Iterator[None]:
     """
     Show a bar for starts that take longer than a moment, where somebody can see it.
 
     Args:
-        start: the strategy.
+        name: value of `init_lora_weights`.
         layers: how many layers are going to be started.
     """
-    if not start.changes_base:
+    if not changes_base(name):
         yield
         return
-    with tqdm(total=layers, desc=str(start.name), disable=None, delay=2, leave=False) as bar:
+    with tqdm(total=layers, desc=str(name), disable=None, delay=2, leave=False) as bar:
         token = _PROGRESS.set(bar)
         try:
             yield
@@ -69,10 +69,6 @@ class FromBaseWeight(Start):
             B (out, rank) and A (rank, in).
         """
 
-    def changes_base_of(self, base: nn.Module) -> bool:
-        """Say no for embeddings."""
-        return not isinstance(base, nn.Embedding)
-
     def start(self, layer: LowRankLayer, adapter: str) -> None:
         """
         Make the factors now, and have the weight changed.
@@ -95,17 +91,16 @@ class FromBaseWeight(Start):
         out.copy_(b)
         left, right = (a.T, b.T) if transposed else (b, a)
         change_base((id(layer), adapter), lambda: _take_out(layer, adapter, left, right))
-        bar = _PROGRESS.get()
-        if bar is not None:
+        if (bar := _PROGRESS.get()) is not None:
             bar.update()
 
     def refusal(
         self, base: nn.Module, rank: int, layer: nn.Module | None = None, adapter: str | None = None
     ) -> Exception | None:
         """Say what stands against factors made from a base weight; see `Start.refusal`."""
-        if not self.changes_base_of(base):
+        if isinstance(base, nn.Embedding):
             return None
-        return self._refusal_of_weight(base, rank) or self._refusal_of_neighbours(base, layer, adapter)
+        return self._refusal_of_weight(base, rank) or self._refusal_of_others(base, layer, adapter)
 
     def _refusal_of_weight(self, base: nn.Module, rank: int) -> Exception | None:
         weight, kind = getattr(base, "weight", None), type(base).__name__
@@ -140,9 +135,7 @@ class FromBaseWeight(Start):
             )
         return None
 
-    def _refusal_of_neighbours(
-        self, base: nn.Module, layer: nn.Module | None, adapter: str | None
-    ) -> Exception | None:
+    def _refusal_of_others(self, base: nn.Module, layer: nn.Module | None, adapter: str | None) -> Exception | None:
         if not isinstance(layer, BaseTunerLayer):
             return None
         if layer.__dict__.get("base_changed_by") is not None:

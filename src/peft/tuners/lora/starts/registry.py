@@ -4,7 +4,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from typing import TypeVar
 
 from torch import nn
 
@@ -17,8 +16,6 @@ _PLANNED = ("eva", "corda", "loftq", "mica", "lora_ga")
 
 _STARTS: dict[bool | str, type["Start"]] = {}
 
-StartClass = TypeVar("StartClass", bound="type[Start]")
-
 
 class Start(ABC):
     """
@@ -28,8 +25,8 @@ class Start(ABC):
         name: the value, as the config has it.
 
     Attributes:
-        changes_base: whether the product of the factors is taken out of base weights. See `FromBaseWeight`, which
-            does it, and puts it off until all layers of an injection are made.
+        changes_base: whether the product of the factors is taken out of base weights, but for those of embeddings.
+            See `FromBaseWeight`, which does it, and puts it off until all layers of an injection are made.
         needs_matrix: whether it works for weights that are matrices only, and not for experts, whose factors hold
             one after the other.
         family: what to tell of the values beside the registered one, if there are such.
@@ -51,15 +48,6 @@ class Start(ABC):
             name: the value in lower case.
         """
         return None
-
-    def changes_base_of(self, base: nn.Module) -> bool:
-        """
-        Say whether a base layer's weight is changed.
-
-        Args:
-            base: the base layer.
-        """
-        return self.changes_base
 
     def refusal(
         self, base: nn.Module, rank: int, layer: nn.Module | None = None, adapter: str | None = None
@@ -91,7 +79,7 @@ class Start(ABC):
         """
 
 
-def register_start(name: bool | str) -> Callable[[StartClass], StartClass]:
+def register_start(name: bool | str) -> Callable[[type[Start]], type[Start]]:
     """
     Make a decorator that enters a strategy, so that `init_lora_weights=name` finds it.
 
@@ -118,7 +106,7 @@ def register_start(name: bool | str) -> Callable[[StartClass], StartClass]:
         [[1.0, 1.0]]
     """
 
-    def enter(start_cls: StartClass) -> StartClass:
+    def enter(start_cls: type[Start]) -> type[Start]:
         key = _key(name)
         if key in _STARTS:
             raise PeftValueError(f"a start named {name!r} is registered already; choose another name")
@@ -180,7 +168,7 @@ def check_start(
         refusal = start.refusal(base, rank, layer)
         if refusal is not None:
             raise type(refusal)(f"{target!r}: {refusal}")
-        if not start.changes_base_of(base):
+        if not start.changes_base or isinstance(base, nn.Embedding):
             continue
         apart = next((holders for holders in shared if target in holders and len(holders) > 1), None)
         if apart:

@@ -3,7 +3,6 @@
 """The variants of LoRA by the names that they are registered under, and which of them a config asks for."""
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
 
 from torch import nn
 
@@ -19,10 +18,8 @@ _PLANNED = ("velora_config", "monteclora_config", "arrow_config", "kasa_config",
 
 _VARIANTS: dict[str, type[LoraVariant]] = {}
 
-VariantClass = TypeVar("VariantClass", bound=type[LoraVariant])
 
-
-def register_variant(name: str) -> Callable[[VariantClass], VariantClass]:
+def register_variant(name: str) -> Callable[[type[LoraVariant]], type[LoraVariant]]:
     """
     Make a decorator that enters a variant.
 
@@ -43,7 +40,7 @@ def register_variant(name: str) -> Callable[[VariantClass], VariantClass]:
         'use_nothing_else'
     """
 
-    def enter(variant_cls: VariantClass) -> VariantClass:
+    def enter(variant_cls: type[LoraVariant]) -> type[LoraVariant]:
         if name in _VARIANTS or name in _PLANNED:
             raise PeftValueError(f"a variant named {name!r} is registered already; choose another name")
         variant_cls.field = name
