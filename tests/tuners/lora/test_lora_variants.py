@@ -41,8 +41,8 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.helpers import DoraCaching
-from peft.tuners.lora.variants import calculate_alora_offsets
 from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.lora.variants import calculate_alora_offsets
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
