@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...anatomy.offload import tensor_of
-from ...layers.base_layer import AdditiveLayer
+from ...layers.additive import AdditiveLayer
 from ...layers.scaling import Scaled
 from ...utils.error import PeftRuntimeError
 from .factors import NO_FACTORS, Factor, FactorDict, TiedFactor, TiedSettings
