@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.effects import add_noise, rounding, size_that_matters
 from support.helpers import refused, seeded
 from support.method_options import OPTIONS, SECOND, layered_methods
 from torch import nn
@@ -35,7 +36,7 @@ from peft import (
 )
 from peft.anatomy.walking import adapter_modules
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.base import BaseTuner, BaseTunerLayer, ReplacementLayer, WeightLayer
+from peft.tuners.base import BaseTuner, BaseTunerLayer, ReplacementLayer
 
 
 # strategies of methods that change what their layers compute
@@ -82,8 +83,6 @@ KINDS: dict[str, Kind] = {
     "batch_norm": Kind(lambda: nn.BatchNorm1d(8), (4, 8, 6)),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# how far results may be apart, relative to the greatest entry
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 # what the default run has, of methods and of variants
 ALWAYS_WITH_VARIANTS = {("linear", "float32"), ("conv2d_grouped", "float32"), ("attention", "float32")}
 ALWAYS = ALWAYS_WITH_VARIANTS | {("linear", "bfloat16")}
@@ -150,11 +149,6 @@ class Cell:
         return PEFT_TYPE_TO_TUNER_MAPPING[self.name]
 
     @property
-    def tolerance(self) -> float:
-        """How far results may be apart."""
-        return TOLERANCE[self.dtype]
-
-    @property
     def base(self) -> nn.Module:
         """The base model, not to be changed."""
         return base(self.kind, self.dtype)
@@ -188,13 +182,18 @@ class Cell:
 
     def adapted(self, **options: Any) -> PeftModel:
         """Put an adapter into a new model, and move its tensors so far that it matters."""
-        return moved(self.fresh(**options))
+        return self.moved(self.fresh(**options))
+
+    def moved(self, model: PeftModel, adapter: str = "default", seed: int = 2) -> PeftModel:
+        """Move an adapter's tensors by noise that changes what the model computes by about a tenth."""
+        add_noise(adapter_tensors(model, adapter).values(), noise(self), seed)
+        return model
 
     def with_second(self) -> PeftModel:
         """Put another adapter beside that."""
         model = self.adapted()
         self.add_second(model)
-        return moved(model, "other", seed=3)
+        return self.moved(model, "other", seed=3)
 
     def add_second(self, model: PeftModel) -> None:
         """Put another adapter beside the first one."""
@@ -206,19 +205,25 @@ class Cell:
         with torch.no_grad():
             return model(inputs(self.kind, self.dtype), **options)
 
-    def assert_near(self, a: torch.Tensor, b: torch.Tensor, tolerance: float | None = None) -> None:
+    def assert_near(self, a: torch.Tensor, b: torch.Tensor, changes: int = 1) -> None:
         """Compare relative to the greatest entry."""
-        bound = self.tolerance if tolerance is None else tolerance
         scale = b.double().abs().max().clamp(min=1).item()
-        torch.testing.assert_close(a.double() / scale, b.double() / scale, atol=bound, rtol=0)
+        torch.testing.assert_close(a.double() / scale, b.double() / scale, atol=rounding(self.dtype, changes), rtol=0)
 
     def assert_near_after_changes(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Compare what was computed with a weight that was changed several times, and rounded each time."""
-        self.assert_near(a, b, 2 * self.tolerance)
+        """Compare what was computed with a weight that was changed and rounded twice, which half precision shows."""
+        self.assert_near(a, b, changes=2)
 
     def differs(self, a: torch.Tensor, b: torch.Tensor) -> bool:
         """Say whether outputs differ by more than rounding does."""
-        return bool((a.double() - b.double()).abs().max() > 2 * self.tolerance * b.double().abs().max())
+        return bool((a.double() - b.double()).abs().max() > rounding(self.dtype) * b.double().abs().max())
+
+
+@functools.cache
+def noise(cell: Cell) -> float:
+    """Find once by how much the tensors of the adapters of a cell are moved."""
+    model = cell.fresh()
+    return size_that_matters(adapter_tensors(model).values(), lambda: cell.outputs(model))
 
 
 # ------------------------------------------------------------------------------------------ what is otherwise
@@ -246,8 +251,6 @@ NO_DROPOUT = {
 OF_BASE_TYPE = {("LN_TUNING", "*"): "copy"}
 # adapters that cannot be mixed in a batch: their outputs are no sum of terms, or not one tensor
 NO_MIXED_BATCH = {("LORA-dora", "*"): "DoRA", ("LN_TUNING", "attention"): "MultiheadAttention"}
-# how far tensors are moved in tests, where it is not the usual
-MOVED_BY = {"ADALORA": 0.5, "LOHA": 0.4, "VBLORA": 0.5, "VERA": 0.5}
 # stages that merge
 MERGING = ("merge", "unmerge", "two_active", "one_of_two_merged", "change_while_merged", "cast_while_merged", "delete")
 # warnings that say what is tested here
@@ -264,16 +267,6 @@ def adapter_tensors(model: nn.Module, adapter: str = "default") -> dict[int, nn.
     """Give the parameters of an adapter that can be trained, by id."""
     found = {id(p): p for layer in layers_of(model) for p in layer.adapter_parameters(adapter)}
     return {key: p for key, p in found.items() if p.is_floating_point()}
-
-
-def moved(model: PeftModel, adapter: str = "default", seed: int = 2) -> PeftModel:
-    """Add noise to an adapter's tensors; rotations are turned a little only."""
-    usual = 0.1 if isinstance(layers_of(model)[0], WeightLayer) else 0.25
-    by = MOVED_BY.get(model.peft_type.value, usual)
-    with seeded(seed), torch.no_grad():
-        for parameter in adapter_tensors(model, adapter).values():
-            parameter.add_((torch.randn(parameter.shape) * by).to(parameter.dtype))
-    return model
 
 
 # ------------------------------------------------------------------------------------------ stages
@@ -366,7 +359,7 @@ def one_of_two_merged(cell: Cell, folder: Path) -> None:
 
 def change_while_merged(cell: Cell, folder: Path) -> None:
     """Other tensors are loaded into an adapter that is merged: it computes with them, and unmerging finds the base."""
-    model, other = cell.adapted(), moved(cell.adapted(), seed=7)
+    model, other = cell.adapted(), cell.moved(cell.adapted(), seed=7)
     model.merge_adapter()
     set_peft_model_state_dict(model, get_peft_model_state_dict(other))
     cell.assert_near_after_changes(cell.outputs(model), cell.outputs(other))
@@ -428,7 +421,7 @@ def copies(cell: Cell, folder: Path) -> None:
     again = copy.deepcopy(model)
     assert torch.equal(cell.outputs(again), expected)
     assert {id(p) for p in model.parameters()}.isdisjoint(id(p) for p in again.parameters())
-    moved(again, seed=5)
+    cell.moved(again, seed=5)
     assert cell.differs(cell.outputs(again), expected)
     assert torch.equal(cell.outputs(model), expected)
 
@@ -439,8 +432,7 @@ def nothing_is_stale(cell: Cell, folder: Path) -> None:
     with torch.inference_mode():
         before = model(inputs(cell.kind, cell.dtype))
     model(inputs(cell.kind, cell.dtype)).float().sum().backward()  # autograd cannot keep what inference mode has made
-    for parameter in adapter_tensors(model).values():
-        parameter.data.add_(parameter.roll(1) * 0.5 + 0.1)  # which torch does not count
+    cell.moved(model, seed=8)  # in a way that torch does not count
     assert cell.differs(cell.outputs(model), before)
     assert torch.equal(cell.outputs(model), cell.outputs(pickle.loads(pickle.dumps(model))))
     for parameter in (p for p in model.parameters() if not p.requires_grad and p.is_floating_point()):
@@ -592,7 +584,7 @@ def types(cell: Cell, folder: Path) -> None:
         wanted = torch.float32 if autocast and not cell.exception(OF_BASE_TYPE) else cell.dtype
         model = cell.fresh(autocast_adapter_dtype=autocast)
         assert {p.dtype for p in adapter_tensors(model).values()} == {wanted}
-        assert cell.outputs(moved(model)).dtype == cell.dtype
+        assert cell.outputs(cell.moved(model)).dtype == cell.dtype
         assert {p.dtype for layer in layers_of(model) for p in held_by(unwrapped(layer))} <= {cell.dtype}
 
 
