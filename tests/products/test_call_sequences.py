@@ -32,6 +32,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from support.effects import add_noise, rounding, size_that_matters
 from support.helpers import seeded, snapshot
 from support.method_options import OPTIONS, SECOND, layered_methods
 from torch import nn
@@ -52,8 +53,6 @@ from peft.utils.error import PeftError
 
 VOCABULARY, WIDTH = 24, 16
 NAMES = ("a", "b", "c")
-# how far outputs may be apart, relative to the greatest entry: weights are merged and unmerged many times
-TOLERANCE = 2e-4
 
 
 # ------------------------------------------------------------------------------------------ cells
@@ -168,11 +167,11 @@ def parameters_of(model: nn.Module, name: str) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def disturb(model: nn.Module, name: str, number: int) -> None:
-    """Move an adapter's tensors so far that they matter, behind autograd's back."""
-    with seeded(number):
-        for parameter in parameters_of(model, name):
-            parameter.data.add_(torch.randn(parameter.shape).to(parameter.dtype) * 0.1)
+@cache
+def noise(cell: Cell, name: str) -> float:
+    """Find once by how much the tensors of an adapter are moved, so that it matters."""
+    model = cell.start(copy.deepcopy(base(cell.tied)), name)
+    return size_that_matters(parameters_of(model, name), lambda: compute(model))
 
 
 def tensors_of(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
@@ -205,17 +204,11 @@ def compute(model: nn.Module) -> torch.Tensor:
         return model.eval()(torch.arange(VOCABULARY)[None]).double()
 
 
-def assert_near(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """Fail if two outputs differ by more than rounding."""
-    assert found.shape == expected.shape, what
-    difference = (found - expected).abs().max() / expected.abs().max().clamp(min=1)
-    assert difference <= TOLERANCE, f"{what}: off by {float(difference):.2g} of the greatest entry"
-
-
 class CallSequences(RuleBasedStateMachine):
     """One model, what has been done to it, and what therefore has to be true."""
 
     cell: Cell
+    steps: int
 
     @initialize()
     def start(self) -> None:
@@ -238,12 +231,19 @@ class CallSequences(RuleBasedStateMachine):
     # ---------------------------------------------------------------------------------- means
     def moved(self, name: str) -> None:
         """Give an adapter other values and remember them."""
-        disturb(self.model, name, next(self.numbers))
+        add_noise(parameters_of(self.model, name), noise(self.cell, name), next(self.numbers))
         self.remember(name, tensors_of(self.model, name))
 
     def remember(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         self.tensors[name] = tensors
         self.known.clear()
+
+    def assert_near(self, found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+        """Fail if two outputs differ by more than rounding does, at each step of a sequence."""
+        assert found.shape == expected.shape, what
+        difference = (found - expected).abs().max() / expected.abs().max().clamp(min=1)
+        bound = self.steps * rounding(torch.float32)
+        assert difference <= bound, f"{what}: off by {float(difference):.2g} of the greatest entry"
 
     def attempt(self, call: Callable[[], Any]) -> bool:
         """Call; say whether it was accepted. If it was refused, nothing may have changed."""
@@ -295,10 +295,10 @@ class CallSequences(RuleBasedStateMachine):
             except PeftError:  # tokens that two adapters train: there is nothing to compare with
                 self.known[key] = output
                 return output
-            assert_near(compute(fresh), output, "a fresh model, merged")
+            self.assert_near(compute(fresh), output, "a fresh model, merged")
             # unloading takes saved modules although they are off, and a tie has one weight to give back
             if not self.disabled and effects.get("words") == effects.get("head"):
-                assert_near(compute(fresh.merge_and_unload()), output, "a fresh model, merged and unloaded")
+                self.assert_near(compute(fresh.merge_and_unload()), output, "a fresh model, merged and unloaded")
             self.known[key] = output
         return self.known[key]
 
@@ -443,7 +443,7 @@ class CallSequences(RuleBasedStateMachine):
     # ---------------------------------------------------------------------------------- what has to be true
     @invariant()
     def computes_what_a_fresh_model_does(self) -> None:
-        assert_near(compute(self.model), self.expected(), "the model, beside a fresh one")
+        self.assert_near(compute(self.model), self.expected(), "the model, beside a fresh one")
 
     @invariant()
     def knows_what_is_active(self) -> None:
@@ -472,7 +472,7 @@ class CallSequences(RuleBasedStateMachine):
         for name, layers in layers_of(self.model).items():
             if not any(layer.merged for layer in layers):
                 found = weights[name][:VOCABULARY].double()
-                assert_near(found, original[f"{name}.weight"].double(), f"the base weight of {name}")
+                self.assert_near(found, original[f"{name}.weight"].double(), f"the base weight of {name}")
         if self.cell.tied and {in_weight(layers) for layers in self.members()} in ({()}, {}):
             report = weight_tying_report(self.model)
             assert report.rows and report.holds, str(report)
@@ -496,7 +496,7 @@ def resize(model: nn.Module, rows: int) -> None:
 
 def run(cell: Cell, examples: int, steps: int) -> None:
     """Run sequences on one cell."""
-    machine = type("Sequences", (CallSequences,), {"cell": cell})
+    machine = type("Sequences", (CallSequences,), {"cell": cell, "steps": steps})
     chosen = settings(
         max_examples=examples,
         stateful_step_count=steps,

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.effects import add_noise, rounding, size_that_matters
 from support.method_options import OPTIONS, SECOND, layered_methods
 from support.tied_models import ALL_MODELS, INEXACT_MODELS, TiedModel
 from torch import nn
@@ -32,7 +33,7 @@ from peft.checkpoints.aliases import split_aliases
 from peft.layers.merging import model as _merging_model
 from peft.layers.merging import weight as _merging_weight
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.models import peft_model
+from peft.models import saving
 from peft.surgery.saved_modules import ModulesToSaveWrapper
 from peft.tuners import base as tuners_utils
 from peft.tuners.base import BaseTuner, UnsupportedLayerError
@@ -148,10 +149,14 @@ def train(cell: Cell, model: PeftModel) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
     optimizer.step()
     optimizer.zero_grad()
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(1)
-        for parameter in parameters:
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+    add_noise(parameters, noise(cell), seed=1)
+
+
+@cache
+def noise(cell: Cell) -> float:
+    """Find once by how much what a cell trains is moved."""
+    model = cell.adapted()
+    return size_that_matters([p for p in model.parameters() if p.requires_grad], lambda: cell.outputs(model))
 
 
 def members(model: nn.Module, cell: Cell) -> list[nn.Parameter]:
@@ -169,9 +174,10 @@ def same(cell: Cell, one: torch.Tensor, other: torch.Tensor) -> bool:
     return near(one, other) if cell.name in INEXACT_MODELS else torch.equal(one, other)
 
 
-def near(one: torch.Tensor, other: torch.Tensor, bound: float = 1e-5) -> bool:
-    """Compare with a bound relative to the greatest entry."""
-    return bool((one.double() - other.double()).abs().max() <= bound * other.double().abs().max().clamp(min=1))
+def near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare relative to the greatest entry."""
+    bound = rounding(torch.float32) * other.double().abs().max().clamp(min=1)
+    return bool((one.double() - other.double()).abs().max() <= bound)
 
 
 # ------------------------------------------------------------------------------------------ stages
@@ -446,12 +452,12 @@ def _placing_without_ties(place: Callable) -> Callable:
 
 def drop_aliases(patch: pytest.MonkeyPatch) -> None:
     """Only the owner's names are written."""
-    collect = peft_model.collect_tensors
+    collect = saving.collect_tensors
 
     def collect_owned(*args: Any) -> dict[str, torch.Tensor]:
         return split_aliases(collect(*args))[0]
 
-    patch.setattr(peft_model, "collect_tensors", collect_owned)
+    patch.setattr(saving, "collect_tensors", collect_owned)
 
 
 def record_nothing(patch: pytest.MonkeyPatch) -> None:

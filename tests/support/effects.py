@@ -5,8 +5,9 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from support.helpers import seeded
 from torch import nn
+
+from support.helpers import seeded
 
 
 # what a test wants an adapter to do to the outputs, relative to them
