@@ -34,9 +34,11 @@ from peft import (
 )
 from peft.config import PeftConfig, PromptLearningConfig
 from peft.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+from peft.layers import base_changes, undo
 from peft.layers.merging.model import merge_layers
 from peft.layers.undo import keep_values, on_failure
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.surgery import transaction
 from peft.surgery.transaction import all_or_nothing
 
 
@@ -44,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 PACKAGE = os.path.dirname(peft.__file__)
 # functions that are part of putting things back do not fail
-TRUSTED = tuple(os.path.join(PACKAGE, "tuners", name) for name in ("_transaction.py", "_base_changes.py"))
+TRUSTED = tuple(module.__file__ for module in (base_changes, transaction, undo))
 
 
 # ------------------------------------------------------------------------------------------ faults
@@ -148,16 +150,14 @@ def net() -> nn.Module:
 def config(method: str, **changes: Any) -> PeftConfig:
     """A config that adapts the body and trains the tied embedding and head in full, as far as a method can."""
     name, _, variant = method.partition("-")
-    options = {"target_modules": ["body"], "modules_to_save": ["head"], **OPTIONS.get(name, {})}
-    if name == "LN_TUNING":
-        options["target_modules"] = ["norm"]
-    if name == "TRAINABLE_TOKENS":
-        options.update(target_modules=["emb", "head"])
-        del options["modules_to_save"]
+    config_cls, kinds = PEFT_TYPE_TO_CONFIG_MAPPING[name], tuple(PEFT_TYPE_TO_TUNER_MAPPING[name].layer_classes)
+    targets = [[name] for name in ("body", "norm") if isinstance(getattr(net(), name), kinds)] + [["emb", "head"]]
+    options = {"target_modules": targets[0], **OPTIONS.get(name, {})}
+    if "modules_to_save" in config_cls.__dataclass_fields__:
+        options["modules_to_save"] = ["head"]
     if name == "IA3":
         options["feedforward_modules"] = ["body"]
     options.update(VARIANTS.get(variant, {}))
-    config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[name]
     return config_cls(**{**options, "ensure_weight_tying": True, **changes})
 
 
