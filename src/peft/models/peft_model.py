@@ -19,6 +19,7 @@ from ..config import PeftConfig
 from ..layers.call_context import current_call, remember
 from ..layers.new_tensors import making_tensors
 from ..mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from ..prompts.computing import compute_prompt
 from ..prompts.inputs import call_with_prompt, generate_with_prompt
 from ..prompts.learning import PromptEncoders
 from ..surgery.saved_modules import newly_started_heads
@@ -218,7 +219,7 @@ class PeftModel(ModelWrapper):
         Returns:
             Virtual tokens (batch, tokens, width); for prefix tuning a cache that holds keys and values.
         """
-        return self._prompts().prompt(batch_size, task_ids)
+        return compute_prompt(self._prompts(), batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """

@@ -21,6 +21,7 @@ from ..utils.caches import CACHE_NAMES, cache_parameter, given_cache
 from ..utils.error import PeftValueError
 from ..utils.peft_types import TaskType
 from ..utils.warning import warn
+from .computing import compute_prompt, fill_cache
 from .learning import PromptEncoders, input_embedding, refuse_checkpointing
 
 
@@ -129,7 +130,7 @@ def _put_virtual_tokens(prompts: PromptEncoders, inputs: Inputs, task_ids: torch
         _lengthen(inputs, "attention_mask", tokens, 1)
         _shift_positions(inputs, tokens)
         return
-    prompt = prompts.prompt(_batch_size(inputs), task_ids)
+    prompt = compute_prompt(prompts, _batch_size(inputs), task_ids)
     _prepend(inputs, prompt, input_embedding(prompts.base_model))
     _shift_positions(inputs, tokens, in_front=True)
     _lengthen(inputs, "token_type_ids", tokens, 0)
@@ -141,7 +142,7 @@ def _put_virtual_tokens(prompts: PromptEncoders, inputs: Inputs, task_ids: torch
 def _with_encoder_prompt(prompts: PromptEncoders, inputs: Inputs, task_ids: torch.Tensor | None) -> Inputs:
     """Put the first half of the virtual tokens in front of what the encoder reads."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    prompt = prompts.prompt(_batch_size(inputs), task_ids)
+    prompt = compute_prompt(prompts, _batch_size(inputs), task_ids)
     _prepend(inputs, prompt[:, : prompts.active_config.num_virtual_tokens], input_embedding(prompts.base_model))
     return inputs
 
@@ -157,7 +158,7 @@ def _put_decoder_prompt(prompts: PromptEncoders, inputs: Inputs, task_ids: torch
         if "labels" not in inputs:
             raise PeftValueError("the decoder gets no input: give labels, decoder_input_ids or decoder_inputs_embeds")
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
-    prompt = prompts.prompt(_batch_size(inputs, "decoder_"), task_ids)
+    prompt = compute_prompt(prompts, _batch_size(inputs, "decoder_"), task_ids)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     _prepend(inputs, prompt[:, tokens:], decoder.get_input_embeddings(), "decoder_")
     _shift_positions(inputs, tokens, in_front=True)
@@ -173,7 +174,7 @@ def _put_prefix(prompts: PromptEncoders, inputs: Inputs) -> None:
     if not _is_filled(given_cache(inputs)):
         cache = _take_cache(inputs)
         name = cache_parameter(model) or CACHE_NAMES[0]
-        inputs[name] = prompts.fill_cache(cache, _batch_size(inputs, side, "labels"))
+        inputs[name] = fill_cache(prompts, cache, _batch_size(inputs, side, "labels"))
     _lengthen(inputs, f"{side}attention_mask", tokens, 1)
     _shift_positions(inputs, tokens)
 

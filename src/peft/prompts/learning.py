@@ -9,7 +9,6 @@ Where they go when the model is called is told in `inputs.py`.
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -152,7 +151,7 @@ class PromptEncoders(AdapterModule, nn.ModuleDict):
         active = not self._active_adapter
         making = making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype)
         with one_object_each(model), making:
-            encoder = self._make_encoder(encoder_cls, config)
+            encoder = _make_encoder(encoder_cls, config, self.word_embeddings)
             set_additional_trainable_modules(model, config, {}, adapter_name, activate_adapter=active)
         shield_tie_weights(model)
         self[adapter_name] = encoder.train(model.training)
@@ -165,24 +164,6 @@ class PromptEncoders(AdapterModule, nn.ModuleDict):
                 if parameter is not None:
                     parameter.requires_grad = False
         self.set_requires_grad(adapter_name, active and not config.inference_mode)
-
-    def _make_encoder(self, encoder_cls: type[BasePromptEncoder], config: PromptLearningConfig) -> BasePromptEncoder:
-        """Make a prompt in float32, in which training is stable, beside the base model's embedding."""
-        embedding, on_meta_already = self.word_embeddings, on_meta()
-        with torch.device("meta"), making_tensors(on_meta=True), warnings.catch_warnings():
-            if not on_meta_already:
-                warnings.simplefilter("ignore", PeftWarning)  # what there is to say is said when the prompt is made
-            try:
-                encoder = encoder_cls.for_model(config, embedding).float()
-            except PeftError:
-                raise
-            except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-                raise PeftValueError(f"the config asks for a prompt that cannot be made: {error}") from error
-        for parameter in encoder.parameters():
-            check_size(tuple(parameter.shape), embedding.weight, torch.float32, "cpu", times_base=64)
-        if on_meta_already:
-            return encoder
-        return encoder_cls.for_model(config, embedding).to(embedding.weight.device, torch.float32)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """
@@ -351,67 +332,26 @@ class PromptEncoders(AdapterModule, nn.ModuleDict):
                     values = torch.empty_like(parameter, device=self.word_embeddings.weight.device)
                     module._parameters[name] = nn.Parameter(nn.init.normal_(values, std=0.02), parameter.requires_grad)
 
-    # ---------------------------------------------------------------------------------------------------- the prompt
-    def prompt(self, batch_size: int, task_ids: torch.Tensor | None = None) -> Any:
-        """
-        Compute what the active adapter puts in front of inputs.
 
-        Args:
-            batch_size: number of samples.
-            task_ids: (batch,) for methods with several tasks. If samples come several times in a row, as with beams,
-                one id for all of them will do.
-
-        Returns:
-            (batch, tokens, width) virtual tokens, or a cache that holds keys and values.
-        """
-        encoder = self.active_encoder
-        if encoder.fills_cache:
-            return self.fill_cache(None, batch_size)
-        indices = encoder.indices()
-        if not encoder.needs_task_ids:
-            return encoder(indices.unsqueeze(0)).expand(batch_size, -1, -1)
-        if task_ids is not None:
-            task_ids = task_ids.to(indices.device)
-            if len(task_ids) == 0 or batch_size % len(task_ids):
-                raise PeftValueError(
-                    f"task_ids has {len(task_ids)} entries for a batch of {batch_size}; give one each"
-                )
-            task_ids = task_ids.repeat_interleave(batch_size // len(task_ids))
-        return encoder(indices.expand(batch_size, -1), task_ids)
-
-    def fill_cache(self, cache: Any, batch_size: int) -> Any:
-        """
-        Put keys and values of the prompt into a cache.
-
-        Args:
-            cache: an empty one; a new one is made if it is None.
-            batch_size: number of samples.
-
-        Returns:
-            The cache.
-        """
-        encoder, config, weight = self.active_encoder, self.active_config, self.word_embeddings.weight
-        if cache is None:
-            # not when the package is imported: it takes seconds where a library for quantised caches is installed
-            from transformers import DynamicCache, EncoderDecoderCache
-
-            cache = DynamicCache()
-            if getattr(self._base_model.config, "is_encoder_decoder", False):
-                cache = EncoderDecoderCache(cache, DynamicCache())
-        table = encoder(encoder.indices().unsqueeze(0))[0]
-        if weight.dtype.is_floating_point and weight.dtype.itemsize >= 2:
-            table = table.to(weight.dtype)
-        tokens, heads = len(table), config.num_attention_heads
-        # (layers * 2, batch, heads, tokens, width of a head): keys and values of a layer follow each other
-        parts = table.view(tokens, config.num_layers * 2, 1, heads, config.token_dim // heads)
-        parts = parts.permute(1, 2, 3, 0, 4).expand(-1, batch_size, -1, -1, -1)
-        decoder_cache = getattr(cache, "self_attention_cache", cache)
-        for layer in range(config.num_layers):
-            # In checkpoints of encoder-decoder models every second pair was meant for cross attention. Keys and values
-            # of that come from the source alone, so these pairs are left out, and the count begins again at the end.
-            first = 2 * config.num_transformer_submodules * layer % len(parts)
-            decoder_cache.update(parts[first], parts[first + 1], layer)
-        return cache
+def _make_encoder(
+    encoder_cls: type[BasePromptEncoder], config: PromptLearningConfig, embedding: nn.Module
+) -> BasePromptEncoder:
+    """Make a prompt in float32, in which training is stable, beside the base model's embedding."""
+    on_meta_already = on_meta()
+    with torch.device("meta"), making_tensors(on_meta=True), warnings.catch_warnings():
+        if not on_meta_already:
+            warnings.simplefilter("ignore", PeftWarning)  # what there is to say is said when the prompt is made
+        try:
+            encoder = encoder_cls.for_model(config, embedding).float()
+        except PeftError:
+            raise
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            raise PeftValueError(f"the config asks for a prompt that cannot be made: {error}") from error
+    for parameter in encoder.parameters():
+        check_size(tuple(parameter.shape), embedding.weight, torch.float32, "cpu", times_base=64)
+    if on_meta_already:
+        return encoder
+    return encoder_cls.for_model(config, embedding).to(embedding.weight.device, torch.float32)
 
 
 def input_embedding(model: nn.Module) -> nn.Module:
