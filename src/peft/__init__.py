@@ -49,6 +49,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.adalora.model": ["AdaLoraModel"],
         ".tuners.boft.config": ["BOFTConfig"],
         ".tuners.boft.model": ["BOFTModel"],
+        ".tuners.fourierft.config": ["FourierFTConfig"],
+        ".tuners.fourierft.model": ["FourierFTModel"],
         ".tuners.hra.config": ["HRAConfig"],
         ".tuners.hra.model": ["HRAModel"],
         ".tuners.loha.config": ["LoHaConfig"],

@@ -12,6 +12,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".adalora.model": ["AdaLoraModel"],
         ".boft.config": ["BOFTConfig"],
         ".boft.model": ["BOFTModel"],
+        ".fourierft.config": ["FourierFTConfig"],
+        ".fourierft.model": ["FourierFTModel"],
         ".hra.config": ["HRAConfig"],
         ".hra.model": ["HRAModel"],
         ".loha.config": ["LoHaConfig"],

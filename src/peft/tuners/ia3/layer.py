@@ -1,72 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""IA3's layers: one vector of factors each, for the inputs or the outputs."""
+"""IA3: one vector of factors per layer, W (l * x) for feedforward layers and l * (W x + b) for the others."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from ...layers.activation import ActivationLayer
+from ...anatomy.matching import matching_entry
+from ...utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+from ..declared import Shape, Tensors, Trained, method
 from .config import IA3Config
 
 
-class IA3Layer(ActivationLayer):
-    """
-    What IA3's layers share: W (l * x) for feedforward layers, l * (W x + b) for the others.
+@method(
+    "IA3",
+    IA3Config,
+    kinds={nn.Conv2d: "Conv2d", nn.Conv3d: "Conv3d", nn.Linear: "Linear", Conv1D: "Linear"},
+    targets=TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    settings={"is_feedforward": "is_feedforward"},
+)
+class IA3:
+    """A layer whose inputs or outputs are multiplied by factors."""
 
-    Attributes:
-        ia3_l: factors by adapter name, in a shape that says which side they scale.
-        is_feedforward: by adapter name, whether it is the inputs that are scaled.
-    """
+    trained = ("l",)
 
-    adapter_layer_names = ("ia3_l",)
-    other_param_names = ("is_feedforward",)
+    def values(c: IA3Config, names: Sequence[str]) -> dict[str, Any]:
+        """Say whether it is the inputs that are scaled."""
+        return {"is_feedforward": any(matching_entry(c.feedforward_modules, name) is not None for name in names)}
 
-    def make_adapter(self, adapter_name: str, config: IA3Config, is_feedforward: bool = False) -> None:
-        """
-        Make an adapter's factors.
+    def tensors(shape: Shape, c: IA3Config) -> dict[str, Trained]:
+        """Tell the factors, in a shape that says which side they scale."""
+        count = shape.features[c.is_feedforward]
+        sizes = (1, count) if c.is_feedforward or shape.kernel else (count, 1)
+        start = nn.init.ones_ if c.init_ia3_weights else nn.init.normal_
+        return {"l": Trained((*sizes, *[1] * len(shape.kernel)), start)}
 
-        Args:
-            adapter_name: name.
-            config: the adapter's config.
-            is_feedforward: scale the inputs.
-        """
-        self.is_feedforward[adapter_name] = is_feedforward
-        self.ia3_l[adapter_name] = self.new_parameter(*self.factors_shape(is_feedforward))
+    def scale(t: Tensors, shape: Shape, c: IA3Config) -> torch.Tensor:
+        """Give the factors, one per feature or channel."""
+        return t.l.flatten()
 
-    def factors_shape(self, of_inputs: bool) -> tuple[int, ...]:
-        """Give the shape of the factors: (1, in_features) or (out_features, 1), as checkpoints have them."""
-        return (1, self.in_features) if of_inputs else (self.out_features, 1)
-
-    def reset_adapter(self, adapter_name: str, config: IA3Config) -> None:
-        """Start with factors of 1, or at random."""
-        factors = self.ia3_l[adapter_name]
-        nn.init.ones_(factors) if config.init_ia3_weights else nn.init.normal_(factors)
-
-    def feature_scale(self, adapter: str) -> torch.Tensor:
-        """Give the factors, (in_features,) or (out_features,)."""
-        return self.ia3_l[adapter].flatten()
-
-    def scales_input(self, adapter: str) -> bool:
-        """Say whether the factors belong to the input."""
-        return self.is_feedforward[adapter]
+    def of_input(c: IA3Config) -> bool:
+        """Say whether they belong to the input."""
+        return c.is_feedforward
 
 
-class Linear(IA3Layer, nn.Module):
-    """IA3 on `nn.Linear` and on the `Conv1D` of transformers."""
-
-
-class _ConvNd(IA3Layer, nn.Module):
-    """IA3 on convolutions: a factor per channel."""
-
-    def factors_shape(self, of_inputs: bool) -> tuple[int, ...]:
-        """Give the shape of the factors: (1, channels, 1, ...)."""
-        channels = self.in_features if of_inputs else self.out_features
-        return (1, channels, *[1] * len(self.get_base_layer().kernel_size))
-
-
-class Conv2d(_ConvNd):
-    """IA3 on `nn.Conv2d`."""
-
-
-class Conv3d(_ConvNd):
-    """IA3 on `nn.Conv3d`."""
+IA3Layer, Linear, Conv2d, Conv3d = IA3.Layer, IA3.Linear, IA3.Conv2d, IA3.Conv3d

@@ -4,26 +4,19 @@
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ...anatomy.matching import matching_entry
-from ...utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
-    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
-)
+from ...utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
-from ..base import BaseTuner
 from .config import IA3Config
-from .layer import Conv2d, Conv3d, IA3Layer, Linear
+from .layer import IA3, IA3Layer
 
 
-class IA3Model(BaseTuner):
+class IA3Model(IA3.Model):
     """
     A model with IA3 layers in it (Liu et al. 2022, arXiv:2205.05638).
 
@@ -44,11 +37,6 @@ class IA3Model(BaseTuner):
         [(8, 1), (1, 8)]
     """
 
-    prefix = "ia3_"
-    tuner_layer_cls = IA3Layer
-    layer_classes = {nn.Conv2d: Conv2d, nn.Conv3d: Conv3d, nn.Linear: Linear, Conv1D: Linear}
-    target_module_mapping = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-
     def _resolve_targets(self, model: nn.Module, config: IA3Config) -> None:
         super()._resolve_targets(model, config)
         if config.feedforward_modules is None:
@@ -59,13 +47,6 @@ class IA3Model(BaseTuner):
                     "the targets whose inputs are to be scaled, or give an empty list to scale outputs only"
                 )
             config.feedforward_modules = set(TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[model_type])
-
-    def _layer_arguments_for(self, config: IA3Config) -> Callable[[list[str]], dict[str, Any]]:
-        def arguments(names: list[str]) -> dict[str, Any]:
-            feedforward = any(matching_entry(config.feedforward_modules, name) is not None for name in names)
-            return {"is_feedforward": feedforward}
-
-        return arguments
 
     @torch.no_grad()
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:

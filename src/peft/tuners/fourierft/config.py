@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Config of FourierFT."""
+
+from dataclasses import dataclass, field
+
+from ...config import TyingConfig, check_layer_selection
+from ...utils.peft_types import PeftType
+
+
+@dataclass
+class FourierFTConfig(TyingConfig):
+    """
+    Config of FourierFT (Gao et al. 2024, arXiv:2405.03003): W + scaling * Re(ifft2(F)), F with few entries.
+
+    Args:
+        n_frequency: number of coefficients that are trained per layer, at most the number of the weight's entries.
+        scaling: what the transform is multiplied by.
+        random_loc_seed: seed from which the places of the coefficients are drawn; layers of one shape have the same.
+        fan_in_fan_out: kept for files of the released package; the layers are asked how they store their weights.
+        target_modules: names of the modules to adapt: a list of names (or their endings, from a dot on), a regular
+            expression that must match the whole name, or "all-linear". Left out, the model type decides.
+        exclude_modules: modules to leave out, as a list or a regular expression.
+        bias: which of the base model's biases to train: "none", "all" or "fourier_only".
+        modules_to_save: names of modules that are trained and saved in full.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: name of the list of layers that the indices count.
+        n_frequency_pattern: name (or regular expression) -> number of coefficients, where it differs.
+        init_weights: True starts with coefficients of zero, which change nothing; False at random.
+
+    Raises:
+        ValueError: for values that cannot work together.
+
+    Example:
+
+        >>> from peft import FourierFTConfig
+        >>> FourierFTConfig(n_frequency=100, target_modules=["q_proj", "v_proj"]).scaling
+        150.0
+    """
+
+    n_frequency: int = field(default=1000, metadata={"help": "Number of coefficients per layer."})
+    scaling: float = field(default=150.0, metadata={"help": "What the transform is multiplied by."})
+    random_loc_seed: int | None = field(default=777, metadata={"help": "Seed of the coefficients' places."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether layers keep their weights as (in, out)."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the modules to adapt (list), a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out: list or regular expression."}
+    )
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'fourier_only'."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Names of modules that are trained and saved in full."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that the indices count."}
+    )
+    n_frequency_pattern: dict | None = field(
+        default_factory=dict, metadata={"help": "Name or regular expression -> number of coefficients."}
+    )
+    init_weights: bool = field(default=False, metadata={"help": "Start with coefficients of zero."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.FOURIERFT
+        check_layer_selection(self)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""FourierFT: W + s Re(ifft2(F)), where F has a few real coefficients at places that a seed tells."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...utils.constants import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
+from ...utils.error import PeftValueError
+from ..declared import Frozen, Shape, Tensors, Trained, method
+from .config import FourierFTConfig
+
+
+@method(
+    "FOURIERFT",
+    FourierFTConfig,
+    patterns={"n_frequency": "n_frequency_pattern"},
+    targets=TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING,
+    settings={
+        "fourierft_n_frequency": "n_frequency",
+        "fourierft_scaling": "scaling",
+        "fourierft_random_loc_seed": "random_loc_seed",
+    },
+    names={"places": "indices"},
+)
+class FourierFT:
+    """A layer with a sparse spectrum added to its weight."""
+
+    trained, frozen = ("spectrum",), ("places",)
+
+    def tensors(shape: Shape, c: FourierFTConfig) -> dict[str, Any]:
+        """Tell the coefficients, (n,), and their places: rows and columns, (2, n)."""
+        out, inputs = shape
+        n = c.n_frequency
+        if not 0 < n <= out * inputs:
+            raise PeftValueError(
+                f"n_frequency must be positive and at most {out * inputs}, the number of entries of a target's "
+                f"weight, found {n}"
+            )
+
+        def places() -> torch.Tensor:
+            generator = torch.Generator().manual_seed(c.random_loc_seed)
+            chosen = torch.randperm(out * inputs, generator=generator)[:n]
+            return torch.stack((chosen // inputs, chosen % inputs))
+
+        return {
+            "spectrum": Trained((n,), nn.init.zeros_ if c.init_weights else nn.init.normal_),
+            "places": Frozen(places),
+        }
+
+    def delta(t: Tensors, shape: Shape, c: FourierFTConfig) -> torch.Tensor:
+        """Transform the spectrum, (out, in); transforms know no half precision."""
+        spectrum = t.spectrum.new_zeros(shape, dtype=torch.float32).index_put(tuple(t.places), t.spectrum.float())
+        return (torch.fft.ifft2(spectrum).real * c.scaling).to(t.spectrum.dtype)
+
+
+FourierFTLayer, FourierFTLinear = FourierFT.Layer, FourierFT.FourierFTLinear
