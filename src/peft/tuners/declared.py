@@ -20,10 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from ..anatomy.kinds import CONVOLUTIONS, apply_weight, features, has_outputs_last, is_linear
 from ..anatomy.offload import computing_device
 from ..config import PeftConfig
-from ..layers.base_layer import ActivationLayer, AdditiveLayer, BaseTunerLayer, ReplacementLayer, WeightLayer
+from ..layers.activation import ActivationLayer
+from ..layers.additive import AdditiveLayer
+from ..layers.base_layer import BaseTunerLayer
 from ..layers.buffer_dict import BufferDict
 from ..layers.new_tensors import check_size, new_parameter
+from ..layers.replacement import ReplacementLayer
 from ..layers.shared_tensors import SharedBuffers
+from ..layers.weight import WeightLayer
 from ..utils.peft_types import register_peft_method
 from ..utils.quantization_utils import stored_weight
 from .base import BaseTuner

@@ -3,21 +3,21 @@
 """What LoHa and LoKr share: settings, the two kinds of dropout, scaling, and adding dense deltas to the weight."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...anatomy.kinds import CONVOLUTIONS, along_axis, apply_weight
+from ...anatomy.kinds import CONVOLUTIONS, along_axis, along_features, apply_weight
 from ...config import TyingConfig, check_layer_selection, check_types
-from ...layers.additive import AdditiveLayer
 from ...layers.merging.changes import changes_adapter
 from ...layers.scaling import Scaled
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
-from ..base import BaseTuner
+from ..declared import DeclaredAdditive, DeclaredModel, shape_of, with_values
 
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
@@ -57,53 +57,48 @@ class LycorisConfig(TyingConfig):
             check_layer_selection(self, refused_with_pattern=("layers_pattern",))
 
 
-class LycorisLayer(Scaled, AdditiveLayer):
+# fields with values for modules where they differ, and what layers show of their settings
+PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+SETTINGS = {name: name for name in ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")}
+
+
+def values_of(c: LycorisConfig, names: Sequence[str]) -> dict[str, Any]:
     """
-    What the layers of LyCORIS methods share.
+    Give what follows from the config of a target: the scaling, and whether what rank dropout leaves is scaled.
 
-    Attributes:
-        zero_at_start: value of `init_weights` -> the tensors that start at zero; the others start at random.
+    Args:
+        c: its config.
+        names: not used.
+
+    Raises:
+        PeftValueError: if `r` is not positive.
     """
+    if not isinstance(c.r, int) or c.r <= 0:
+        raise PeftValueError(f"the rank r must be a positive integer, found {c.r!r}")
+    # LoHa has no choice
+    return {"scaling": c.alpha / c.r, "rank_dropout_scale": getattr(c, "rank_dropout_scale", True)}
 
-    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
-    has_views_of_owner = True
-    zero_at_start: Mapping[Any, tuple[str, ...]]
 
-    # ------------------------------------------------------------------------------------------- making an adapter
-    def make_adapter(self, adapter_name: str, config: Any, r: int = 0, alpha: float = 0.0, **arguments: Any) -> None:
-        """
-        Make an adapter's tensors; see `BaseTunerLayer.make_adapter`.
+def start_of(declared: type, name: str, c: LycorisConfig) -> Callable[[torch.Tensor], Any]:
+    """
+    Give what a tensor starts with: zero, or uniform within 1/sqrt(inputs).
 
-        Args:
-            adapter_name: name.
-            config: the adapter's config.
-            r: rank, positive.
-            alpha: numerator of the scaling.
-            arguments: not used.
+    Args:
+        declared: class of functions; its `zero_at_start` says which tensors are zero, by `init_weights`.
+        name: name of the tensor.
+        c: config of the target.
+    """
+    zero = declared.zero_at_start.get(c.init_weights, declared.zero_at_start[True])
+    return nn.init.zeros_ if name in zero else partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
 
-        Raises:
-            PeftValueError: if `r` is not positive.
-        """
-        if not isinstance(r, int) or r <= 0:
-            raise PeftValueError(f"the rank r must be a positive integer, found {r!r}")
-        self.r[adapter_name] = r
-        self.alpha[adapter_name] = alpha
-        self.scaling[adapter_name] = alpha / r
-        self.rank_dropout[adapter_name] = config.rank_dropout
-        # LoHa has no choice: what rank dropout leaves is always scaled
-        self.rank_dropout_scale[adapter_name] = getattr(config, "rank_dropout_scale", True)
-        self.module_dropout[adapter_name] = config.module_dropout
-        self.create_adapter_parameters(adapter_name, r, config)
 
-    def create_adapter_parameters(self, adapter_name: str, r: int, config: Any) -> None:
-        """Make the uninitialised tensors of an adapter. Supplied by methods."""
-        raise NotImplementedError
+class LycorisLayer(Scaled, DeclaredAdditive):
+    """
+    Rule of LyCORIS methods: deltas with two kinds of dropout, built and added to the weight where that costs less.
 
-    def _weight_shape(self) -> tuple[int, ...]:
-        """Shape of the base weight: (out, in), or (out, in per group, *kernel) for convolutions."""
-        base = self.get_base_layer()
-        kernel = base.kernel_size if isinstance(base, CONVOLUTIONS) else ()
-        return (self.out_features, self.in_features // getattr(base, "groups", 1), *kernel)
+    A method says so in `builds(t, x, shape, c, apart)`, `apart` being whether the delta has to meet the input by
+    itself, instead of being added to the weight.
+    """
 
     @changes_adapter
     def reset_adapter_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
@@ -114,24 +109,9 @@ class LycorisLayer(Scaled, AdditiveLayer):
             adapter_name: name.
             init_weights: see the method's config.
         """
-        zero = self.zero_at_start.get(init_weights, self.zero_at_start[True])
-        for name, container in self._containers():
-            if adapter_name not in container:
-                continue
-            if name in zero:
-                nn.init.zeros_(container[adapter_name])
-            else:
-                nn.init.kaiming_uniform_(container[adapter_name], a=math.sqrt(5))
-
-    def reset_adapter(self, adapter_name: str, config: Any) -> None:
-        """Start an adapter anew, as the config says."""
-        self.reset_adapter_parameters(adapter_name, config.init_weights)
+        self.start(adapter_name, with_values(self.settings[adapter_name], {"init_weights": init_weights}))
 
     # --------------------------------------------------------------------------------------------------- the delta
-    def compute_delta(self, adapter_name: str) -> torch.Tensor:
-        """Compute the scaled delta, in any shape of as many entries as the base weight has. Supplied by methods."""
-        raise NotImplementedError
-
     def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> torch.Tensor:
         """
         Compute what the adapter adds to the base weight.
@@ -143,7 +123,7 @@ class LycorisLayer(Scaled, AdditiveLayer):
         Returns:
             A tensor of the shape of the base weight.
         """
-        delta = self.compute_delta(adapter_name).reshape(self._weight_shape())
+        delta = super().get_delta_weight(adapter_name)
         kept = self.kept_outputs(adapter_name) if apply_rank_dropout else None
         return delta if kept is None else delta * along_axis(self.get_base_layer(), kept, 0)
 
@@ -154,12 +134,12 @@ class LycorisLayer(Scaled, AdditiveLayer):
         Returns:
             (out_features,): 0 for rows that are dropped; None where there is nothing to drop.
         """
-        p = self.rank_dropout[adapter_name]
-        if not (p and self.training):
+        c = self.settings[adapter_name]
+        if not (c.rank_dropout and self.training):
             return None
         like = next(self.adapter_parameters(adapter_name))
-        kept = (torch.rand(self.out_features, device=like.device) > p).to(like.dtype)
-        if self.rank_dropout_scale[adapter_name]:
+        kept = (torch.rand(self.out_features, device=like.device) > c.rank_dropout).to(like.dtype)
+        if c.rank_dropout_scale:
             kept /= kept.mean().clamp(min=1 / self.out_features)  # all may be dropped
         return kept
 
@@ -174,14 +154,22 @@ class LycorisLayer(Scaled, AdditiveLayer):
             apart: whether the delta has to meet the input by itself, instead of being added to the weight.
 
         Returns:
-            False where `delta_forward` has a way around the delta that costs less.
+            False where the method has a way around the delta that costs less.
         """
-        return True
+        source, base = self.source(adapter), self.get_base_layer()
+        if not isinstance(base, (nn.Linear, *CONVOLUTIONS)):  # such as an embedding that follows another layer
+            return True
+        return self.declared.builds(source.tensors(adapter), x, shape_of(base), source.settings[adapter], apart)
 
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        """Compute what the adapter adds to the output, by building the delta."""
-        delta = self.source(adapter).get_delta_weight(adapter, apply_rank_dropout=True)
-        return apply_weight(self.get_base_layer(), x.to(delta.dtype) if x.is_floating_point() else x, delta)
+        """Compute what the adapter adds to the output, by building the delta or without it."""
+        source, base = self.source(adapter), self.get_base_layer()
+        if self.adds_to_weight(adapter, x, apart=True):
+            delta = source.get_delta_weight(adapter, apply_rank_dropout=True)
+            return apply_weight(base, x.to(delta.dtype) if x.is_floating_point() else x, delta)
+        result = self.declared.apply(source.tensors(adapter), x, shape_of(base), source.settings[adapter])
+        kept = source.kept_outputs(adapter)
+        return result if kept is None else result * along_features(base, kept)
 
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """
@@ -209,7 +197,7 @@ class LycorisLayer(Scaled, AdditiveLayer):
 
     def _is_dropped(self, adapter: str) -> bool:
         """Draw whether module dropout leaves an adapter out this time."""
-        p = self.source(adapter).module_dropout[adapter]
+        p = self.source(adapter).settings[adapter].module_dropout
         return p > 0 and torch.rand(1).item() <= p
 
     def _weight_can_take_deltas(self, adapters: list[str], x: torch.Tensor) -> bool:
@@ -234,17 +222,16 @@ class LycorisLayer(Scaled, AdditiveLayer):
 
     # ----------------------------------------------------------------------------------------------------- scaling
     def _configured_scaling(self, adapter: str) -> float:
-        return self.alpha[adapter] / self.r[adapter]
+        c = self.settings[adapter]
+        return c.alpha / c.r
 
 
-class LycorisTuner(BaseTuner):
+class LycorisTuner(DeclaredModel):
     """What the models of LyCORIS methods share; the arguments are those of `BaseTuner`."""
-
-    pattern_fields = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 
     def _check_new_adapter_config(self, adapter_name: str, config: LycorisConfig) -> None:
         super()._check_new_adapter_config(adapter_name, config)
-        known = self.tuner_layer_cls.zero_at_start
+        known = self.declared.zero_at_start
         if config.init_weights not in known:
             choices = ", ".join(map(repr, known))
             warn(f"init_weights={config.init_weights!r} is none of {choices}; the adapter starts as with True")

@@ -2,14 +2,10 @@
 # peft: the fork in which tied weights stay tied
 """LoHa on a whole model."""
 
-from torch import nn
-
-from ...utils.constants import TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
-from ..families.lycoris import LycorisTuner
-from .layer import Conv1d, Conv2d, Linear, LoHaLayer
+from .layer import LoHa
 
 
-class LoHaModel(LycorisTuner):
+class LoHaModel(LoHa.Model):
     """
     A model with LoHa layers in it (Hyeon-Woo et al. 2021, arXiv:2108.06098).
 
@@ -28,8 +24,3 @@ class LoHaModel(LycorisTuner):
         >>> LoHaModel(net, LoHaConfig(r=2, target_modules=["0"]), "default").targeted_module_names
         ['0']
     """
-
-    prefix = "hada_"
-    tuner_layer_cls = LoHaLayer
-    layer_classes = {nn.Linear: Linear, nn.Conv1d: Conv1d, nn.Conv2d: Conv2d}
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING

@@ -2,14 +2,10 @@
 # peft: the fork in which tied weights stay tied
 """LoKr on a whole model."""
 
-from torch import nn
-
-from ...utils.constants import TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
-from ..families.lycoris import LycorisTuner
-from .layer import Conv1d, Conv2d, Linear, LoKrLayer
+from .layer import LoKr
 
 
-class LoKrModel(LycorisTuner):
+class LoKrModel(LoKr.Model):
     """
     A model with LoKr layers in it (Yeh et al. 2023, arXiv:2309.14859).
 
@@ -28,8 +24,3 @@ class LoKrModel(LycorisTuner):
         >>> LoKrModel(net, LoKrConfig(r=2, target_modules=["0"]), "default").targeted_module_names
         ['0']
     """
-
-    prefix = "lokr_"
-    tuner_layer_cls = LoKrLayer
-    layer_classes = {nn.Linear: Linear, nn.Conv1d: Conv1d, nn.Conv2d: Conv2d}
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
