@@ -12,6 +12,7 @@ from peft.tuners.base import BaseTuner
 OPTIONS: dict[str, dict[str, Any]] = {
     "ADALORA": {"init_r": 2, "target_r": 1, "total_step": 10},
     "BOFT": {"boft_block_size": 4},
+    "FOURIERFT": {"n_frequency": 24, "init_weights": True},
     "HRA": {"r": 2},
     "IA3": {"feedforward_modules": []},
     "LOHA": {"r": 2},

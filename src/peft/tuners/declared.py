@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -109,7 +110,10 @@ class Tensors:
         if attribute is None:
             raise AttributeError(f"{type(self._layer).__name__} declares no tensor {name!r}")
         # what nn.Module does to find attributes would cost more than small layers take to compute
-        container, adapter = self._layer._modules[attribute], self._adapter
+        layer, adapter = self._layer, self._adapter
+        container = layer._modules.get(attribute)
+        if container is None:
+            return layer.frozen(adapter, name)
         found = container._parameters.get(adapter)
         return container._buffers.get(adapter) if found is None else found
 
@@ -230,12 +234,13 @@ class DeclaredLayer(BaseTunerLayer):
         tensor_names: name in the functions -> attribute.
         dropout_field: field of the config that says how much of the input is dropped; None for no such dropout.
         settings: adapter name -> config with the values that hold for this layer.
+        made: adapter name -> tensors that the config tells.
     """
 
     declared: ClassVar[type]
     tensor_names: ClassVar[Mapping[str, str]] = {}
     dropout_field: ClassVar[str | None] = None
-    other_param_names = ("settings",)
+    other_param_names = ("settings", "made")
 
     @property
     def shape(self) -> Shape:
@@ -266,21 +271,49 @@ class DeclaredLayer(BaseTunerLayer):
         c = resolve(self.declared, config, values) if settings is None else settings
         self.settings[adapter_name] = c
         for name, spec in self.specified(c):
-            container = self._modules[self.tensor_names[name]]
+            container = self._modules.get(self.tensor_names[name])
             if isinstance(spec, Trained):
                 container[adapter_name] = self.new_parameter(*spec.shape)
-            else:
-                container.persistent = isinstance(spec, Kept)
-                container[adapter_name] = self._place(spec.make())
+            elif isinstance(spec, Kept):
+                made = spec.make().to(computing_device(self.get_base_layer(), self.stored_weight()))
+                container[adapter_name] = made.to(self.new_parameter(0).dtype) if made.is_floating_point() else made
+        for name in getattr(self.declared, "frozen", ()):
+            if name not in getattr(self.declared, "shared", ()):
+                self.frozen(adapter_name, name)
+
+    def frozen(self, adapter: str, name: str) -> torch.Tensor | None:
+        """
+        Give a tensor that the config tells, where and in the type that the adapter's trained ones are.
+
+        It is kept while these stay as they are, and is no part of the layer's state: copies and pickles make it anew.
+
+        Args:
+            adapter: name of an adapter that this layer has itself.
+            name: name of the tensor in the functions.
+        """
+        like, made = next(self.adapter_parameters(adapter)), self.made.setdefault(adapter, {})
+        tensor = made.get(name)
+        if (
+            tensor is None
+            or tensor.device != like.device
+            or (tensor.is_floating_point() and tensor.dtype != like.dtype)
+        ):
+            spec = self.declared.tensors(self.shape, self.settings[adapter]).get(name)
+            if spec is None:
+                return None
+            with torch.inference_mode(False), torch.no_grad():
+                tensor = spec.make()
+                tensor = tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+            made[name] = tensor
+        return tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is made anew."""
+        return {**self.__dict__, "made": {}}
 
     def specified(self, c: PeftConfig) -> Iterator[tuple[str, Trained | Frozen]]:
         """Yield the tensors that an adapter has, by name."""
         return ((name, spec) for name, spec in self.declared.tensors(self.shape, c).items() if spec is not None)
-
-    def _place(self, made: torch.Tensor) -> torch.Tensor:
-        """Bring a tensor that is not trained to where those that are trained are."""
-        made = made.to(computing_device(self.get_base_layer(), self.stored_weight()))
-        return made.to(self.new_parameter(0).dtype) if made.is_floating_point() else made
 
     def reset_adapter(self, adapter_name: str, config: PeftConfig) -> None:
         """Give the trained tensors the values that they start with."""
@@ -496,8 +529,8 @@ def method(
     """
     Make a method out of a class of pure functions.
 
-    The class says the names of its tensors, `trained`, `frozen`, and `shared` those that all layers of a model share
-    (which are trained if they stand in `trained` too). Its functions take no `self`:
+    The class says the names of its tensors, `trained`, `frozen` and `kept`, and those of them that all layers of a
+    model share in `shared`. Its functions take no `self`:
 
         tensors(shape, c)               name -> `Trained`, `Frozen` or `Kept`; None for a tensor that is not needed
         delta(t, shape, c)              W + delta: (out, in); `delta(t, shape, c, w)` is given the base weight as well
@@ -560,7 +593,7 @@ def method(
 
 
 def _tensor_names(declared: type) -> tuple[str, ...]:
-    return (*getattr(declared, "trained", ()), *getattr(declared, "frozen", ()))
+    return tuple(name for kind in ("trained", "kept", "frozen") for name in getattr(declared, kind, ()))
 
 
 def _linear_kinds(declared: type) -> dict[type[nn.Module], str]:
@@ -591,11 +624,16 @@ def _layer_classes(
 
 def _declare_tensors(layer: type[BaseTunerLayer], declared: type, attributes: dict[str, str]) -> None:
     """Note on the class of layers which containers of tensors they have."""
-    shared, frozen = getattr(declared, "shared", ()), getattr(declared, "frozen", ())
+    shared, frozen, trained = (getattr(declared, kind, ()) for kind in ("shared", "frozen", "trained"))
+    own = [name for name in attributes if name not in shared]
     layer.tensor_names = attributes
-    layer.adapter_layer_names = tuple(attributes[name] for name in attributes if name not in shared)
+    layer.adapter_layer_names = tuple(attributes[name] for name in own if name not in frozen)
     layer.shared_layer_names = tuple(attributes[name] for name in attributes if name in shared)
-    buffers = {attributes[name]: SharedBuffers if name in shared else BufferDict for name in frozen}
+    buffers = {
+        attributes[name]: SharedBuffers if name in shared else partial(BufferDict, persistent=True)
+        for name in attributes
+        if name not in trained and (name in shared or name not in frozen)
+    }
     copies = dict.fromkeys(layer.adapter_layer_names, nn.ModuleDict) if issubclass(layer, ReplacementLayer) else {}
     layer.container_classes = {**layer.container_classes, **buffers, **copies}
     if hasattr(declared, "delta"):

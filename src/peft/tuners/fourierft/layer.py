@@ -23,7 +23,6 @@ from .config import FourierFTConfig
         "fourierft_scaling": "scaling",
         "fourierft_random_loc_seed": "random_loc_seed",
     },
-    names={"places": "indices"},
 )
 class FourierFT:
     """A layer with a sparse spectrum added to its weight."""
