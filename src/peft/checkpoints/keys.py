@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from ..anatomy.embeddings import input_embedding, output_embedding, without_adapters_around
-from ..anatomy.walking import adapter_modules, base_parameters, walk
-from ..layers.base_layer import BaseTunerLayer
-from ..layers.keys import SavedForm
+from ..anatomy.walking import adapter_modules, base_parameters, is_adapter_layer, walk
+from ..layers.saved_form import SavedForm
 from ..utils.wrapped_names import plain_name
 
 
@@ -58,7 +57,7 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:
         keys.update((saved_prefix + saved, Place(prefix + live)) for saved, live in _plain_keys(module, adapter_name))
     tuner = base_name.removesuffix("model.")
     for _, module in modules:
-        for saved, live in module.shared_keys(adapter_name) if isinstance(module, BaseTunerLayer) else ():
+        for saved, live in module.shared_keys(adapter_name):
             keys.setdefault(tuner + saved, Place(prefixes[id(module)] + live))
     for _, module in modules:
         for saved, live, transposed in module.adapter_aliases(adapter_name):
@@ -102,7 +101,7 @@ def _saved_prefixes(modules: Sequence[tuple[str, nn.Module]]) -> dict[int, str]:
 
 
 def _adapts_whole_module(module: nn.Module | None) -> bool:
-    return isinstance(module, BaseTunerLayer) and module.parameter_name is None
+    return module is not None and is_adapter_layer(module) and module.parameter_name is None
 
 
 def _saved_forms(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SavedForm]]:
@@ -110,7 +109,7 @@ def _saved_forms(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Sav
     modules = list(adapter_modules(model))
     prefixes = _saved_prefixes(modules)
     for _, module in modules:
-        if isinstance(module, BaseTunerLayer) and module.has_adapter(adapter_name):
+        if module.has_adapter(adapter_name):
             prefix = prefixes[id(module)]
             for key, form in module.saved_forms(adapter_name).items():
                 yield prefix + key, form

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from .borrowing import Borrowed
-from .keys import SavedForm
+from .containers import keys_in, parameters_in
+from .saved_form import SavedForm
 
 
 class AdapterModule:
@@ -42,14 +43,21 @@ class AdapterModule:
     _trained_before: dict[str, set[int]] | None = None
 
     # ------------------------------------------------------------------------------------------------------- adapters
+    def _containers(self) -> Iterator[tuple[str, Any]]:
+        """Yield the name and the content of each attribute that holds tensors by adapter name."""
+        for name in self.adapter_layer_names:
+            container = self._modules.get(name)
+            if container is not None:
+                yield name, container
+
     @property
     def available_adapters(self) -> set[str]:
         """Names of the adapters that have something here."""
-        return {name for container in self.adapter_layer_names for name in self._modules[container].keys()}
+        return {name for _, container in self._containers() for name in container.keys()}
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Say whether an adapter has something here."""
-        return any(adapter_name in self._modules[container] for container in self.adapter_layer_names)
+        return adapter_name in self.available_adapters
 
     def source(self, adapter_name: str) -> "AdapterModule":
         """Give the module that has an adapter's tensors: this one, unless it follows another."""
@@ -74,6 +82,44 @@ class AdapterModule:
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are part of the base weight, in the order of merging."""
         return []
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """
+        Switch adapters on or off.
+
+        Args:
+            enabled: True to switch on. What was trainable before is trainable again.
+        """
+        self._disable_adapters = not enabled
+        if enabled:
+            self.train_as_before()
+        else:
+            self.freeze_while_off(self.available_adapters)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """
+        Choose the adapters that are used; others are frozen.
+
+        Args:
+            adapter_names: one name or several.
+            inference_mode: freeze the chosen ones too.
+        """
+        raise NotImplementedError
+
+    def remove_adapter(self, adapter_name: str) -> None:
+        """
+        Remove an adapter's tensors and settings, without a change to which are active.
+
+        Args:
+            adapter_name: name; a module that does not have it stays as it is.
+        """
+        self.give_back(adapter_name)
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            container = getattr(self, name, None)
+            # settings may be plain values, one for all adapters
+            if hasattr(container, "keys") and adapter_name in container:
+                del container[adapter_name]
+        self.forget_trained_before(adapter_name)
 
     # ---------------------------------------------------------------------------------- parameters that are others'
     def borrow(self, adapter_name: str, borrowed: Iterable[Borrowed], owner: "AdapterModule | None" = None) -> None:
@@ -130,7 +176,21 @@ class AdapterModule:
     # ------------------------------------------------------------------------------------------------------- training
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield the parameters of one adapter."""
-        raise NotImplementedError
+        return parameters_in(self._containers(), adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """
+        Freeze adapters or let them be trained, without a change to which are active.
+
+        Args:
+            adapter_names: one name or several; names that are not here are passed over.
+            requires_grad: False to freeze.
+        """
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.forget_trained_before(name)
+            for parameter in self.adapter_parameters(name):
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(requires_grad)
 
     def freeze_while_off(self, adapter_names: Iterable[str]) -> None:
         """
@@ -168,7 +228,7 @@ class AdapterModule:
 
         The two differ by the adapter's name, which checkpoints leave out.
         """
-        yield from ()
+        return keys_in(self._containers(), adapter_name)
 
     def shared_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Yield the same for the tensors that all layers share, which a checkpoint holds once."""
@@ -194,19 +254,6 @@ class AdapterModule:
             Key, as `adapter_keys` or `adapter_aliases` yield it first -> form.
         """
         return {}
-
-    def token_axes(self, adapter_name: str) -> Mapping[str, tuple[int, float]] | None:
-        """
-        Say which tensors have an entry for each token, for layers around an embedding or an output head.
-
-        Args:
-            adapter_name: name of an adapter that this module has itself.
-
-        Returns:
-            Key in this module's state dict -> axis of the tokens, and the value with which a new token changes
-            nothing; None if the adapter cannot be brought to another number of tokens.
-        """
-        return None
 
     def fill_missing(self, adapter_name: str, config: Any) -> None:
         """

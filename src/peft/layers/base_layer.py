@@ -20,7 +20,7 @@ from ..utils.error import PeftNotImplementedError
 from ..utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from ..utils.warning import warn
 from .call_context import names_of_rows
-from .keys import keys_in
+from .containers import keys_in, parameters_in
 from .merging.checks import check_adapters_to_merge
 from .merging.layer import merge_layer, take_adapter_out, unmerge_layer
 from .merging.mergeable_layer import MergeableLayer
@@ -56,7 +56,6 @@ class BaseTunerLayer(MergeableLayer):
     supports_mixed_batch: bool = True
 
     _trainable_adapters: set[str]
-    _active_adapter: str | list[str] = "default"
 
     def __init__(
         self,
@@ -105,12 +104,7 @@ class BaseTunerLayer(MergeableLayer):
 
     def _state_of_stack(self) -> MergeState:
         """Find what is merged into the weight, which other layers around the same base layer may know already."""
-        inner = self.base_layer
-        while isinstance(inner, BaseTunerLayer):
-            if inner.weight_name == self.weight_name:
-                return inner._merge_state
-            inner = inner.base_layer
-        return MergeState()
+        return next((inner._merge_state for inner in self.layers_inside()), None) or MergeState()
 
     # ---------------------------------------------------------------------------------------------- the base layer
     @property
@@ -171,13 +165,6 @@ class BaseTunerLayer(MergeableLayer):
         """
         raise PeftNotImplementedError(f"{type(self).__name__} cannot make an adapter")
 
-    def _containers(self) -> Iterator[tuple[str, Any]]:
-        """Yield the name and the content of each attribute that holds tensors by adapter name."""
-        for name in self.adapter_layer_names:
-            container = self._modules.get(name)
-            if container is not None:
-                yield name, container
-
     @property
     def available_adapters(self) -> set[str]:
         """Names of the adapters that this layer has, be it from an owner."""
@@ -202,25 +189,8 @@ class BaseTunerLayer(MergeableLayer):
         return ((name, self._modules[name]) for name in self.shared_layer_names)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """
-        Yield the parameters of one adapter, those that all layers share too.
-
-        Inside of `torch.func.functional_call` it is the tensors that stand in their places, which are no `Parameter`.
-        """
-        for _, container in (*self._containers(), *self.shared_containers()):
-            own = container._parameters.get(adapter_name)
-            if own is not None:
-                yield own
-            elif isinstance(container._modules.get(adapter_name), nn.Module):
-                yield from container._modules[adapter_name].parameters()
-
-    def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
-        """
-        Yield for each tensor of an adapter its key in a checkpoint and its key in this layer's state dict.
-
-        The two differ by the adapter's name, which checkpoints leave out.
-        """
-        return keys_in(self._containers(), adapter_name)
+        """Yield the parameters of one adapter, those that all layers share too."""
+        return parameters_in((*self._containers(), *self.shared_containers()), adapter_name)
 
     def shared_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Yield the same for the tensors that all layers share, which a checkpoint holds once."""
@@ -238,6 +208,19 @@ class BaseTunerLayer(MergeableLayer):
         owner = self._owners.get(adapter_name)
         if owner is not None and type(owner.get_base_layer()) is type(self.get_base_layer()):
             yield from ((saved, live, False) for saved, live in owner.adapter_keys(adapter_name))
+
+    def token_axes(self, adapter_name: str) -> Mapping[str, tuple[int, float]] | None:
+        """
+        Say which tensors have an entry for each token, for layers around an embedding or an output head.
+
+        Args:
+            adapter_name: name of an adapter that this layer has itself.
+
+        Returns:
+            Key in this layer's state dict -> axis of the tokens, and the value with which a new token changes
+            nothing; None if the adapter cannot be brought to another number of tokens.
+        """
+        return None
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """Make an uninitialised parameter for an adapter, where and in the type that the base weight calls for."""
@@ -318,13 +301,9 @@ class BaseTunerLayer(MergeableLayer):
             adapter_names: one name or several; names that the layer does not have are passed over.
             requires_grad: False to freeze.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name in names:
-            self.forget_trained_before(name)
-            for parameter in self.adapter_parameters(name):
-                if parameter.is_floating_point():
-                    parameter.requires_grad_(requires_grad)
-            (self._trainable_adapters.add if requires_grad else self._trainable_adapters.discard)(name)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        super().set_requires_grad(names, requires_grad)
+        (self._trainable_adapters.update if requires_grad else self._trainable_adapters.difference_update)(names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """
@@ -351,14 +330,11 @@ class BaseTunerLayer(MergeableLayer):
         """
         take_adapter_out(self, adapter_name)
         self._owners.pop(adapter_name, None)
-        self.give_back(adapter_name)
-        for name in (*self.adapter_layer_names, *self.other_param_names, *self.shared_layer_names):
-            container = getattr(self, name, None)
-            # settings may be plain values, one for all adapters
-            if hasattr(container, "keys") and adapter_name in container:
+        super().remove_adapter(adapter_name)
+        for _, container in self.shared_containers():
+            if adapter_name in container:
                 del container[adapter_name]
         self._trainable_adapters.discard(adapter_name)
-        self.forget_trained_before(adapter_name)
 
     # -------------------------------------------------------------------------------------------------- forward pass
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

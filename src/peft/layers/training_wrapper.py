@@ -2,13 +2,12 @@
 # peft: the fork in which tied weights stay tied
 """Wrappers around modules of the base model: what all of them have in common."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import PeftConfig
 from ..utils.error import PeftTypeError, PeftValueError
 from ..utils.quantization_utils import resolve_quantization_backend
 from .adapter_module import AdapterModule
@@ -33,7 +32,6 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
         super().__init__()
         self.original_module = module_to_save
         self._active_adapter: list[str] = [adapter_name]
-        self._disable_adapters = False
         self.init_modules(adapter_name, **kwargs)
         self.check_module()
         self.update(adapter_name, **kwargs)
@@ -68,11 +66,6 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
             return getattr(self._current_module(), name)
 
     @property
-    def disable_adapters(self) -> bool:
-        """Whether adapters are switched off."""
-        return self._disable_adapters
-
-    @property
     def active_adapter(self) -> str | list[str]:
         """Name of the active adapter, or names if there are several or none."""
         active = self.active_adapters
@@ -86,15 +79,6 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
     def choose(self, adapter_names: Sequence[str]) -> None:
         """Note which adapters of the model are active, without a change to what is trained."""
         self._active_adapter = list(adapter_names)
-
-    @property
-    def available_adapters(self) -> set[str]:
-        """Names of the adapters that train something here."""
-        return {name for container in self.adapter_layer_names for name in self._modules[container].keys()}
-
-    def has_adapter(self, adapter_name: str) -> bool:
-        """Say whether an adapter trains something here."""
-        return any(adapter_name in self._modules[container] for container in self.adapter_layer_names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -113,19 +97,6 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
 
     def _mixed_batch_forward(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         raise PeftValueError(f"{type(self).__name__} cannot compute a batch with an adapter per sample")
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """
-        Switch adapters on or off.
-
-        Args:
-            enabled: True to switch on. What was trainable before is trainable again.
-        """
-        self._disable_adapters = not enabled
-        if enabled:
-            self.train_as_before()
-        else:
-            self.freeze_while_off(self.available_adapters)
 
     def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
         """
@@ -157,25 +128,6 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
         if chosen is not None:
             self.set_requires_grad([chosen], not inference_mode)
 
-    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
-        """
-        Freeze what adapters train here, or let it be trained.
-
-        Args:
-            adapter_names: one name or several; names that are not here are passed over.
-            requires_grad: False to freeze.
-        """
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self.forget_trained_before(name)
-            for parameter in self.adapter_parameters(name):
-                parameter.requires_grad_(requires_grad)
-
-    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield the parameters that an adapter trains here."""
-        for container in self.adapter_layer_names:
-            if adapter_name in self._modules[container]:
-                yield from self._modules[container][adapter_name].parameters()
-
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         """
         Remove what an adapter trains here; see `BaseTunerLayer.delete_adapter`.
@@ -191,30 +143,6 @@ class AuxiliaryTrainingWrapper(AdapterModule, nn.Module):
             self.set_adapter(new_active_adapters or [], inference_mode=not was_trained)
         elif was_active:
             self.choose([name for name in self._active_adapter if name != adapter_name])
-
-    def remove_adapter(self, adapter_name: str) -> None:
-        """
-        Remove what an adapter trains here, without a change to which are active.
-
-        Args:
-            adapter_name: name.
-        """
-        for container in (*self.adapter_layer_names, *self.other_param_names):
-            if adapter_name in getattr(self, container):
-                del getattr(self, container)[adapter_name]
-        self.give_back(adapter_name)
-        self.forget_trained_before(adapter_name)
-
-    def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
-        """Yield for each tensor of an adapter its key in a checkpoint and its key in this module's state dict."""
-        raise NotImplementedError
-
-    def fill_missing(self, adapter_name: str, config: PeftConfig) -> None:
-        """Start tensors of an adapter that a checkpoint has left without storage."""
-
-    def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
-        """Yield nothing: what follows another wrapper holds that one's parameters themselves."""
-        yield from ()
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Give the mapping of keys in a checkpoint to keys in this module's state dict."""

@@ -3,14 +3,14 @@
 """What merging has to know about a layer: its base weight, and what each adapter makes of that."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
 import torch
 from torch import nn
 
 from ...anatomy.offload import tensor_of
-from ...anatomy.walking import innermost_base_layer
+from ...anatomy.walking import innermost_base_layer, stack_of
 from ...utils.computed_weights import ComputedWeight, find_computed_weight
 from ...utils.quantization_utils import QuantizationBackend
 from ..adapter_module import AdapterModule
@@ -96,6 +96,10 @@ class MergeableLayer(AdapterModule, ABC):
         for adapter in self.adapters_to_apply():
             weight = self.source(adapter).weight_with(adapter, weight)
         return weight
+
+    def layers_inside(self) -> Iterator["MergeableLayer"]:
+        """Yield the adapter layers between this one and its base layer that adapt the same weight, outermost first."""
+        return (inner for inner in stack_of(self.base_layer) if inner.weight_name == self.weight_name)
 
     # ------------------------------------------------------------------------------------------------- its adapters
     def source(self, adapter_name: str) -> "MergeableLayer":

@@ -5,7 +5,6 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from ...utils.warning import warn
-from .mergeable_layer import MergeableLayer
 from .state import Contribution
 
 
@@ -19,7 +18,7 @@ def in_order(contributions: Iterable[Contribution]) -> list[Contribution]:
     for contribution in dict.fromkeys(contributions):
         by_layer.setdefault(id(contribution[0]), []).append(contribution)
     result: list[Contribution] = []
-    for stack in sorted(by_layer.values(), key=lambda held: sum(1 for _ in layers_inside(held[0][0]))):
+    for stack in sorted(by_layer.values(), key=lambda held: sum(1 for _ in held[0][0].layers_inside())):
         layer, names = stack[0][0], [name for _, name in stack]
         in_turn = iter([(layer, name) for name in layer.active_adapters if name in names])
         result += [next(in_turn) if name in layer.active_adapters else (layer, name) for name in names]
@@ -58,21 +57,12 @@ def _waits_for(contribution: Contribution, merged: Collection[Contribution]) -> 
 def _before(contribution: Contribution) -> Iterator[Contribution]:
     """Yield the adapters whose part of the forward pass comes before that of an adapter."""
     layer, name = contribution
-    for inner in layers_inside(layer):
+    for inner in layer.layers_inside():
         if not inner.disable_adapters:
             yield from ((inner, other) for other in inner.active_adapters if inner.has_adapter(other))
     if name in layer.active_adapters:
         earlier = layer.active_adapters[: layer.active_adapters.index(name)]
         yield from ((layer, other) for other in earlier if layer.has_adapter(other))
-
-
-def layers_inside(layer: MergeableLayer) -> Iterator[MergeableLayer]:
-    """Yield the adapter layers between a layer and its base layer that adapt the same weight."""
-    inner = layer.base_layer
-    while isinstance(inner, MergeableLayer):
-        if inner.weight_name == layer.weight_name:
-            yield inner
-        inner = inner.base_layer
 
 
 def warn_of_waiting(waiting: Mapping[Contribution, Contribution]) -> None:

@@ -116,6 +116,7 @@ class Sharing:
 
 
 def holder(module: nn.Module, name: str) -> dict[str, torch.Tensor | None] | Replacements:
+    """Give the dictionary in which a module holds a tensor, or what stands for it where the tensor is offloaded."""
     holders = (module._parameters, module._buffers, module.__dict__)
     held = next(held for held in holders if name in held)
     # a placeholder stays where it is, and what it stands for is replaced

@@ -16,7 +16,7 @@ NOT_SAVED = -1e30
 
 class TopkForm(NamedTuple):
     """
-    How logits are written as their top-k weights and indices; see `adapter_keys.SavedForm`.
+    How logits are written as their top-k weights and indices; see `layers.saved_form.SavedForm`.
 
     Attributes:
         topk: vectors that are mixed.
