@@ -8,7 +8,7 @@ from .utils.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "peft.checkpoints.save_and_load": ["get_peft_model_state_dict", "set_peft_model_state_dict"],
+        "peft.checkpoints.state_dict": ["get_peft_model_state_dict", "set_peft_model_state_dict"],
         "peft.mapping": ["inject_adapter_in_model"],
         "peft.surgery.switching": ["cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"],
     },

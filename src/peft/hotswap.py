@@ -12,9 +12,11 @@ from torch import nn
 
 from .anatomy.matching import get_pattern_key, pattern_lookup
 from .anatomy.walking import adapter_modules, names_of_modules, unwrapped
+from .checkpoints.assignment import live_tensors, one_value_per_tensor
+from .checkpoints.checks import not_finite
 from .checkpoints.keys import adapter_key_map, read_forms
 from .checkpoints.load_report import LoadReport
-from .checkpoints.save_and_load import live_tensors, load_peft_weights, not_finite, one_value_per_tensor
+from .checkpoints.read_file import load_peft_weights
 from .config import PeftConfig
 from .layers.undo import keep_values, on_failure
 from .surgery.slots import without_collecting

@@ -8,7 +8,7 @@ from .utils.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "peft.checkpoints.save_and_load": ["load_peft_weights"],
+        "peft.checkpoints.read_file": ["load_peft_weights"],
         "peft.config": ["PeftConfig"],
         "peft.layers.base_layer": ["BaseTunerLayer"],
         "peft.layers.training_wrapper": ["AuxiliaryTrainingWrapper"],

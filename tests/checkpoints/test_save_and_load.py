@@ -507,7 +507,7 @@ def test_state_dict_of_the_base_model(wrapped: bool) -> None:
 
 # ------------------------------------------------------------------------------------------ atomic saves
 FILES = {
-    WEIGHTS: "peft.checkpoints.save_and_load.save_file",
+    WEIGHTS: "peft.checkpoints.write_file.save_file",
     "adapter_model.bin": "torch.save",
     CONFIG: "peft.config._write_text",
 }
@@ -556,7 +556,7 @@ def test_killed_save_leaves_the_old_file_whole(tmp_path: Path) -> None:
     small(r=2).save_pretrained(tmp_path)
     before = files_below(tmp_path)
     script = f"""
-        import os, torch, peft.checkpoints.save_and_load
+        import os, torch, peft.checkpoints.write_file
         from peft import LoraConfig, get_peft_model
 
         def write_half(tensors, path, *args, **kwargs):
@@ -565,7 +565,7 @@ def test_killed_save_leaves_the_old_file_whole(tmp_path: Path) -> None:
                 file.flush()
                 os._exit(9)
 
-        peft.checkpoints.save_and_load.save_file = write_half
+        peft.checkpoints.write_file.save_file = write_half
         net = torch.nn.Sequential(torch.nn.Linear(4, 4))
         get_peft_model(net, LoraConfig(r=3, target_modules=["0"])).save_pretrained({str(tmp_path)!r})
     """

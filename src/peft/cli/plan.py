@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from ..anatomy.matching import find_targets, near_names
     from ..anatomy.skeletons import build_skeleton
     from ..anatomy.walking import names_of_modules
-    from ..checkpoints.save_and_load import collect_tensors
+    from ..checkpoints.state_dict import collect_tensors
     from ..mapping_func import get_peft_model
     from ..tying.report import weight_tying_report
     from ._adapter_config import read_adapter_config

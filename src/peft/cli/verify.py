@@ -74,8 +74,9 @@ def _check_fit(file: "TensorFile", skeleton: "nn.Module", config: Any) -> list[t
     """Compare names, shapes and ties with those of an adapter that is made for the base model."""
     from ..anatomy.walking import adapter_modules
     from ..checkpoints.aliases import restore_aliases
+    from ..checkpoints.assignment import live_tensors
     from ..checkpoints.keys import Place, adapter_key_map, bias_key_map, embedding_tensors, read_forms
-    from ..checkpoints.save_and_load import live_tensors, under_new_names
+    from ..checkpoints.state_dict import under_new_names
     from ..mapping_func import get_peft_model
 
     model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)

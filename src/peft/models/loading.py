@@ -13,7 +13,8 @@ from torch import nn
 
 from ..anatomy.walking import adapter_modules
 from ..checkpoints.load_report import LoadResult
-from ..checkpoints.save_and_load import load_peft_weights, load_tensors
+from ..checkpoints.read_file import load_peft_weights
+from ..checkpoints.state_dict import load_tensors
 from ..checkpoints.tied_members import config_for_members
 from ..config import PeftConfig, config_differences
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING

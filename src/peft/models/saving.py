@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from ..anatomy.embeddings import without_adapters_around
-from ..checkpoints.save_and_load import collect_tensors, refuse_without_storage, write_peft_weights
+from ..checkpoints.checks import refuse_without_storage
+from ..checkpoints.state_dict import collect_tensors
+from ..checkpoints.write_file import write_peft_weights
 from ..config import PeftConfig
 from ..utils.error import PeftValueError
 from ..utils.files import replacing_adapter

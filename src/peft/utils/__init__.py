@@ -40,13 +40,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "quantization_extra_repr",
             "resolve_quantization_backend",
         ],
-        "peft.checkpoints.save_and_load": [
-            "get_base_model_state_dict",
-            "get_peft_model_state_dict",
-            "load_peft_weights",
-            "set_base_model_state_dict",
-            "set_peft_model_state_dict",
-        ],
+        "peft.checkpoints.base_state_dict": ["get_base_model_state_dict", "set_base_model_state_dict"],
+        "peft.checkpoints.read_file": ["load_peft_weights"],
+        "peft.checkpoints.state_dict": ["get_peft_model_state_dict", "set_peft_model_state_dict"],
         ".warning": ["PeftWarning"],
     },
 )

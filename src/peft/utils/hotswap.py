@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "peft.anatomy.matching": ["get_pattern_key"],
-        "peft.checkpoints.save_and_load": ["load_peft_weights"],
+        "peft.checkpoints.read_file": ["load_peft_weights"],
         "peft.config": ["PeftConfig"],
         "peft.hotswap": [
             "CONFIG_KEYS_TO_CHECK",

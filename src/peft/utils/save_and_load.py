@@ -8,15 +8,10 @@ from .lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "peft.checkpoints.save_and_load": [
-            "get_base_model_state_dict",
-            "get_peft_model_state_dict",
-            "load_peft_weights",
-            "set_base_model_state_dict",
-            "set_peft_model_state_dict",
-            "torch_load",
-            "write_peft_weights",
-        ],
+        "peft.checkpoints.base_state_dict": ["get_base_model_state_dict", "set_base_model_state_dict"],
+        "peft.checkpoints.read_file": ["load_peft_weights", "torch_load"],
+        "peft.checkpoints.state_dict": ["get_peft_model_state_dict", "set_peft_model_state_dict"],
+        "peft.checkpoints.write_file": ["write_peft_weights"],
         "peft.layers.training_wrapper": ["AuxiliaryTrainingWrapper"],
         "peft.surgery.saved_modules": ["infer_device"],
         "peft.utils.constants": [

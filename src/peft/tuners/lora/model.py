@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...anatomy.kinds import stores_weight_transposed
 from ...anatomy.walking import unwrapped
-from ...checkpoints.save_and_load import collect_tensors
+from ...checkpoints.state_dict import collect_tensors
 from ...config import PeftConfig
 from ...surgery.replication import remove_replicas, replicate_layers, separate_replicas
 from ...tying.groups import find_tied_groups, module_of

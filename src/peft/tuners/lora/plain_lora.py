@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 
 from ...checkpoints.aliases import split_aliases
-from ...checkpoints.save_and_load import load_peft_weights
+from ...checkpoints.read_file import load_peft_weights
 from ...config import PeftConfig
 from ...utils.error import PeftValueError
 from .config import LoraConfig

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ...checkpoints.save_and_load import load_peft_weights, torch_load
+from ...checkpoints.read_file import load_peft_weights, torch_load
 from ...utils.error import PeftValueError
 from ..prompt_tuning.model import PromptEmbedding
 from .config import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
