@@ -27,16 +27,12 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
-from peft.checkpoints.conversion import (
-    FlattenDims,
-    PeftConcatenate,
-    PermuteDims,
-    build_peft_weight_mapping,
-    convert_peft_config_for_transformers,
-    get_model_conversion_mapping,
-)
+from peft.checkpoints.conversion.config import convert_peft_config_for_transformers
+from peft.checkpoints.conversion.operations import FlattenDims, PeftConcatenate, PermuteDims
+from peft.checkpoints.conversion.tensors import build_peft_weight_mapping
 from peft.cli import main
 from peft.utils.error import PeftNotImplementedError, PeftValueError
 from peft.utils.warning import PeftWarning
@@ -317,6 +313,16 @@ def test_other_methods_are_left_alone() -> None:
     model = base("mixtral")
     convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
     assert config.target_modules == {"w1"}
+
+
+def test_a_function_in_its_place_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients replace the conversion of configs, at its public path, to keep modules as targets."""
+    seen = []
+    path = "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers"
+    monkeypatch.setattr(path, lambda config, model, conversions: seen.append(config.target_modules))
+    config = LoraConfig(r=2, target_modules=["q_proj", "w1", "w2", "w3"])
+    get_peft_model(base("mixtral"), config)
+    assert seen == [{"q_proj", "w1", "w2", "w3"}]
 
 
 # ------------------------------------------------------------------------------------------ load_adapter

@@ -146,7 +146,7 @@ def test_state_dict_that_was_gathered_elsewhere(tmp_path: Path) -> None:
         (
             stack,
             None,
-            {"auto_mapping": {"base_model_class": "Stack", "parent_library": "helpers"}, "task_type": None},
+            {"auto_mapping": {"base_model_class": "Stack", "parent_library": "support.helpers"}, "task_type": None},
         ),
         (llama, TaskType.CAUSAL_LM, {"auto_mapping": None, "task_type": "CAUSAL_LM"}),
     ],

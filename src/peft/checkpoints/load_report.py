@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..utils.error import PeftRuntimeError, PeftValueError
 from ..utils.near_names import nearest
 from ..utils.warning import warn
@@ -265,8 +266,6 @@ def _indices(key: str) -> list[str]:
 
 def _methods_text(keys: Collection[str]) -> str:
     """Name the methods whose tensors have names like these."""
-    from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-
     methods = [
         method.value
         for method, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()

@@ -284,7 +284,8 @@ def under_new_names(
     """
     if all(key in known for key in tensors) or not changes_weights_while_loading():
         return tensors
-    from .conversion import convert_peft_adapter_state_dict_for_transformers  # needs transformers 5
+    # releases of transformers before 5 lack what it builds on
+    from .conversion.tensors import convert_peft_adapter_state_dict_for_transformers
 
     config = _config_of(model, adapter_name)
     return convert_peft_adapter_state_dict_for_transformers(model, config, tensors, adapter_name)

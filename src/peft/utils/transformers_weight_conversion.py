@@ -8,17 +8,15 @@ from .lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "peft.checkpoints.conversion": [
-            "FlattenDims",
-            "PeftConcatenate",
-            "PermuteDims",
+        "peft.checkpoints.conversion.config": ["convert_peft_config_for_transformers"],
+        "peft.checkpoints.conversion.operations": ["FlattenDims", "PeftConcatenate", "PermuteDims"],
+        "peft.checkpoints.conversion.tensors": [
             "build_peft_weight_mapping",
             "convert_peft_adapter_state_dict_for_transformers",
-            "convert_peft_config_for_transformers",
-            "get_model_conversion_mapping",
         ],
         "peft.config": ["PeftConfig"],
         "peft.utils.constants": ["INCLUDE_LINEAR_LAYERS_SHORTHAND"],
         "peft.utils.peft_types": ["PeftType"],
+        "transformers.conversion_mapping": ["get_model_conversion_mapping"],
     },
 )

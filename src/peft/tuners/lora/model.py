@@ -77,7 +77,10 @@ class LoraModel(BaseTuner):
     def _resolve_targets(self, model: nn.Module, config: LoraConfig) -> None:
         # the weights of experts whose layers were fused have three dimensions
         if changes_weights_while_loading() and any(parameter.dim() == 3 for parameter in model.parameters()):
-            from ...checkpoints.conversion import conversions_of, convert_peft_config_for_transformers
+            from ...checkpoints.conversion.experts import conversions_of
+
+            # clients replace the function at this path
+            from ...utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
             convert_peft_config_for_transformers(config, model, conversions_of(model))
         super()._resolve_targets(model, config)
