@@ -2,8 +2,8 @@
 # peft: the fork in which tied weights stay tied
 """The package as it is built and imported, and the scripts and the example around it."""
 
+import ast
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -338,3 +338,23 @@ class TestExample:
         assert finetune.mark_speech(text) == (
             "He said <|speech|>yes, my dear<|/speech|> and left.\n\n<|speech|>A letter that goes on,<|/speech|>"
         )
+
+
+class TestHeaders:
+    FOLDERS = ("src", "tests", "scripts", "benchmarks", "examples")
+    FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
+
+    def test_every_file_names_the_licence_and_the_project(self):
+        for file in self.FILES:
+            lines = file.read_text(encoding="utf-8").splitlines()
+            if lines[0].startswith("#!"):
+                del lines[0]
+            assert lines[0] == "# SPDX-License-Identifier: Apache-2.0", file
+            assert lines[1] == "# peft: the fork in which tied weights stay tied", file
+
+    def test_every_file_says_what_it_is_for(self):
+        for file in self.FILES:
+            docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+            assert docstring, file
+            summary = docstring.partition("\n\n")[0]
+            assert summary.endswith((".", ":")), f"{file}: {summary}"

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""The rooms of the package: files that can be read in one go, old import paths that are tables, names that resolve."""
+
+import ast
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+import peft
+
+
+PACKAGE = Path(peft.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+MOST_LINES = 600
+# file -> why it is longer
+LONGER: dict[str, str] = {
+    "config.py": "not cut yet",
+    "tuners/base.py": "not cut yet",
+    "tuners/declared.py": "not cut yet",
+}
+# of the names of the release and of what clients import, those that resolve (scripts/record_import_paths.py)
+IMPORT_PATHS: dict[str, list[str]] = json.loads((Path(__file__).parent / "import_paths.json").read_text("utf-8"))
+
+
+def name_of(file: Path) -> str:
+    """The path inside the package, as one reads it."""
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def calls_lazy_exports(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "lazy_exports"
+
+
+def tables() -> list[Path]:
+    """Files that say where names are; packages do so too, and may do more."""
+    modules = [file for file in FILES if file.name != "__init__.py"]
+    return [file for file in modules if any(map(calls_lazy_exports, ast.walk(ast.parse(file.read_text("utf-8")))))]
+
+
+each_table = pytest.mark.parametrize("file", tables(), ids=name_of)
+
+
+def test_files_are_short() -> None:
+    lengths = {name_of(file): len(file.read_text("utf-8").splitlines()) for file in FILES}
+    assert {name: length for name, length in lengths.items() if length >= MOST_LINES and name not in LONGER} == {}
+
+
+@each_table
+def test_table_holds_nothing_else(file: Path) -> None:
+    tree = ast.parse(file.read_text("utf-8"))
+    assert ast.get_docstring(tree).startswith("Table of names: ")
+    docstring, imported, assigned = tree.body
+    assert isinstance(imported, ast.ImportFrom) and [alias.name for alias in imported.names] == ["lazy_exports"]
+    assert isinstance(assigned, ast.Assign) and calls_lazy_exports(assigned.value)
+    assert [ast.unparse(target) for target in assigned.targets] == ["(__getattr__, __dir__, __all__)"]
+    package, names = assigned.value.args
+    assert ast.unparse(package) == "__name__" and ast.literal_eval(names)
+
+
+@each_table
+def test_names_of_table_resolve(file: Path) -> None:
+    module = importlib.import_module(".".join(("peft", *file.relative_to(PACKAGE).with_suffix("").parts)))
+    assert module.__all__
+    for name in module.__all__:
+        assert getattr(module, name, None) is not None, name
+
+
+def test_there_are_tables() -> None:
+    assert {"peft_model.py", "tuners/tuners_utils.py", "utils/save_and_load.py"} <= set(map(name_of, tables()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", IMPORT_PATHS)
+def test_import_path_works(path: str) -> None:
+    module = importlib.import_module(path)
+    for name in IMPORT_PATHS[path]:
+        found = module
+        for part in name.split("."):
+            assert hasattr(found, part), f"{path} has no {name}"
+            found = getattr(found, part)
