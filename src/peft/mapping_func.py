@@ -3,22 +3,18 @@
 """`get_peft_model`: the way in."""
 
 import copy
-from typing import TYPE_CHECKING, Union
 
 from torch import nn
 
 from .config import PeftConfig
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from .models.mixed import PeftMixedModel
 from .models.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, peft_model_for_task
 from .surgery.slots import without_collecting
 from .surgery.transaction import all_or_nothing
 from .tuners.base import BaseTuner, BaseTunerLayer
 from .utils.error import PeftTypeError
 from .utils.warning import warn
-
-
-if TYPE_CHECKING:
-    from .models.mixed import PeftMixedModel
 
 
 __all__ = [
@@ -29,6 +25,7 @@ __all__ = [
     "BaseTuner",
     "BaseTunerLayer",
     "PeftConfig",
+    "PeftMixedModel",
     "PeftModel",
     "get_peft_model",
 ]
@@ -43,7 +40,7 @@ def get_peft_model(
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
-) -> Union[PeftModel, "PeftMixedModel"]:
+) -> PeftModel | PeftMixedModel:
     """
     Put an adapter into a base model.
 
@@ -88,8 +85,6 @@ def get_peft_model(
         config.revision = revision
     with all_or_nothing(model):
         if mixed:
-            from .models.mixed import PeftMixedModel
-
             return PeftMixedModel(model, config, adapter_name=adapter_name)
         return peft_model_for_task(
             model,
