@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peft
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.registry import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.base import (
     ActivationLayer,
     AdditiveLayer,

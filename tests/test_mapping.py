@@ -23,9 +23,17 @@ from support.helpers import (
 from torch import nn
 
 import peft
-from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
-from peft import mapping as registry
-from peft.mapping import (
+from peft import (
+    LoraConfig,
+    LoraModel,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    inject_adapter_in_model,
+    registry,
+)
+from peft.registry import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,

@@ -92,7 +92,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".utils.error": ["NoMatchingPeftModuleError", "PeftError"],
         ".surgery.kbit_training": ["prepare_model_for_kbit_training"],
         ".surgery.saved_modules": ["cast_mixed_precision_params", "shift_tokens_right"],
-        ".utils.peft_types": ["PeftType", "TaskType"],
+        ".registry": ["PeftType", "TaskType"],
         ".checkpoints.base_state_dict": ["get_base_model_state_dict", "set_base_model_state_dict"],
         ".checkpoints.read_file": ["load_peft_weights"],
         ".checkpoints.state_dict": ["get_peft_model_state_dict", "set_peft_model_state_dict"],

@@ -19,12 +19,12 @@ from enum import Enum
 from types import UnionType
 from typing import TYPE_CHECKING, Any
 
+from .registry import PeftType, TaskType
 from .utils.constants import CONFIG_NAME
 from .utils.error import PeftConfigError, PeftError, PeftKeyError, PeftPathError, PeftTypeError, PeftValueError
 from .utils.files import config_path, read_json, write_atomically
 from .utils.near_names import FEW, did_you_mean, nearest
 from .utils.patterns import compiled
-from .utils.peft_types import PeftType, TaskType
 from .utils.warning import warn
 from .utils.wrapped_names import with_plain_names
 
@@ -176,7 +176,7 @@ class PeftConfigMixin:
         Raises:
             PeftKeyError: if no method has that `peft_type`.
         """
-        from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        from .registry import PEFT_TYPE_TO_CONFIG_MAPPING
 
         peft_type = kwargs.get("peft_type")
         config_cls = cls if peft_type is None else PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
@@ -258,7 +258,7 @@ class PeftConfigMixin:
         if not isinstance(values["peft_type"], str):
             found = values["peft_type"]
             raise PeftKeyError(f"{path!r} has peft_type {found!r}, expected the name of a method such as 'LORA'")
-        from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        from .registry import PEFT_TYPE_TO_CONFIG_MAPPING
 
         config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[values["peft_type"]]
         # callers pass on what other loaders take (`proxies`, `trust_remote_code`): that says nothing about the file

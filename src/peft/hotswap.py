@@ -19,6 +19,7 @@ from .checkpoints.load_report import LoadReport
 from .checkpoints.read_file import load_peft_weights
 from .config import PeftConfig
 from .layers.undo import keep_values, on_failure
+from .registry import PeftType
 from .surgery.slots import without_collecting
 from .surgery.transaction import all_or_nothing
 from .tuners.lora.config import LoraConfig
@@ -26,7 +27,6 @@ from .tuners.lora.layer import LoraLayer, ParamWrapper
 from .tuners.lora.room import RankAxis
 from .tuners.lora.starts import changes_base
 from .utils.error import PeftRuntimeError, PeftValueError
-from .utils.peft_types import PeftType
 from .utils.warning import warn
 from .utils.wrapped_names import plain_name, renamed
 

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""The registry of methods: each method's package enters itself, and is found by its folder."""
+"""From a config to what its method makes of it: the config's own class, and adapter layers in a bare model."""
 
-import importlib
-import pkgutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from .registry import (  # the tables have their public names here
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 from .utils.error import PeftKeyError, PeftValueError
-from .utils.near_names import did_you_mean, nearest
-from .utils.peft_types import PeftType
 
 
 if TYPE_CHECKING:
@@ -19,91 +18,14 @@ if TYPE_CHECKING:
 
     from .config import PeftConfig
 
-
-@dataclass(frozen=True)
-class Method:
-    """One entry: classes are kept as `"module:name"` until they are needed, so that listing methods loads no torch."""
-
-    config_cls: str | type
-    model_cls: str | type | None
-    prefix: str | None
-    is_mixed_compatible: bool
-
-
-_METHODS: dict[str, Method] = {}
-
-
-def add_method(
-    name: str,
-    config_cls: str | type,
-    model_cls: str | type | None,
-    prefix: str | None = None,
-    is_mixed_compatible: bool = False,
-) -> None:
-    """Enter a method of this library; `peft.utils.register_peft_method` is for everybody else."""
-    key = name.upper()
-    for value in (config_cls, model_cls):
-        if isinstance(value, str) and value.count(":") != 1:
-            raise PeftValueError(f"{value!r} does not name a class; write 'package.module:Class'")
-    if key in _METHODS:
-        raise PeftValueError(f"a method named {key!r} is registered already; choose another name")
-    _METHODS[key] = Method(config_cls, model_cls, f"{key.lower()}_" if prefix is None else prefix, is_mixed_compatible)
-
-
-@lru_cache(maxsize=1)
-def find_methods() -> None:
-    """Import the package of every method once; their `__init__` enters them and loads nothing else."""
-    from . import tuners
-
-    for module in pkgutil.iter_modules(tuners.__path__):
-        if module.ispkg:
-            importlib.import_module(f"{tuners.__name__}.{module.name}")
-
-
-def _resolve(value: str | type | None) -> Any:
-    if not isinstance(value, str) or ":" not in value:  # a class, or the prefix of parameter names
-        return value
-    module, name = value.split(":")
-    return getattr(importlib.import_module(module), name)
-
-
-class _MethodTable(Mapping):
-    """One column of the registry as a read-only mapping from `PeftType`."""
-
-    def __init__(self, column: str):
-        self._column = column
-
-    def _rows(self) -> dict[str, Method]:
-        find_methods()
-        if self._column == "is_mixed_compatible":
-            return {key: method for key, method in _METHODS.items() if method.is_mixed_compatible}
-        return {key: method for key, method in _METHODS.items() if getattr(method, self._column) is not None}
-
-    def __getitem__(self, key: str) -> Any:
-        rows = self._rows()
-        if key not in rows:
-            name = getattr(key, "value", key)
-            near = nearest(str(name).upper(), rows, most=1)
-            raise PeftKeyError(f"no method named {name!r}; this version has {', '.join(rows)}{did_you_mean(near)}")
-        column = "model_cls" if self._column == "is_mixed_compatible" else self._column
-        return _resolve(getattr(rows[key], column))
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._rows()
-
-    def __iter__(self) -> Iterator[PeftType]:
-        # names that the enum does not have belong to methods registered by users
-        known = {member.value: member for member in PeftType}
-        return iter([known.get(key, key) for key in self._rows()])
-
-    def __len__(self) -> int:
-        return len(self._rows())
-
-
-PEFT_TYPE_TO_CONFIG_MAPPING = _MethodTable("config_cls")
-PEFT_TYPE_TO_TUNER_MAPPING = _MethodTable("model_cls")
-PEFT_TYPE_TO_PREFIX_MAPPING = _MethodTable("prefix")
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING = _MethodTable("is_mixed_compatible")
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "get_peft_config",
+    "inject_adapter_in_model",
+]
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> "PeftConfig":

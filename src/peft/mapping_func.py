@@ -7,9 +7,9 @@ import copy
 from torch import nn
 
 from .config import PeftConfig
-from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from .models.mixed import PeftMixedModel
 from .models.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, peft_model_for_task
+from .registry import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from .surgery.slots import without_collecting
 from .surgery.transaction import all_or_nothing
 from .tuners.base import BaseTuner, BaseTunerLayer

@@ -12,11 +12,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "peft.config": ["PeftConfig"],
         "peft.layers.base_layer": ["BaseTunerLayer"],
         "peft.layers.training_wrapper": ["AuxiliaryTrainingWrapper"],
-        "peft.mapping": [
-            "PEFT_TYPE_TO_CONFIG_MAPPING",
-            "PEFT_TYPE_TO_PREFIX_MAPPING",
-            "PEFT_TYPE_TO_TUNER_MAPPING",
-        ],
         "peft.models.peft_model": ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftModel"],
         "peft.models.status": ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"],
         "peft.models.tasks": [
@@ -27,8 +22,14 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "PeftModelForSequenceClassification",
             "PeftModelForTokenClassification",
         ],
+        "peft.registry": [
+            "PEFT_TYPE_TO_CONFIG_MAPPING",
+            "PEFT_TYPE_TO_PREFIX_MAPPING",
+            "PEFT_TYPE_TO_TUNER_MAPPING",
+            "PeftType",
+            "TaskType",
+        ],
         "peft.tuners.base": ["BaseTuner"],
         "peft.utils.constants": ["DUMMY_MODEL_CONFIG", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME"],
-        "peft.utils.peft_types": ["PeftType", "TaskType"],
     },
 )

@@ -31,7 +31,7 @@ from peft.anatomy.matching import (
     near_names,
     pattern_lookup,
 )
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")

@@ -12,7 +12,7 @@ from support.method_options import OPTIONS, layered_methods
 from torch import nn
 
 from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")

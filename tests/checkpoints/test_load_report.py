@@ -45,7 +45,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.hotswap import hotswap_adapter
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import LoadReport, PeftLoadError, PeftWarning
 
 

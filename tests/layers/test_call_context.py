@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
 from peft.layers import call_context as _call_context
 from peft.layers.call_context import calling, current_call
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.models.per_sample import adapter_per_sample
 from peft.prompts import inputs as prompt_inputs
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 NAMES = ["a", "b", "__base__"]

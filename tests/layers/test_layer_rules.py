@@ -31,8 +31,7 @@ from support.helpers import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft import PeftConfig, PeftModel, get_peft_model
-from peft import mapping as registry
+from peft import PeftConfig, PeftModel, get_peft_model, registry
 from peft.anatomy.walking import bare_modules
 from peft.layers.buffer_dict import BufferDict
 from peft.tuners.base import ActivationLayer, AdditiveLayer, BaseTuner, BaseTunerLayer, WeightLayer

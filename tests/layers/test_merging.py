@@ -32,7 +32,7 @@ from peft import (
 )
 from peft.anatomy.walking import adapter_modules
 from peft.helpers import rescale_adapter_scale
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.base import BaseTunerLayer, ReplacementLayer, WeightLayer
 
 

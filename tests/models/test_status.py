@@ -17,7 +17,7 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.quantization_utils import Bnb8bitBackend
 
 

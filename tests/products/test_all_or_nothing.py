@@ -37,7 +37,7 @@ from peft.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_comp
 from peft.layers import base_changes, undo
 from peft.layers.merging.model import merge_layers
 from peft.layers.undo import keep_values, on_failure
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.surgery import transaction
 from peft.surgery.transaction import all_or_nothing
 

@@ -46,7 +46,7 @@ from peft import (
     weight_tying_report,
 )
 from peft.anatomy.walking import adapter_modules, bare_modules
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.base import BaseTunerLayer
 from peft.utils.error import PeftError
 

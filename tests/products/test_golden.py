@@ -23,7 +23,7 @@ from golden.cases import STAGES, Case
 from golden.compare import compare_tensors
 from golden.scripts import Script
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 # The cases warn on purpose, many of them about ties; what is warned about has tests of its own.

@@ -35,7 +35,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.anatomy.walking import adapter_modules
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.base import BaseTuner, BaseTunerLayer, ReplacementLayer
 
 

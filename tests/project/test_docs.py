@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 import peft
-from peft import mapping
+from peft import registry
 
 
 ROOT = Path(__file__).parents[2]
@@ -97,8 +97,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    mapping.find_methods()
-    monkeypatch.setattr(mapping, "_METHODS", dict(mapping._METHODS))
+    registry.find_methods()
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     return tmp_path
 
 

@@ -28,7 +28,7 @@ from torch import nn
 from peft import PeftModel, get_peft_model
 from peft.checkpoints.aliases import ALIASES_HEADER
 from peft.checkpoints.hashes import HASHES_HEADER
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
 from support.helpers import Kinds, gpt2, kinds, llama, logits, randomise, stack
 
 

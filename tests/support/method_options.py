@@ -4,7 +4,7 @@
 
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.registry import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.base import BaseTuner
 
 

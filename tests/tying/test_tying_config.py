@@ -21,7 +21,7 @@ from peft import (
     PeftModel,
     PromptLearningConfig,
 )
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 def test_tying_is_off_unless_asked_for():

@@ -34,7 +34,7 @@ from peft import (
     prepare_model_for_kbit_training,
     weight_tying_report,
 )
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.surgery.saved_modules import is_gptqmodel_awq_layer, is_gptqmodel_quant_linear
 from peft.tuners.base import BaseTunerLayer
 from peft.tying.groups import find_tied_groups

@@ -5,8 +5,8 @@
 from torch import nn
 
 from ..config import PeftConfig
+from ..registry import TaskType
 from ..utils.constants import SEQ_CLS_HEAD_NAMES
-from ..utils.peft_types import TaskType
 from .embeddings import output_embedding
 from .kinds import gives_features, is_linear
 from .matching import ends_like

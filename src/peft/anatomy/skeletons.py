@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
+from ..registry import TaskType
 from ..utils.error import PeftPathError, PeftValueError
 from ..utils.files import read_json
-from ..utils.peft_types import TaskType
 from ..utils.same_tensor import identity_of
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from ..registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..utils.error import PeftRuntimeError, PeftValueError
 from ..utils.near_names import nearest
 from ..utils.warning import warn

@@ -11,8 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..config import PeftConfig, interface_version
+from ..registry import TaskType
 from ..utils.files import write_atomically
-from ..utils.peft_types import TaskType
 
 
 # what the hub calls the tasks

@@ -17,7 +17,7 @@ from ..checkpoints.read_file import load_peft_weights
 from ..checkpoints.state_dict import load_tensors
 from ..checkpoints.tied_members import config_for_members
 from ..config import PeftConfig, config_differences
-from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from ..registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..surgery.transaction import all_or_nothing
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME
 from ..utils.error import PeftPathError, PeftRuntimeError, PeftValueError

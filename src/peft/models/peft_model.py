@@ -18,15 +18,14 @@ from ..checkpoints.load_report import LoadResult
 from ..config import PeftConfig
 from ..layers.call_context import current_call, remember
 from ..layers.new_tensors import making_tensors
-from ..mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from ..prompts.computing import compute_prompt
 from ..prompts.inputs import call_with_prompt, generate_with_prompt
 from ..prompts.learning import PromptEncoders
+from ..registry import PEFT_TYPE_TO_TUNER_MAPPING, TaskType
 from ..surgery.saved_modules import newly_started_heads
 from ..surgery.transaction import all_or_nothing
 from ..utils.error import PeftNotImplementedError, PeftPathError, PeftTypeError, PeftValueError
 from ..utils.hub import push_folder
-from ..utils.peft_types import TaskType
 from ..utils.warning import warn
 from .card import write_model_card
 from .loading import load_adapter, load_model

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
+from ..registry import TaskType
 from ..utils.constants import QUESTION_ANSWERING_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from ..utils.error import PeftTypeError
-from ..utils.peft_types import TaskType
 from .peft_model import PeftModel
 
 

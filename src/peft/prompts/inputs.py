@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from ..layers.call_context import calling, current_call
+from ..registry import TaskType
 from ..utils.caches import CACHE_NAMES, cache_parameter, given_cache
 from ..utils.error import PeftValueError
-from ..utils.peft_types import TaskType
 from ..utils.warning import warn
 from .computing import compute_prompt, fill_cache
 from .learning import PromptEncoders, input_embedding, refuse_checkpointing

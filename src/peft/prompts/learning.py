@@ -19,7 +19,7 @@ from ..config import PeftConfig, PromptLearningConfig
 from ..layers.adapter_module import AdapterModule
 from ..layers.adapter_names import check_adapter_name
 from ..layers.new_tensors import check_size, making_tensors, on_meta
-from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from ..registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from ..surgery.saved_modules import (
     AuxiliaryTrainingWrapper,
     check_additional_trainable_modules,

@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..config import PromptLearningConfig
-from ..mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from ..registry import PEFT_TYPE_TO_TUNER_MAPPING, TaskType
 from ..utils.error import PeftKeyError, PeftValueError
-from ..utils.peft_types import TaskType
 
 
 # what a size is called in the configs of models

@@ -29,7 +29,7 @@ from ..layers.new_tensors import check_size, new_parameter
 from ..layers.replacement import ReplacementLayer
 from ..layers.shared_tensors import SharedBuffers
 from ..layers.weight import WeightLayer
-from ..utils.peft_types import register_peft_method
+from ..registry import register_peft_method
 from ..utils.quantization_utils import stored_weight
 from .base import BaseTuner
 

@@ -33,7 +33,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "shift_tokens_right",
             "transpose",
         ],
-        ".peft_types": ["PeftType", "TaskType", "register_peft_method"],
+        "peft.registry": ["PeftType", "TaskType", "register_peft_method"],
         ".quantization_utils": [
             "get_quantization_config",
             "get_quantization_kwargs",

@@ -20,6 +20,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ],
         "peft.tuners.lora.config": ["LoraConfig"],
         "peft.tuners.lora.layer": ["LoraLayer"],
-        "peft.utils.peft_types": ["PeftType"],
+        "peft.registry": ["PeftType"],
     },
 )

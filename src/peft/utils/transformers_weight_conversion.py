@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ],
         "peft.config": ["PeftConfig"],
         "peft.utils.constants": ["INCLUDE_LINEAR_LAYERS_SHORTHAND"],
-        "peft.utils.peft_types": ["PeftType"],
+        "peft.registry": ["PeftType"],
         "transformers.conversion_mapping": ["get_model_conversion_mapping"],
     },
 )

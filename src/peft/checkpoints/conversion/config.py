@@ -15,9 +15,9 @@ from torch import nn
 from ...anatomy.matching import dotted_endings, find_targets, matching_entry, pattern_lookup
 from ...anatomy.walking import bare_modules
 from ...config import PeftConfig
+from ...registry import PeftType
 from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SAFETENSORS_WEIGHTS_NAME
 from ...utils.error import PeftValueError
-from ...utils.peft_types import PeftType
 from ...utils.warning import warn
 from .experts import FusedExperts, find_fused_experts, last_part
 

@@ -13,9 +13,8 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from ...anatomy.walking import adapter_modules
 from ...config import PeftConfig
 from ...layers.base_layer import BaseTunerLayer
-from ...mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from ...registry import PEFT_TYPE_TO_PREFIX_MAPPING, PeftType
 from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from ...utils.peft_types import PeftType
 from ..keys import adapter_key_map, prefix_of
 from .experts import conversions_of, find_fused_experts, is_fusion, last_part, plain_ending
 from .operations import FlattenDims, PeftConcatenate, PermuteDims, stacked_a, stacked_b

@@ -6,7 +6,7 @@ AdaLoRA: low-rank adaptation that hands out its ranks where they matter.
 Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 2023, arXiv:2303.10512.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass, field
 
-from ...utils.peft_types import PeftType
+from ...registry import PeftType
 from ...utils.warning import warn
 from ..lora.config import LoraConfig
 

@@ -6,7 +6,7 @@ BOFT: orthogonal fine-tuning by a product of sparse rotations, as in a butterfly
 Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", 2023, arXiv:2311.06243.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

@@ -7,7 +7,7 @@ Yuan et al., "Bridging The Gap between Low-rank and Orthogonal Adaptation via Ho
 2024, arXiv:2405.17484.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

@@ -7,7 +7,7 @@ Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
 arXiv:2205.05638.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

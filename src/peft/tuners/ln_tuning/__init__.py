@@ -6,7 +6,7 @@ LayerNorm tuning: normalisation layers are trained in full.
 Zhao et al., "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning", 2023, arXiv:2312.11420.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

@@ -5,7 +5,7 @@
 from dataclasses import dataclass, field
 
 from ...config import TyingConfig, check_names, check_pattern
-from ...utils.peft_types import PeftType
+from ...registry import PeftType
 
 
 @dataclass

@@ -8,7 +8,7 @@ arXiv:2108.06098; Yeh et al., "Navigating Text-To-Image Customization: From LyCO
 2023, arXiv:2309.14859.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

@@ -7,7 +7,7 @@ Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to
 arXiv:2309.14859; Edalati et al., "KronA: Parameter Efficient Tuning with Kronecker Adapter", 2022, arXiv:2212.10650.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

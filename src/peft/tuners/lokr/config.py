@@ -5,7 +5,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ...utils.peft_types import PeftType
+from ...registry import PeftType
 from ..families.lycoris import LycorisConfig
 
 

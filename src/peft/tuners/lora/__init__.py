@@ -6,7 +6,7 @@ LoRA: low-rank adaptation of weights.
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

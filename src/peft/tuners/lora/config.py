@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...config import PeftConfig, check_layer_selection, check_types
-from ...utils.peft_types import PeftType, TaskType
+from ...registry import PeftType, TaskType
 from ...utils.warning import warn
 
 

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from ...config import PeftConfig
-from ...mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from ...registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from ...surgery.saved_modules import check_additional_trainable_modules, set_additional_trainable_modules
 from ...surgery.transaction import all_or_nothing
 from ...tying.record import find_followers, keep_ties
 from ...tying.settle import one_object_each
 from ...utils.error import PeftNotImplementedError, PeftValueError
-from ...utils.peft_types import PeftType
 from ..base import BaseTuner, BaseTunerLayer
 
 

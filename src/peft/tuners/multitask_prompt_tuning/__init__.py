@@ -6,7 +6,7 @@ Multitask prompt tuning: one prompt for all tasks, scaled entry by entry by a lo
 Wang et al., "Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning", 2023, arXiv:2303.02861.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

@@ -5,7 +5,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ...utils.peft_types import PeftType
+from ...registry import PeftType
 from ..prompt_tuning.config import PromptTuningConfig
 
 

@@ -7,7 +7,7 @@ Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", 2023
 Qiu et al., "Orthogonal Finetuning Made Scalable", 2025, arXiv:2506.19847.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...config import TyingConfig, check_layer_selection
-from ...utils.peft_types import PeftType
+from ...registry import PeftType
 
 
 # the series has long converged, or never will

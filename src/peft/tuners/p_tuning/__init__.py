@@ -6,7 +6,7 @@ P-tuning: learned embeddings that a small network computes while they are traine
 Liu et al., "GPT Understands, Too", 2021, arXiv:2103.10385.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

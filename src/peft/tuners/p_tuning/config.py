@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ...config import PromptLearningConfig
-from ...utils.peft_types import PeftType
+from ...registry import PeftType
 
 
 class PromptEncoderReparameterizationType(str, Enum):

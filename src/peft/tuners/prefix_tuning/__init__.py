@@ -6,7 +6,7 @@ Prefix tuning: learned keys and values in front of those of every attention laye
 Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021, arXiv:2101.00190.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ...config import PromptLearningConfig
-from ...utils.peft_types import PeftType
+from ...registry import PeftType
 
 
 @dataclass

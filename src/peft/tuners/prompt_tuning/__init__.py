@@ -6,7 +6,7 @@ Prompt tuning: learned embeddings in front of those of the inputs.
 Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021, arXiv:2104.08691.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

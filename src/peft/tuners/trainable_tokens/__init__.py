@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """Trainable tokens: train single rows of an embedding, and the columns of the logits that belong to them."""
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 

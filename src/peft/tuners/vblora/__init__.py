@@ -6,7 +6,7 @@ VB-LoRA: low-rank factors put together from vectors of a bank that all layers sh
 Li et al., "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks", 2024, arXiv:2405.15179.
 """
 
-from ...mapping import add_method
+from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 
