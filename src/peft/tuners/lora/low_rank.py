@@ -55,16 +55,17 @@ class LowRankLayer(Scaled, AdditiveLayer):
             self._modules[name] = FactorDict() if self.is_embedding else nn.ModuleDict()
 
     # ---------------------------------------------------------------------------------------------------- the factors
-    def container(self, name: str) -> nn.ModuleDict:
+    def container(self, name: str, kind: type[nn.Module] = nn.ModuleDict) -> nn.Module:
         """
         Give the container for tensors that a variant of LoRA has beside the factors; it is made when it is needed.
 
         Args:
-            name: attribute that holds the tensors by adapter name, each as a module.
+            name: attribute that holds the tensors by adapter name.
+            kind: `nn.ModuleDict`, where modules hold the tensors, or `nn.ParameterDict`.
         """
         if name not in self._modules:
             self.__dict__.pop(name, None)
-            self._modules[name] = nn.ModuleDict()
+            self._modules[name] = kind()
             if name not in self.adapter_layer_names:
                 self.__dict__["adapter_layer_names"] = (*self.adapter_layer_names, name)
         return self._modules[name]
