@@ -20,19 +20,11 @@ from support.helpers import (
     stack,
     warned,
 )
+from support.registry import methods_put_back
 from torch import nn
 
 import peft
-from peft import (
-    LoraConfig,
-    LoraModel,
-    PeftConfig,
-    PeftModel,
-    PeftType,
-    get_peft_model,
-    inject_adapter_in_model,
-    registry,
-)
+from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
 from peft.registry import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -79,9 +71,9 @@ class OwnModel(LoraModel):
 @pytest.fixture
 def own_method() -> Iterator[None]:
     """Register a method for one test."""
-    register_peft_method(name="own_method", config_cls=OwnConfig, model_cls=OwnModel, prefix="lora_")
-    yield
-    del registry._METHODS["OWN_METHOD"]
+    with methods_put_back():
+        register_peft_method(name="own_method", config_cls=OwnConfig, model_cls=OwnModel, prefix="lora_")
+        yield
 
 
 @pytest.mark.usefixtures("own_method")
@@ -107,12 +99,10 @@ def test_a_name_is_registered_once(name: str) -> None:
 
 
 def test_prefix_follows_from_the_name() -> None:
-    register_peft_method(name="own_method", config_cls=OwnConfig, model_cls=OwnModel, is_mixed_compatible=True)
-    try:
+    with methods_put_back():
+        register_peft_method(name="own_method", config_cls=OwnConfig, model_cls=OwnModel, is_mixed_compatible=True)
         assert PEFT_TYPE_TO_PREFIX_MAPPING["OWN_METHOD"] == "own_method_"
         assert PEFT_TYPE_TO_MIXED_MODEL_MAPPING["OWN_METHOD"] is OwnModel
-    finally:
-        del registry._METHODS["OWN_METHOD"]
 
 
 # ------------------------------------------------------------------------------------------ names of the package

@@ -28,10 +28,11 @@ from support.helpers import (
     trainable,
     warned,
 )
+from support.registry import methods_put_back
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft import PeftConfig, PeftModel, get_peft_model, registry
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.anatomy.walking import bare_modules
 from peft.layers.buffer_dict import BufferDict
 from peft.tuners.base import ActivationLayer, AdditiveLayer, BaseTuner, BaseTunerLayer, WeightLayer
@@ -168,11 +169,10 @@ def registered() -> Iterator[None]:
         (GainLayerConfig, GainLayerModel),
         (BoostLayerConfig, BoostLayerModel),
     ]
-    for config_cls, model_cls in methods:
-        register_peft_method(name=config_cls.name, config_cls=config_cls, model_cls=model_cls, prefix="toy_")
-    yield
-    for config_cls, _ in methods:
-        del registry._METHODS[config_cls.name]
+    with methods_put_back():
+        for config_cls, model_cls in methods:
+            register_peft_method(name=config_cls.name, config_cls=config_cls, model_cls=model_cls, prefix="toy_")
+        yield
 
 
 def _per_output(layer: nn.Module, factors: torch.Tensor) -> dict[str, torch.Tensor]:

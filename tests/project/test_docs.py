@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.registry import methods_put_back
 
 import peft
-from peft import registry
 
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def links_of(page: Path) -> Iterator[tuple[str, Path, str]]:
 
 
 @pytest.fixture
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder to work in, no network, and a registry of methods whose changes are forgotten afterwards."""
 
     def refuse(*args: object) -> None:
@@ -97,9 +97,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    registry.find_methods()
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    return tmp_path
+    with methods_put_back():
+        yield tmp_path
 
 
 @pytest.mark.filterwarnings("error::peft.PeftWarning")
