@@ -18,6 +18,7 @@ from .tuners.declared import (
     Shape,
     Tensors,
     Trained,
+    TrainedModule,
     method,
 )
 from .utils.error import PeftValueError
@@ -37,6 +38,7 @@ __all__ = [
     "Shape",
     "Tensors",
     "Trained",
+    "TrainedModule",
     "TyingConfig",
     "UnsupportedLayerError",
     "apply_weight",

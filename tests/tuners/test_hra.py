@@ -12,7 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft import HRAConfig, PeftModel, get_peft_model
-from peft.tuners.hra.layer import HRALayer, orthogonal_reflections, reflections
+from peft.tuners.hra.layer import HRALayer
+from peft.tuners.hra.maths import orthogonal_reflections, reflections
 from peft.utils.error import PeftNotImplementedError, PeftValueError
 
 

@@ -93,7 +93,7 @@ def shape_of(layer: nn.Module) -> Shape:
 
 class Tensors:
     """
-    The tensors of one adapter in one layer, as attributes; None for one that the adapter does not have.
+    The tensors, and modules of tensors, of one adapter in one layer; None for one that the adapter does not have.
 
     Args:
         layer: the layer that has them.
@@ -105,7 +105,7 @@ class Tensors:
     def __init__(self, layer: "DeclaredLayer", adapter: str) -> None:
         self._layer, self._adapter = layer, adapter
 
-    def __getattr__(self, name: str) -> torch.Tensor | None:
+    def __getattr__(self, name: str) -> Any:
         attribute = self._layer.tensor_names.get(name)
         if attribute is None:
             raise AttributeError(f"{type(self._layer).__name__} declares no tensor {name!r}")
@@ -115,7 +115,9 @@ class Tensors:
         if container is None:
             return layer.frozen(adapter, name)
         found = container._parameters.get(adapter)
-        return container._buffers.get(adapter) if found is None else found
+        if found is None:
+            found = container._buffers.get(adapter)
+        return container._modules.get(adapter) if found is None else found
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,24 @@ class Trained:
     def fill(self, tensor: torch.Tensor) -> None:
         """Give a tensor the values that it starts with."""
         self.start(tensor) if callable(self.start) else tensor.fill_(self.start)
+
+
+@dataclass(frozen=True)
+class TrainedModule:
+    """
+    Trained tensors in a module of their own, for methods whose checkpoints have keys such as `oft_R.weight`.
+
+    Attributes:
+        make: gives the module; its parameters are replaced by ones of the device and type that the layer calls for.
+        start: writes into its parameters what they start with.
+    """
+
+    make: Callable[[], nn.Module]
+    start: Callable[[nn.Module], Any]
+
+    def fill(self, module: nn.Module) -> None:
+        """Give the module's parameters the values that they start with."""
+        self.start(module)
 
 
 @dataclass(frozen=True)
@@ -208,22 +228,6 @@ def with_values(config: PeftConfig, values: Mapping[str, Any]) -> PeftConfig:
     return copied
 
 
-def resolve(declared: type, config: PeftConfig, values: Mapping[str, Any], names: Sequence[str] = ()) -> PeftConfig:
-    """
-    Give a config with the values that hold for one target.
-
-    Args:
-        declared: the class of functions, which may add values.
-        config: the adapter's config.
-        values: what patterns say for the target.
-        names: names of the target.
-    """
-    c = with_values(config, values)
-    if hasattr(declared, "values"):
-        c.__dict__.update(declared.values(c, names))
-    return c
-
-
 # ------------------------------------------------------------------------------------------------------------- layers
 class DeclaredLayer(BaseTunerLayer):
     """
@@ -256,24 +260,28 @@ class DeclaredLayer(BaseTunerLayer):
         """
         return Tensors(self, adapter)
 
-    def make_adapter(
-        self, adapter_name: str, config: PeftConfig, settings: PeftConfig | None = None, **values: Any
-    ) -> None:
+    def make_adapter(self, adapter_name: str, config: PeftConfig, names: Sequence[str] = (), **values: Any) -> None:
         """
         Make an adapter's tensors and note its settings.
 
         Args:
             adapter_name: name.
             config: the adapter's config.
-            settings: the config with the values that hold for this layer.
-            values: values that are to be others.
+            names: names of this layer in the model.
+            values: values of the config that are others here.
         """
-        c = resolve(self.declared, config, values) if settings is None else settings
+        c = with_values(config, values)
+        if hasattr(self.declared, "values"):
+            c.__dict__.update(self.declared.values(c, names, self.shape))
         self.settings[adapter_name] = c
         for name, spec in self.specified(c):
             container = self._modules.get(self.tensor_names[name])
             if isinstance(spec, Trained):
                 container[adapter_name] = self.new_parameter(*spec.shape)
+            elif isinstance(spec, TrainedModule):
+                module = container[adapter_name] = spec.make()
+                for key, parameter in module._parameters.items():
+                    module._parameters[key] = self.new_parameter(*parameter.shape)
             elif isinstance(spec, Kept):
                 made = spec.make().to(computing_device(self.get_base_layer(), self.stored_weight()))
                 container[adapter_name] = made.to(self.new_parameter(0).dtype) if made.is_floating_point() else made
@@ -311,7 +319,7 @@ class DeclaredLayer(BaseTunerLayer):
         """Leave out what is made anew."""
         return {**self.__dict__, "made": {}}
 
-    def specified(self, c: PeftConfig) -> Iterator[tuple[str, Trained | Frozen]]:
+    def specified(self, c: PeftConfig) -> Iterator[tuple[str, Trained | TrainedModule | Frozen]]:
         """Yield the tensors that an adapter has, by name."""
         return ((name, spec) for name, spec in self.declared.tensors(self.shape, c).items() if spec is not None)
 
@@ -329,7 +337,7 @@ class DeclaredLayer(BaseTunerLayer):
             c: what its start is taken from.
         """
         for name, spec in self.specified(c):
-            if isinstance(spec, Trained):
+            if isinstance(spec, (Trained, TrainedModule)):
                 spec.fill(self._modules[self.tensor_names[name]][adapter])
 
     def as_rows(self, weight: torch.Tensor) -> torch.Tensor:
@@ -468,9 +476,7 @@ class DeclaredModel(BaseTuner):
 
     def _layer_arguments_for(self, config: PeftConfig) -> Callable[[list[str]], dict[str, Any]]:
         values_for = super()._layer_arguments_for(config)
-        if issubclass(self.tuner_layer_cls, ReplacementLayer):
-            return values_for
-        return lambda names: {"settings": resolve(self.declared, config, values_for(names), names)}
+        return lambda names: {"names": names, **values_for(names)}
 
     @torch.no_grad()
     def make_shared(self, adapter_name: str, config: PeftConfig, targets: dict[str, nn.Module]) -> None:
@@ -489,7 +495,7 @@ class DeclaredModel(BaseTuner):
         first = stored_weight(layers[0])
         device, dtype = computing_device(layers[0], first), new_parameter(first, 0).dtype
         shapes = [shape_of(layer) for layer in layers]
-        for name, spec in self.declared.shared(shapes, resolve(self.declared, config, {})).items():
+        for name, spec in self.declared.shared_tensors(shapes, config).items():
             container = self._modules[self.tuner_layer_cls.tensor_names[name]]
             if isinstance(spec, Trained):  # made for real always: a checkpoint may lack what all layers share
                 check_size(spec.shape, largest, dtype, device)
@@ -529,15 +535,15 @@ def method(
     """
     Make a method out of a class of pure functions.
 
-    The class says the names of its tensors, `trained`, `frozen` and `kept`, and those of them that all layers of a
-    model share in `shared`. Its functions take no `self`:
+    The class says the names of its tensors, `trained`, `frozen`, `kept` and `modules` (of tensors), and those of them
+    that all layers of a model share in `shared`. Its functions take no `self`:
 
-        tensors(shape, c)               name -> `Trained`, `Frozen` or `Kept`; None for a tensor that is not needed
+        tensors(shape, c)               name -> `Trained`, `Frozen`, `Kept`, `TrainedModule`; None if not needed
         delta(t, shape, c)              W + delta: (out, in); `delta(t, shape, c, w)` is given the base weight as well
         weight(t, w, c)                 f(W): (out, in); `inverse(t, w, c)` where there is one
         scale(t, shape, c)              factors of the outputs, or of the inputs where `of_input(c)` says so
         apply(t, x, shape, c)           optional: what the delta adds to the output of a linear layer, without it
-        values(c, names)                optional: more values for a target of these names, put into `c`
+        values(c, names, shape)         optional: more values for a target of these names, put into `c`
         shared_tensors(shapes, c)       what all layers share, from the shapes of all targets
         check(c, others)                optional: refuse a config, alone or beside those of other adapters
 
@@ -593,7 +599,7 @@ def method(
 
 
 def _tensor_names(declared: type) -> tuple[str, ...]:
-    return tuple(name for kind in ("trained", "kept", "frozen") for name in getattr(declared, kind, ()))
+    return tuple(name for kind in ("trained", "modules", "kept", "frozen") for name in getattr(declared, kind, ()))
 
 
 def _linear_kinds(declared: type) -> dict[type[nn.Module], str]:
@@ -634,6 +640,7 @@ def _declare_tensors(layer: type[BaseTunerLayer], declared: type, attributes: di
         for name in attributes
         if name not in trained and (name in shared or name not in frozen)
     }
+    buffers.update({attributes[name]: nn.ModuleDict for name in getattr(declared, "modules", ())})
     copies = dict.fromkeys(layer.adapter_layer_names, nn.ModuleDict) if issubclass(layer, ReplacementLayer) else {}
     layer.container_classes = {**layer.container_classes, **buffers, **copies}
     if hasattr(declared, "delta"):

@@ -2,15 +2,10 @@
 # peft: the fork in which tied weights stay tied
 """BOFT on a whole model."""
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
-from ...utils.constants import TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
-from ..families.rotations import RotationModel
-from .layer import BOFTLayer, Conv2d, Linear
+from .layer import BOFT
 
 
-class BOFTModel(RotationModel):
+class BOFTModel(BOFT.Model):
     """
     A model with BOFT layers in it (Liu et al. 2023, arXiv:2311.06243).
 
@@ -29,8 +24,3 @@ class BOFTModel(RotationModel):
         >>> BOFTModel(net, BOFTConfig(boft_block_size=4, target_modules=["0"]), "default").targeted_module_names
         ['0']
     """
-
-    prefix = "boft_"
-    tuner_layer_cls = BOFTLayer
-    layer_classes = {nn.Conv2d: Conv2d, Conv1D: Linear, nn.Linear: Linear}
-    target_module_mapping = TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING

@@ -17,7 +17,7 @@ from ...layers.merging.changes import changes_adapter
 from ...layers.scaling import Scaled
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
-from ..declared import DeclaredAdditive, DeclaredModel, shape_of, with_values
+from ..declared import DeclaredAdditive, DeclaredModel, Shape, shape_of, with_values
 
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
@@ -62,13 +62,14 @@ PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 SETTINGS = {name: name for name in ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")}
 
 
-def values_of(c: LycorisConfig, names: Sequence[str]) -> dict[str, Any]:
+def values_of(c: LycorisConfig, names: Sequence[str], shape: Shape) -> dict[str, Any]:
     """
     Give what follows from the config of a target: the scaling, and whether what rank dropout leaves is scaled.
 
     Args:
         c: its config.
         names: not used.
+        shape: not used.
 
     Raises:
         PeftValueError: if `r` is not positive.

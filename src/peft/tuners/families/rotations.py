@@ -12,12 +12,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy.kinds import stores_weight_transposed
+from ...anatomy.offload import tensor_of
 from ...anatomy.walking import unwrapped
 from ...config import PeftConfig
-from ...layers.weight import WeightLayer
 from ...utils.error import PeftNotImplementedError
 from ...utils.warning import warn
-from ..base import BaseTuner
+from ..declared import DeclaredModel, DeclaredWeight
 
 
 # ------------------------------------------------------------------------------------------------------------- math
@@ -88,16 +88,40 @@ class BlockRotation(Rotation):
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
-class RotationLayer(WeightLayer):
+class RotationLayer(DeclaredWeight):
     """
     Rule for methods that rotate the input of a layer: f(W) x = W g(x), where g multiplies rows of inputs by a matrix.
 
-    A method supplies `rotation`. For convolutions it is the weight, with one row per output channel, that is rotated.
+    A method supplies `rotation(t, shape, c, training)`. For convolutions it is the weight, with one row per output
+    channel, that is rotated; of embeddings the rows that are looked up.
     """
 
-    transforms_input = True
+    @property
+    def transforms_input(self) -> bool:
+        """Whether it is the input that is rotated."""
+        return not isinstance(self.get_base_layer(), (nn.Conv2d, nn.Embedding))
 
-    @abstractmethod
+    @property
+    def corrects_output(self) -> bool:
+        """Whether it is the output that is rotated."""
+        return isinstance(self.get_base_layer(), nn.Embedding)
+
+    def make_adapter(self, adapter_name: str, config: PeftConfig, *arguments: Any, **values: Any) -> None:
+        """
+        Make an adapter's tensors; see `DeclaredLayer.make_adapter`.
+
+        Args:
+            adapter_name: name.
+            config: the adapter's config.
+            arguments: see there.
+            values: values that are to be others.
+
+        Raises:
+            PeftNotImplementedError: for a convolution in groups.
+        """
+        self.rows_to_rotate()
+        super().make_adapter(adapter_name, config, *arguments, **values)
+
     def rotation(self, adapter: str, training: bool = False) -> Rotation:
         """
         Give what rows of inputs are multiplied by.
@@ -106,14 +130,18 @@ class RotationLayer(WeightLayer):
             adapter: name.
             training: whether dropout is to be applied.
         """
+        return self.declared.rotation(self.tensors(adapter), self.shape, self.settings[adapter], training)
 
     def weight_rotation(self, adapter: str, training: bool = False) -> Rotation:
-        """Give what the rows of the weight are multiplied by, which is the transpose: (x R) W' = x (W R')'."""
-        return self.rotation(adapter, training).transposed()
+        """Give what the rows of the weight are multiplied by: the transpose, as (x R) W' = x (W R')'."""
+        rotation = self.rotation(adapter, training)
+        return rotation if isinstance(self.get_base_layer(), nn.Embedding) else rotation.transposed()
 
     def rows_to_rotate(self) -> int:
-        """Give the number of features that are rotated: inputs, for convolutions one per entry of the kernel."""
+        """Give the number of features that are rotated: inputs, one per entry of a kernel; outputs of embeddings."""
         base = self.get_base_layer()
+        if isinstance(base, nn.Embedding):
+            return self.out_features
         if not isinstance(base, nn.Conv2d):
             return self.in_features
         if base.groups > 1:
@@ -136,6 +164,14 @@ class RotationLayer(WeightLayer):
     def transform_input(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Rotate the inputs."""
         return self.rotation(adapter, self.training)(x)
+
+    def correct_output(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Rotate what was looked up."""
+        return self.source(adapter).weight_rotation(adapter, self.training)(result).to(result.dtype)
+
+    def can_unmerge(self, adapter: str) -> bool:
+        """Say whether the rotation can be undone, as rotations can."""
+        return True
 
     def transform_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         """Rotate the rows of the weight."""
@@ -190,7 +226,51 @@ class RotationLayer(WeightLayer):
         warn(f"{type(self).__name__} rotates and has no scale; it stays as it is")
 
 
-class RotationModel(BaseTuner):
+class ScaledRotationLayer(RotationLayer):
+    """Rule for methods that scale the outputs after that, by the factors `s` of each: f(W) x = s W g(x)."""
+
+    @property
+    def corrects_output(self) -> bool:
+        """Whether the output is scaled apart from the weight, where the input is rotated apart from it."""
+        return self.transforms_input
+
+    def get_delta_weight(self, adapter: str, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Build the matrix that rows of inputs are multiplied by. It is meant for looking at; nothing else needs it.
+
+        Returns:
+            The matrix, (features, features), and the scale.
+        """
+        return super().get_delta_weight(adapter), self.tensors(adapter).s
+
+    def correct_output(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Scale the outputs, but not the bias."""
+        scale, bias = self.tensors(adapter).s.flatten(), tensor_of(self.get_base_layer(), "bias")
+        scaled = result * scale if bias is None else torch.addcmul(bias * (1 - scale), result, scale)
+        return scaled.to(result.dtype)
+
+    def transform_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Rotate the rows of the weight, then scale them."""
+        return super().transform_weight(adapter, weight) * self._scale_of_weight(adapter, weight)
+
+    def forward_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Rotate the rows of the weight, with dropout in training, then scale them."""
+        return super().forward_weight(adapter, weight) * self._scale_of_weight(adapter, weight)
+
+    def inverse_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Undo the scaling, then rotate the rows of the weight back."""
+        return super().inverse_weight(adapter, weight / self._scale_of_weight(adapter, weight))
+
+    def can_unmerge(self, adapter: str) -> bool:
+        """An output that was scaled by 0 cannot be brought back."""
+        return not (self.tensors(adapter).s == 0).any()
+
+    def _scale_of_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        scale = self.tensors(adapter).s.flatten()
+        return scale if stores_weight_transposed(self.get_base_layer()) else scale.view(-1, *[1] * (weight.dim() - 1))
+
+
+class RotationModel(DeclaredModel):
     """What the models of these methods share; the arguments are those of `BaseTuner`."""
 
     def _check_targets(self, model: nn.Module, config: PeftConfig, names: Sequence[str]) -> None:

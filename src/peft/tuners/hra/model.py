@@ -2,15 +2,10 @@
 # peft: the fork in which tied weights stay tied
 """HRA on a whole model."""
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
-from ...utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING
-from ..families.rotations import RotationModel
-from .layer import HRAConv2d, HRALayer, HRALinear
+from .layer import HRA
 
 
-class HRAModel(RotationModel):
+class HRAModel(HRA.Model):
     """
     A model with HRA layers in it (Yuan et al. 2024, arXiv:2405.17484).
 
@@ -29,8 +24,3 @@ class HRAModel(RotationModel):
         >>> HRAModel(net, HRAConfig(r=2, target_modules=["0"]), "default").targeted_module_names
         ['0']
     """
-
-    prefix = "hra_"
-    tuner_layer_cls = HRALayer
-    layer_classes = {nn.Conv2d: HRAConv2d, Conv1D: HRALinear, nn.Linear: HRALinear}
-    target_module_mapping = TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING

@@ -27,7 +27,7 @@ class IA3:
 
     trained = ("l",)
 
-    def values(c: IA3Config, names: Sequence[str]) -> dict[str, Any]:
+    def values(c: IA3Config, names: Sequence[str], shape: Shape) -> dict[str, Any]:
         """Say whether it is the inputs that are scaled."""
         return {"is_feedforward": any(matching_entry(c.feedforward_modules, name) is not None for name in names)}
 

@@ -2,15 +2,10 @@
 # peft: the fork in which tied weights stay tied
 """OFT on a whole model."""
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
-from ...utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
-from ..families.rotations import RotationModel
-from .layer import Conv2d, Embedding, Linear, OFTLayer
+from .layer import OFT
 
 
-class OFTModel(RotationModel):
+class OFTModel(OFT.Model):
     """
     A model with OFT layers in it (Qiu et al. 2023, arXiv:2306.07280; Qiu et al. 2025, arXiv:2506.19847).
 
@@ -29,8 +24,3 @@ class OFTModel(RotationModel):
         >>> OFTModel(net, OFTConfig(oft_block_size=4, target_modules=["0"]), "default").targeted_module_names
         ['0']
     """
-
-    prefix = "oft_"
-    tuner_layer_cls = OFTLayer
-    layer_classes = {nn.Embedding: Embedding, nn.Conv2d: Conv2d, Conv1D: Linear, nn.Linear: Linear}
-    target_module_mapping = TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
