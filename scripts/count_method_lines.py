@@ -69,7 +69,8 @@ class MethodSize:
     Attributes:
         name: its `peft_type`.
         rule: the rule that its layers follow, or what its prompts are.
-        lines: lines of code beside its config and its registration.
+        lines: lines of code beside its config, its registration and its maths.
+        maths: those of `maths.py`, which has functions of tensors that know nothing of layers.
         config: those of its config.
         registration: those of `__init__.py`, which lists names.
         kinds: names of the kinds of layers that it adapts.
@@ -78,6 +79,7 @@ class MethodSize:
     name: str
     rule: str
     lines: int
+    maths: int
     config: int
     registration: int
     kinds: tuple[str, ...]
@@ -120,7 +122,9 @@ def _measure(name: str, model_cls: type) -> MethodSize:
     files = set(Path(sys.modules[model_cls.__module__].__file__).parent.rglob("*.py"))
     config = {path for path in files if path.name == "config.py"}
     registration = {path for path in files if path.name == "__init__.py"}
-    counts = (count_files(group) for group in (files - config - registration, config, registration))
+    maths = {path for path in files if path.name == "maths.py"}
+    rest = files - config - registration - maths
+    counts = (count_files(group) for group in (rest, maths, config, registration))
     return MethodSize(name, rule_of(model_cls), *counts, kinds_of(model_cls))
 
 
@@ -150,15 +154,15 @@ def shared_sizes() -> dict[str, int]:
 def tables() -> str:
     """Write both tables in Markdown."""
     methods = [
-        f"| {size.name} | {size.rule} | {size.lines:,d} | {size.config} | {size.registration} | "
+        f"| {size.name} | {size.rule} | {size.lines:,d} | {size.maths} | {size.config} | {size.registration} | "
         f"{', '.join(size.kinds) or '-'} |"
         for size in method_sizes()
     ]
     shared = [f"| {what} | {lines:,d} |" for what, lines in shared_sizes().items()]
     return "\n".join(
         [
-            "| method | rule | lines | config | registration | kinds of layers |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| method | rule | lines | maths | config | registration | kinds of layers |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
             *methods,
             "",
             "| shared | lines |",

@@ -10,39 +10,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...layers.merging.changes import changes_adapter
-from ...layers.merging.checks import check_adapters_to_merge
+from ...layers.merging.checks import check_adapters_to_merge as check_adapters_to_merge
 from ...layers.merging.layer import take_adapter_out
 from ...utils.constants import TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
-from ..base import BaseTunerLayer
+from ..base import BaseTunerLayer as BaseTunerLayer
 from ..declared import Shape, Tensors, Trained, method, with_values
 from ..families.rotations import RotationModel, ScaledRotationLayer, cayley, full_precision
 from .config import BOFTConfig
-from .maths import (
-    Butterfly,
-    FastBlockDiag,
-    MultiplicativeDropoutLayer,
-    ReleasedFunctions,
-    check_factors,
-    drop_blocks,
-    get_fbd_cuda,
-    number_of_factors,
-    patch_environment,
-)
-
-
-__all__ = [
-    "BOFTConfig",
-    "BOFTLayer",
-    "BaseTunerLayer",
-    "Conv2d",
-    "FastBlockDiag",
-    "Linear",
-    "MultiplicativeDropoutLayer",
-    "check_adapters_to_merge",
-    "get_fbd_cuda",
-    "patch_environment",
-]
+from .maths import Butterfly, ReleasedFunctions, check_factors, drop_blocks, number_of_factors
+from .maths import FastBlockDiag as FastBlockDiag
+from .maths import MultiplicativeDropoutLayer as MultiplicativeDropoutLayer
+from .maths import get_fbd_cuda as get_fbd_cuda
+from .maths import patch_environment as patch_environment
 
 
 class ButterflyLayer(ReleasedFunctions, ScaledRotationLayer):

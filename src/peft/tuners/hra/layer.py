@@ -7,18 +7,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...layers.merging.changes import changes_adapter
-from ...layers.merging.checks import check_adapters_to_merge
+from ...layers.merging.checks import check_adapters_to_merge as check_adapters_to_merge
 from ...utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
-from ..base import BaseTunerLayer
+from ..base import BaseTunerLayer as BaseTunerLayer
 from ..declared import Shape, Tensors, Trained, method, with_values
 from ..families.rotations import RotationLayer, RotationModel, full_precision
 from .config import HRAConfig
 from .maths import Reflections, orthogonal_reflections, reflections
-
-
-__all__ = ["BaseTunerLayer", "HRAConfig", "HRAConv2d", "HRALayer", "HRALinear", "check_adapters_to_merge"]
 
 
 class ReflectingLayer(RotationLayer):

@@ -12,20 +12,10 @@ from ...utils.constants import TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPIN
 from ..declared import Shape, Tensors, Trained, method
 from ..families.lycoris import PATTERNS, SETTINGS, LycorisLayer, LycorisTuner, start_of, values_of
 from .config import LoHaConfig
-from .maths import HadaWeight, HadaWeightCP, low_rank_factors, make_weight, make_weight_cp
+from .maths import HadaWeight as HadaWeight
+from .maths import HadaWeightCP as HadaWeightCP
+from .maths import low_rank_factors, make_weight, make_weight_cp
 
-
-__all__ = [
-    "Conv1d",
-    "Conv2d",
-    "HadaWeight",
-    "HadaWeightCP",
-    "Linear",
-    "LoHaLayer",
-    "low_rank_factors",
-    "make_weight",
-    "make_weight_cp",
-]
 
 # Cost of one pass over a delta of one entry, in multiplications of a matrix product. Measured, and not critical.
 ELEMENTWISE_COST = 16

@@ -7,15 +7,11 @@ import math
 import torch
 from torch import nn
 
-from ...anatomy.kinds import apply_weight
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
 from ..declared import Shape, Tensors, Trained, method
 from ..families.lycoris import PATTERNS, SETTINGS, LycorisLayer, LycorisTuner, start_of, values_of
 from .config import LoKrConfig
-from .maths import factorization, make_kron, make_weight_cp
-
-
-__all__ = ["Conv1d", "Conv2d", "Linear", "LoKrLayer", "factorization", "make_kron", "make_weight_cp"]
+from .maths import factorization, kron_forward, make_kron, make_weight_cp
 
 
 @method(
@@ -70,19 +66,8 @@ class LoKr:
         return shape.groups > 1 or (t.w2 is not None and t.w2.dim() == 3)
 
     def apply(t: Tensors, x: torch.Tensor, shape: Shape, c: LoKrConfig) -> torch.Tensor:
-        """With channels numbered in two digits, W2 acts on the second digit and W1 on the first."""
-        w1, outer, inner = LoKr.factors(t, c)
-        if outer is not None and 2 * (outer.numel() + inner.numel()) > outer.shape[0] * inner.shape[1]:
-            outer, inner = None, outer @ inner  # two small products cost more than one that is twice as large
-        (rows, columns), axis = w1.shape, x.dim() - 1 - len(shape.kernel)  # of the channels
-        leading = x.shape[:axis]
-        x = x.to(inner.dtype).reshape(leading.numel() * columns, x.shape[axis] // columns, *x.shape[axis + 1 :])
-        x = apply_weight(shape.layer, x, inner.reshape(inner.shape[0], -1, *shape.kernel))
-        space = x.shape[2:]
-        x = w1 @ x.reshape(leading.numel(), columns, inner.shape[0] * space.numel())
-        if outer is not None:
-            x = outer @ x.reshape(leading.numel(), rows, outer.shape[1], space.numel())
-        return x.reshape(*leading, shape[0], *space)
+        """Compute what the delta adds to the output; see `kron_forward`."""
+        return kron_forward(shape.layer, x, *LoKr.factors(t, c), shape.kernel)
 
 
 LoKrLayer, Linear, Conv1d, Conv2d = LoKr.Layer, LoKr.Linear, LoKr.Conv1d, LoKr.Conv2d

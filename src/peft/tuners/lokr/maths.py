@@ -5,6 +5,9 @@
 import math
 
 import torch
+from torch import nn
+
+from ...anatomy.kinds import apply_weight
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
@@ -63,3 +66,37 @@ def make_weight_cp(t: torch.Tensor, wa: torch.Tensor, wb: torch.Tensor) -> torch
         (k, n, *kernel).
     """
     return torch.einsum("pj...,po,ji->oi...", t, wa, wb)
+
+
+def kron_forward(
+    layer: nn.Module,
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    outer: torch.Tensor | None,
+    inner: torch.Tensor,
+    kernel: tuple[int, ...],
+) -> torch.Tensor:
+    """
+    Compute what a layer would with kron(w1, outer inner) for a weight, without building that.
+
+    With channels numbered in two digits, W2 acts on the second digit and W1 on the first.
+
+    Args:
+        layer: says the kind, and how windows are laid over the input.
+        x: its input.
+        w1: (l, m).
+        outer: (k, r), or None where W2 is no product.
+        inner: (r, n * kernel), or W2 itself, (k, n, *kernel).
+        kernel: size of the kernel; empty for linear layers.
+    """
+    if outer is not None and 2 * (outer.numel() + inner.numel()) > outer.shape[0] * inner.shape[1]:
+        outer, inner = None, outer @ inner  # two small products cost more than one that is twice as large
+    (rows, columns), axis = w1.shape, x.dim() - 1 - len(kernel)  # of the channels
+    leading = x.shape[:axis]
+    x = x.to(inner.dtype).reshape(leading.numel() * columns, x.shape[axis] // columns, *x.shape[axis + 1 :])
+    x = apply_weight(layer, x, inner.reshape(inner.shape[0], -1, *kernel))
+    space = x.shape[2:]
+    x = w1 @ x.reshape(leading.numel(), columns, inner.shape[0] * space.numel())
+    if outer is not None:
+        x = outer @ x.reshape(leading.numel(), rows, outer.shape[1], space.numel())
+    return x.reshape(*leading, -1, *space)

@@ -9,38 +9,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...layers.merging.changes import changes_adapter
-from ...layers.merging.checks import check_adapters_to_merge
+from ...layers.merging.checks import check_adapters_to_merge as check_adapters_to_merge
 from ...utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
-from ..base import BaseTunerLayer
+from ..base import BaseTunerLayer as BaseTunerLayer
 from ..declared import Shape, Tensors, TrainedModule, method, with_values
 from ..families.rotations import BlockRotation, RotationLayer, RotationModel
 from .config import OFTConfig
-from .maths import (
-    MultiplicativeDropoutLayer,
-    OFTRotationModule,
-    cayley_neumann,
-    drop_blocks,
-    nearest_divisor,
-    skew_symmetric,
-)
-
-
-__all__ = [
-    "BaseTunerLayer",
-    "Conv2d",
-    "Embedding",
-    "Linear",
-    "MultiplicativeDropoutLayer",
-    "OFTConfig",
-    "OFTLayer",
-    "OFTRotationModule",
-    "cayley_neumann",
-    "check_adapters_to_merge",
-    "nearest_divisor",
-    "skew_symmetric",
-]
+from .maths import MultiplicativeDropoutLayer as MultiplicativeDropoutLayer
+from .maths import OFTRotationModule, drop_blocks, nearest_divisor
+from .maths import cayley_neumann as cayley_neumann
+from .maths import skew_symmetric as skew_symmetric
 
 
 class BlockRotatingLayer(RotationLayer):
