@@ -9,6 +9,7 @@ and writes its math; forward pass, merging, unmerging, activation, freezing and 
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -190,7 +191,7 @@ class BaseTunerLayer(MergeableLayer):
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield the parameters of one adapter, those that all layers share too."""
-        return parameters_in((*self._containers(), *self.shared_containers()), adapter_name)
+        return parameters_in(chain(self._containers(), self.shared_containers()), adapter_name)
 
     def shared_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Yield the same for the tensors that all layers share, which a checkpoint holds once."""
@@ -289,7 +290,9 @@ class BaseTunerLayer(MergeableLayer):
             inference_mode: freeze the chosen ones too.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.set_requires_grad([name for name in self._trainable_adapters if name not in names], False)
+        others = [name for name in self._trainable_adapters if name not in names]
+        if others:
+            self.set_requires_grad(others, False)
         self.set_requires_grad(names, not inference_mode)
         self._active_adapter = names
 

@@ -44,5 +44,5 @@ def parameters_in(containers: Iterable[tuple[str, Any]], adapter_name: str) -> I
         own = container._parameters.get(adapter_name)
         if own is not None:
             yield own
-        elif isinstance(container._modules.get(adapter_name), nn.Module):
-            yield from container._modules[adapter_name].parameters()
+        elif (module := container._modules.get(adapter_name)) is not None:
+            yield from module.parameters()
