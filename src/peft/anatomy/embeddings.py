@@ -74,6 +74,6 @@ def checkpoints_activations(model: nn.Module) -> bool:
     Args:
         model: any model.
     """
-    # transformers 5 has renamed the property
-    name = "is_activation_checkpointing"
-    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
+    # transformers 5 has renamed the property; each is read once, since it asks every module of the model
+    found = getattr(model, "is_activation_checkpointing", None)
+    return bool(getattr(model, "is_gradient_checkpointing", False) if found is None else found)
