@@ -32,9 +32,9 @@ from .models.tasks import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from .surgery.saved_modules import check_file_exists_on_hf_hub
 from .utils.constants import TOKENIZER_CONFIG_NAME
 from .utils.error import PeftError, PeftPathError, PeftValueError
+from .utils.hub import check_file_exists_on_hf_hub
 
 
 # where the file of an adapter is; the base model is looked for elsewhere

@@ -43,7 +43,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.functional import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
-from peft.surgery.saved_modules import ModulesToSaveWrapper
+from peft.layers.modules_to_save import ModulesToSaveWrapper
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import prepare_model_for_kbit_training
 from peft.utils.warning import PeftWarning

@@ -32,9 +32,9 @@ from peft.anatomy.walking import adapter_modules, is_adapter_module
 from peft.checkpoints.aliases import split_aliases
 from peft.layers.merging import model as _merging_model
 from peft.layers.merging import weight as _merging_weight
+from peft.layers.modules_to_save import ModulesToSaveWrapper
 from peft.models import saving
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.surgery.saved_modules import ModulesToSaveWrapper
 from peft.tuners import base as tuners_utils
 from peft.tuners.base import BaseTuner, UnsupportedLayerError
 from peft.utils.error import PeftError

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft import LoraConfig, PeftWarning, get_peft_model, plan_weight_tying, weight_tying_report
-from peft.surgery.saved_modules import ModulesToSaveWrapper
+from peft.layers.modules_to_save import ModulesToSaveWrapper
 from peft.tying.report import TyingRow
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.anatomy.walking import walk
-from peft.surgery.saved_modules import ModulesToSaveWrapper
+from peft.layers.modules_to_save import ModulesToSaveWrapper
 
 
 def adapted(tied: TiedModel, side: str = "inputs", **options) -> PeftModel:

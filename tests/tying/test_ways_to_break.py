@@ -24,7 +24,7 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
-from peft.surgery.saved_modules import ModulesToSaveWrapper
+from peft.layers.modules_to_save import ModulesToSaveWrapper
 
 
 def adapt(tied: TiedModel, config: Any, **options: Any) -> PeftModel:

@@ -6,7 +6,7 @@ import pytest
 from support.helpers import llama, refused
 
 from peft import LoraConfig, get_peft_model
-from peft.surgery.saved_modules import fsdp_auto_wrap_policy
+from peft.utils.fsdp import fsdp_auto_wrap_policy
 
 
 def units(model) -> list[str]:

@@ -35,12 +35,17 @@ from peft import (
     weight_tying_report,
 )
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.surgery.saved_modules import is_gptqmodel_awq_layer, is_gptqmodel_quant_linear
 from peft.tuners.base import BaseTunerLayer
 from peft.tying.groups import find_tied_groups
 from peft.utils import get_quantization_config, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
-from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, TorchaoBackend, stored_weight
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    TorchaoBackend,
+    is_gptqmodel_awq_layer,
+    is_gptqmodel_quant_linear,
+    stored_weight,
+)
 
 
 # blocks of bitsandbytes hold 64 weights, and on some processors none may end inside a row

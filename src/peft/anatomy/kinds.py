@@ -173,3 +173,8 @@ def along_axis(layer: nn.Module, values: torch.Tensor, axis: int) -> torch.Tenso
         return values.view(shape)
     shape[axis] = values.numel()
     return values.view(shape)
+
+
+def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
+    """Transpose a weight if it is stored as (in, out)."""
+    return weight.T if fan_in_fan_out else weight

@@ -185,3 +185,9 @@ def without_adapters(model: nn.Module) -> Iterator[list[tuple[nn.Module, str, nn
     finally:
         for parent, key, child, _ in replaced:
             parent._modules[key] = child
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """Give the parent of a module, the module, and its name in the parent."""
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name

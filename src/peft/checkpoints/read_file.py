@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..config import HUB_KWARGS, refuse_local
-from ..surgery.saved_modules import infer_device
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..utils.devices import infer_device
 from ..utils.error import PeftPathError, PeftValueError
 from ..utils.wrapped_names import plain_name, renamed
 from .aliases import restore_aliases

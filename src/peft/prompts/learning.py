@@ -19,12 +19,9 @@ from ..config import PeftConfig, PromptLearningConfig
 from ..layers.adapter_module import AdapterModule
 from ..layers.adapter_names import check_adapter_name
 from ..layers.new_tensors import check_size, making_tensors, on_meta
+from ..layers.training_wrapper import AuxiliaryTrainingWrapper
 from ..registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from ..surgery.saved_modules import (
-    AuxiliaryTrainingWrapper,
-    check_additional_trainable_modules,
-    set_additional_trainable_modules,
-)
+from ..surgery.saved_modules import check_additional_trainable_modules, set_additional_trainable_modules
 from ..surgery.shield import shield_tie_weights
 from ..surgery.switching import set_adapter
 from ..surgery.transaction import all_or_nothing

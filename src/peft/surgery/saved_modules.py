@@ -5,16 +5,13 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..anatomy.embeddings import output_embedding
 from ..anatomy.matching import (
     check_target_module_exists,
     ends_like,
-    get_pattern_key,
     lies_in,
-    match_target_against_key,
     near_names,
     outermost,
 )
@@ -26,47 +23,14 @@ from ..layers.trainable_tokens import check_token_indices
 from ..layers.training_wrapper import AuxiliaryTrainingWrapper, check_wrappable
 from ..tying.record import find_token_modules
 from ..utils.constants import (
-    CONFIG_NAME,
-    EMBEDDING_LAYER_NAMES,
-    INCLUDE_LINEAR_LAYERS_SHORTHAND,
     QUESTION_ANSWERING_HEAD_NAMES,
-    SAFETENSORS_WEIGHTS_NAME,
     SEQ_CLS_HEAD_NAMES,
-    WEIGHTS_NAME,
 )
 from ..utils.error import PeftTypeError, PeftValueError
-from ..utils.fsdp import fsdp_auto_wrap_policy
 from ..utils.near_names import FEW, did_you_mean
-from ..utils.quantization_utils import get_quantization_config, is_gptqmodel_awq_layer, is_gptqmodel_quant_linear
 from ..utils.same_tensor import identity_of
 from ..utils.warning import warn
-from .kbit_training import prepare_model_for_kbit_training
 from .slots import Slots
-
-
-__all__ = [
-    "CONFIG_NAME",
-    "EMBEDDING_LAYER_NAMES",
-    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
-    "SAFETENSORS_WEIGHTS_NAME",
-    "WEIGHTS_NAME",
-    "AuxiliaryTrainingWrapper",
-    "ModulesToSaveWrapper",
-    "TrainableTokensWrapper",
-    "cast_mixed_precision_params",
-    "check_file_exists_on_hf_hub",
-    "fsdp_auto_wrap_policy",
-    "get_pattern_key",
-    "get_quantization_config",
-    "infer_device",
-    "is_gptqmodel_awq_layer",
-    "is_gptqmodel_quant_linear",
-    "match_target_against_key",
-    "prepare_model_for_kbit_training",
-    "set_additional_trainable_modules",
-    "shift_tokens_right",
-    "transpose",
-]
 
 
 def _modules_named(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
@@ -355,100 +319,3 @@ def _shared_parameter_names(model: nn.Module, name: str, others: Iterable[str]) 
 def _base_module(model: nn.Module, name: str) -> nn.Module:
     module = model.get_submodule(name)
     return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
-
-
-def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """Give the parent of a module, the module, and its name in the parent."""
-    parent, _, name = key.rpartition(".")
-    return model.get_submodule(parent), model.get_submodule(key), name
-
-
-def infer_device() -> str:
-    """Name the device that tensors are loaded to when nobody says: an accelerator if there is one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
-    return "cpu" if accelerator is None else accelerator.type
-
-
-def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
-    """Transpose a weight if it is stored as (in, out)."""
-    return weight.T if fan_in_fan_out else weight
-
-
-def check_file_exists_on_hf_hub(repo_id: str, filename: str, **kwargs: Any) -> bool | None:
-    """
-    Say whether a repository on the hub has a file.
-
-    Args:
-        repo_id: id of the repository.
-        filename: name of the file.
-        kwargs: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only`; others have no effect.
-
-    Returns:
-        None if it cannot be known, because the hub is not there to ask and the file is not in the cache.
-    """
-    from huggingface_hub import file_exists, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    path = "/".join(part for part in (kwargs.get("subfolder"), filename) if part)
-    revision = kwargs.get("revision")
-    if isinstance(try_to_load_from_cache(repo_id, path, cache_dir=kwargs.get("cache_dir"), revision=revision), str):
-        return True
-    if HF_HUB_OFFLINE or kwargs.get("local_files_only"):
-        return None
-    try:
-        return file_exists(repo_id, path, revision=revision, token=kwargs.get("token"))
-    except Exception as error:  # the hub's client has dozens of classes for 'cannot be had'
-        warn(f"the hub could not be asked whether {repo_id} has {path}: {error}")
-        return None
-
-
-def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """
-    Bring parameters to the types for mixed precision: float32 for what is trained, another one for what is frozen.
-
-    Args:
-        model: any model.
-        dtype: type for frozen parameters, such as `torch.bfloat16`.
-
-    Example:
-
-        >>> import torch
-        >>> from peft import LoraConfig, cast_mixed_precision_params, get_peft_model
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
-        >>> cast_mixed_precision_params(model, torch.bfloat16)
-        >>> sorted({(parameter.requires_grad, str(parameter.dtype)) for parameter in model.parameters()})
-        [(False, 'torch.bfloat16'), (True, 'torch.float32')]
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
-
-
-def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """
-    Make a decoder's inputs from its labels: each token is to be predicted from those before it.
-
-    Args:
-        input_ids: labels, (batch, length); -100 stands for tokens that are not predicted.
-        pad_token_id: token to put in place of -100.
-        decoder_start_token_id: token to begin with.
-
-    Returns:
-        (batch, length).
-
-    Raises:
-        PeftValueError: without a token for padding.
-
-    Example:
-
-        >>> import torch
-        >>> from peft import shift_tokens_right
-        >>> shift_tokens_right(torch.tensor([[5, 6, -100, -100]]), pad_token_id=0, decoder_start_token_id=1)
-        tensor([[1, 5, 6, 0]])
-    """
-    if pad_token_id is None:
-        raise PeftValueError(
-            "pad_token_id is None, and labels of -100 need a token in their place; set it in the model's config"
-        )
-    shifted = input_ids.roll(1, dims=-1)
-    shifted[..., 0] = decoder_start_token_id
-    return shifted.masked_fill(shifted == -100, pad_token_id)

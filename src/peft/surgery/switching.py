@@ -10,8 +10,8 @@ from torch import nn
 from ..anatomy.walking import adapter_modules
 from ..layers.base_layer import BaseTunerLayer
 from ..layers.merging.layer import unmerge_layers
+from ..layers.training_wrapper import AuxiliaryTrainingWrapper
 from ..utils.warning import warn
-from .saved_modules import AuxiliaryTrainingWrapper
 from .slots import Slots
 
 
@@ -144,3 +144,24 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
             for parameter in module.adapter_parameters(adapter_name):
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     parameter.data = parameter.data.float()
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """
+    Bring parameters to the types for mixed precision: float32 for what is trained, another one for what is frozen.
+
+    Args:
+        model: any model.
+        dtype: type for frozen parameters, such as `torch.bfloat16`.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import LoraConfig, cast_mixed_precision_params, get_peft_model
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+        >>> cast_mixed_precision_params(model, torch.bfloat16)
+        >>> sorted({(parameter.requires_grad, str(parameter.dtype)) for parameter in model.parameters()})
+        [(False, 'torch.bfloat16'), (True, 'torch.float32')]
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)

@@ -47,14 +47,11 @@ from ..layers.merging.state import original_weights
 from ..layers.new_tensors import making_tensors
 from ..layers.replacement import ReplacementLayer
 from ..layers.shared_tensors import SharedParameters
+from ..layers.training_wrapper import AuxiliaryTrainingWrapper
 from ..layers.weight import WeightLayer
 from ..prompts.encoder import BasePromptEncoder
 from ..surgery.replication import clone_module, replicate_layers
-from ..surgery.saved_modules import (
-    AuxiliaryTrainingWrapper,
-    check_additional_trainable_modules,
-    set_additional_trainable_modules,
-)
+from ..surgery.saved_modules import check_additional_trainable_modules, set_additional_trainable_modules
 from ..surgery.shield import shield_tie_weights, unshield_tie_weights
 from ..surgery.slots import Slots, without_collecting
 from ..surgery.switching import (

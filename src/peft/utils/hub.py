@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""Uploading what can be saved to a folder; downloading is done where files are read."""
+"""Asking and uploading to the hub; downloading is done where files are read."""
 
 import os
 import shutil
@@ -8,8 +8,11 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub import CommitInfo, HfApi, ModelCard, file_exists, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from .warning import warn
 
 
 CARD = "README.md"
@@ -69,3 +72,28 @@ def push_folder(
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def check_file_exists_on_hf_hub(repo_id: str, filename: str, **kwargs: Any) -> bool | None:
+    """
+    Say whether a repository on the hub has a file.
+
+    Args:
+        repo_id: id of the repository.
+        filename: name of the file.
+        kwargs: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only`; others have no effect.
+
+    Returns:
+        None if it cannot be known, because the hub is not there to ask and the file is not in the cache.
+    """
+    path = "/".join(part for part in (kwargs.get("subfolder"), filename) if part)
+    revision = kwargs.get("revision")
+    if isinstance(try_to_load_from_cache(repo_id, path, cache_dir=kwargs.get("cache_dir"), revision=revision), str):
+        return True
+    if HF_HUB_OFFLINE or kwargs.get("local_files_only"):
+        return None
+    try:
+        return file_exists(repo_id, path, revision=revision, token=kwargs.get("token"))
+    except Exception as error:  # the hub's client has dozens of classes for 'cannot be had'
+        warn(f"the hub could not be asked whether {repo_id} has {path}: {error}")
+        return None

@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "peft.checkpoints.state_dict": ["get_peft_model_state_dict", "set_peft_model_state_dict"],
         "peft.checkpoints.write_file": ["write_peft_weights"],
         "peft.layers.training_wrapper": ["AuxiliaryTrainingWrapper"],
-        "peft.surgery.saved_modules": ["infer_device"],
+        "peft.utils.devices": ["infer_device"],
         "peft.utils.constants": [
             "EMBEDDING_LAYER_NAMES",
             "INCLUDE_LINEAR_LAYERS_SHORTHAND",

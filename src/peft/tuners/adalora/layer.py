@@ -77,7 +77,7 @@ class AdaLoraLayer(LoraLayer):
         r = r if ranks_left is None else len(ranks_left)
         if not isinstance(r, int) or r <= 0:
             raise PeftValueError(f"the rank init_r must be a positive integer, found {r!r}")
-        made = [rank for rank in range(r) if ranks_left is None or ranks_left[rank]]
+        made = r if ranks_left is None else sum(map(bool, ranks_left))
         # a setting that stands among the parameters, since the released package has it there; it always has a value
         weight = self.stored_weight()
         self.ranknum[adapter_name] = nn.Parameter(
@@ -87,10 +87,12 @@ class AdaLoraLayer(LoraLayer):
         self.scaling[adapter_name] = self._configured_scaling(adapter_name)
         self.lora_dropout[adapter_name] = make_dropout(config)
         rows, columns = self._matrix_shape()
-        self.lora_A[adapter_name] = self.new_parameter(len(made), columns)
-        self.lora_E[adapter_name] = self.new_parameter(len(made), 1)
-        self.lora_B[adapter_name] = self.new_parameter(rows, len(made))
-        self.r[adapter_name], self.ranks_made[adapter_name] = len(made), made
+        self.lora_A[adapter_name] = self.new_parameter(made, columns)
+        self.lora_E[adapter_name] = self.new_parameter(made, 1)
+        self.lora_B[adapter_name] = self.new_parameter(rows, made)
+        # a list as long as the rank only once tensors of that rank were found to be sensible
+        self.r[adapter_name] = made
+        self.ranks_made[adapter_name] = [rank for rank in range(r) if ranks_left is None or ranks_left[rank]]
         if ranks_left is not None:
             self.ranks_left[adapter_name] = list(map(bool, ranks_left))
 

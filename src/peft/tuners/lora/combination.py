@@ -26,7 +26,7 @@ import torch
 
 from ...anatomy.matching import find_targets
 from ...anatomy.walking import adapter_modules, names_of_modules
-from ...surgery.saved_modules import AuxiliaryTrainingWrapper
+from ...layers.training_wrapper import AuxiliaryTrainingWrapper
 from ...surgery.transaction import all_or_nothing
 from ...utils import merge_utils
 from ...utils.error import PeftValueError
