@@ -3,7 +3,7 @@
 """
 `BaseTuner` puts a method's layers into a model: match, plan, create, replace, finish.
 
-`BaseTunerLayer` and the rules of methods live in `_layer.py`, and are imported from here by everybody else.
+`BaseTunerLayer` and the rules of methods live in the room `layers`.
 """
 
 import copy
