@@ -24,7 +24,7 @@ from .surgery.slots import without_collecting
 from .surgery.transaction import all_or_nothing
 from .tuners.lora.config import LoraConfig
 from .tuners.lora.layer import LoraLayer, ParamWrapper
-from .tuners.lora.room import RankAxis
+from .tuners.lora.rank_axis import RankAxis
 from .tuners.lora.starts import changes_base
 from .utils.error import PeftRuntimeError, PeftValueError
 from .utils.warning import warn

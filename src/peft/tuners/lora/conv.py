@@ -13,7 +13,7 @@ from ...layers.base_layer import BaseTunerLayer
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
 from .config import LoraConfig
-from .room import RankAxis
+from .rank_axis import RankAxis
 
 
 _CLASSES = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

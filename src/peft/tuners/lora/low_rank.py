@@ -15,7 +15,7 @@ from ...layers.additive import AdditiveLayer
 from ...layers.scaling import Scaled
 from ...utils.error import PeftRuntimeError
 from .factors import NO_FACTORS, Factor, FactorDict, TiedFactor, TiedSettings
-from .room import RankAxis, WithinRoom
+from .rank_axis import RankAxis, WithinRoom
 
 
 # rows of a merged weight that are computed at a time where the factors have another type than the weight

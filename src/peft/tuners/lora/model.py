@@ -25,11 +25,14 @@ from ...utils.warning import warn
 from ..base import BaseTuner
 from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig
-from .layer import LAYER_CLASSES, LoraLayer, ParamWrapper
+from .layer import LAYER_CLASSES, Conv2d, LoraLayer, ParamWrapper
 from .plain_lora import convert_on_save, without_start
 from .starts import check_start, find_start
 from .starts.base_weight import showing_progress
 from .variants import attach_variants, detach_variants, find_variant
+
+
+__all__ = ["Conv2d", "LoraModel"]
 
 
 class LoraModel(BaseTuner):

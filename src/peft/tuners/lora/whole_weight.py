@@ -17,7 +17,7 @@ from ...layers.merging.layer import merge_layer
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
 from .config import LoraConfig
-from .room import RankAxis
+from .rank_axis import RankAxis
 from .starts import find_start
 
 
