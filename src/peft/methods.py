@@ -21,6 +21,8 @@ from .tuners.declared import (
     TrainedModule,
     method,
 )
+from .tuners.lora.starts import Start, register_start
+from .tuners.lora.variants import LoraVariant, register_variant
 from .utils.error import PeftValueError
 
 
@@ -33,9 +35,11 @@ __all__ = [
     "DeclaredWeight",
     "Frozen",
     "Kept",
+    "LoraVariant",
     "PeftValueError",
     "Scaled",
     "Shape",
+    "Start",
     "Tensors",
     "Trained",
     "TrainedModule",
@@ -44,4 +48,6 @@ __all__ = [
     "apply_weight",
     "check_layer_selection",
     "method",
+    "register_start",
+    "register_variant",
 ]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.registry import methods_put_back
+from support.registry import methods_put_back, strategies_put_back
 
 import peft
 
@@ -97,7 +97,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with methods_put_back():
+    with methods_put_back(), strategies_put_back():
         yield tmp_path
 
 

@@ -9,19 +9,20 @@ The start fills factor A with a constant. The variant multiplies what the adapte
 
 import copy
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.helpers import assert_close, assert_equal, differs, llama, logits, refused, token_ids, warned
+from support.registry import strategies_put_back
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraVariant, Start, register_start, register_variant
-from peft.tuners.lora.starts import find_start, registry
-from peft.tuners.lora.variants.registry import _VARIANTS
+from peft.methods import LoraVariant, Start, register_start, register_variant
+from peft.tuners.lora.starts import find_start
 from peft.utils.error import PeftValueError
 
 
@@ -84,14 +85,13 @@ class Gated(LoraVariant):
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def registered() -> Iterator[None]:
     """Both are there during a test, and gone after it."""
-    monkeypatch.setattr(registry, "_STARTS", dict(registry._STARTS))
-    register_start("constant")(Constant)
-    register_start("Gated")(Constant)
-    register_variant("gated")(Gated)
-    yield
-    del _VARIANTS["gated"]
+    with strategies_put_back():
+        register_start("constant")(Constant)
+        register_start("Gated")(Constant)
+        register_variant("gated")(Gated)
+        yield
 
 
 def adapted(kind: str, start: str, **changes: Any) -> tuple[PeftModel, nn.Module, torch.Tensor]:

@@ -93,7 +93,7 @@ def register_start(name: bool | str) -> Callable[[type[Start]], type[Start]]:
 
         >>> import torch
         >>> from peft import LoraConfig, get_peft_model
-        >>> from peft.tuners.lora import Start, register_start
+        >>> from peft.methods import Start, register_start
         >>> @register_start("ones")
         ... class Ones(Start):
         ...     def start(self, layer, adapter):

@@ -32,7 +32,7 @@ def register_variant(name: str) -> Callable[[type[LoraVariant]], type[LoraVarian
 
     Example:
 
-        >>> from peft.tuners.lora import LoraVariant, register_variant
+        >>> from peft.methods import LoraVariant, register_variant
         >>> @register_variant("use_nothing_else")
         ... class NothingElse(LoraVariant):
         ...     name = "plain LoRA by another name"
