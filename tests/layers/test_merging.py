@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.effects import move
 from support.helpers import assert_close, assert_equal, refused, seeded, warned
-from support.method_options import OPTIONS, layered_methods
+from support.method_options import OF_ROWS, OPTIONS, layered_methods, linear_methods
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -33,7 +34,7 @@ from peft import (
 from peft.anatomy.walking import adapter_modules
 from peft.helpers import rescale_adapter_scale
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.base import BaseTunerLayer, ReplacementLayer, WeightLayer
+from peft.tuners.base import BaseTunerLayer, ReplacementLayer
 
 
 IDS = torch.tensor([[1, 5, 3, 2], [7, 3, 0, 4]])
@@ -61,38 +62,25 @@ def tied() -> Tied:
 
 def moved(model: PeftModel, seed: int = 1) -> PeftModel:
     """Let the adapters of a model matter."""
-    with seeded(seed), torch.no_grad():
-        layers = [module for _, module in adapter_modules(model) if isinstance(module, BaseTunerLayer)]
-        rotates = any(isinstance(layer, WeightLayer) for layer in layers)
-        tensors = {
-            id(p): p for layer in layers for name in layer.available_adapters for p in layer.adapter_parameters(name)
-        }
-        for parameter in tensors.values():
-            if parameter.is_floating_point():
-                parameter.add_(torch.randn_like(parameter) * (0.1 if rotates else 0.3))
+    layers = [module for _, module in adapter_modules(model) if isinstance(module, BaseTunerLayer)]
+    tensors = {
+        id(p): p for layer in layers for name in layer.available_adapters for p in layer.adapter_parameters(name)
+    }
+    move([p for p in tensors.values() if p.is_floating_point()], lambda: model.eval()(IDS), seed)
     return model.eval()
 
 
-# method or variant -> options, for methods that keep a tie of an embedding and a head
-ON_TIES: dict[str, dict[str, Any]] = {
-    "LORA": {},
-    "LORA-dora": {"use_dora": True},
-    "LOHA": {},
-    "OFT": {},
-    "BOFT": {},
-    "HRA": {},
-    "VERA": {},
-    "VBLORA": {"r": 2, "num_vectors": 8, "vector_length": 4},
-    "IA3": {},
-    "TRAINABLE_TOKENS": {},
-}
+# methods that keep a tie of an embedding and a head, with one adapter for both
+ON_TIES = [*linear_methods(), *OF_ROWS, "LORA-dora"]
 each_method_on_ties = pytest.mark.parametrize("method", ON_TIES)
 
 
 def on_tie(method: str, **changes: Any) -> PeftModel:
     """Adapt embedding and head by one adapter."""
     name = method.partition("-")[0]
-    options = {**OPTIONS.get(name, {}), **ON_TIES[method], "target_modules": ["words", "head"], **changes}
+    options = {**OPTIONS.get(name, {}), "target_modules": ["words", "head"], **changes}
+    if method == "LORA-dora":
+        options["use_dora"] = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PeftWarning)
         with seeded():

@@ -47,11 +47,16 @@ def size_that_matters(parameters: Iterable[nn.Parameter], run: Callable[[], torc
     """
     parameters = list(parameters)
     starts = [parameter.detach().clone() for parameter in parameters]
-    before = run().double()
+
+    @torch.no_grad()
+    def output() -> torch.Tensor:
+        return run().double()
+
+    before = output()
 
     def change(size: float) -> float:
         add_noise(parameters, size, seed)
-        after = run().double()
+        after = output()
         for parameter, start in zip(parameters, starts, strict=True):
             parameter.data.copy_(start)
         return float((after - before).norm() / before.norm())
@@ -66,3 +71,9 @@ def size_that_matters(parameters: Iterable[nn.Parameter], run: Callable[[], torc
     else:
         raise AssertionError(f"noise of size {size:.2g} changes what is computed by {found:.2g}, not by {CHANGE}")
     return size
+
+
+def move(parameters: Iterable[nn.Parameter], run: Callable[[], torch.Tensor], seed: int = 2) -> None:
+    """Move parameters so far that what is computed with them changes by about `CHANGE`."""
+    parameters = list(parameters)
+    add_noise(parameters, size_that_matters(parameters, run, seed), seed)

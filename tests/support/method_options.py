@@ -4,8 +4,10 @@
 
 from typing import Any
 
+from torch import nn
+
 from peft.registry import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.base import BaseTuner
+from peft.tuners.base import BaseTuner, ReplacementLayer
 
 
 # fields of the config, for layers that are 16 wide
@@ -30,7 +32,21 @@ SECOND: dict[str, dict[str, Any]] = {
 }
 
 
+# methods that train rows of embeddings and heads, and so are no methods for linear layers
+OF_ROWS = ("TRAINABLE_TOKENS",)
+
+
 def layered_methods() -> list[str]:
     """Name every registered method that puts layers into a model."""
     found = [str(getattr(key, "value", key)) for key in PEFT_TYPE_TO_TUNER_MAPPING]
     return [name for name in found if issubclass(PEFT_TYPE_TO_TUNER_MAPPING[name], BaseTuner)]
+
+
+def linear_methods() -> list[str]:
+    """Name those of them that change what a linear layer computes, and do not replace it by a copy."""
+    classes = {name: PEFT_TYPE_TO_TUNER_MAPPING[name] for name in layered_methods() if name not in OF_ROWS}
+    return [
+        name
+        for name, cls in classes.items()
+        if issubclass(nn.Linear, tuple(cls.layer_classes)) and not issubclass(cls.tuner_layer_cls, ReplacementLayer)
+    ]

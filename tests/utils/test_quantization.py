@@ -21,7 +21,7 @@ import pytest
 import torch
 from support.helpers import assert_close, assert_equal, differs, llama, logits, token_ids, trainable, warned
 from support.helpers import refused as refused_by_package
-from support.method_options import OPTIONS
+from support.method_options import OPTIONS, linear_methods
 from torch import nn
 
 import peft
@@ -51,7 +51,7 @@ from peft.utils.quantization_utils import (
 # blocks of bitsandbytes hold 64 weights, and on some processors none may end inside a row
 WIDTH = 64
 TARGETS = ["q_proj", "down_proj"]
-LINEAR_METHODS = sorted(set(OPTIONS) - {"TRAINABLE_TOKENS"})
+LINEAR_METHODS = linear_methods()
 
 
 # --------------------------------------------------------------------------------------------------- the backends
@@ -192,7 +192,7 @@ def backend_name(name: str) -> str:
 
 
 def adapter(method: str = "LORA", **changes: Any) -> Any:
-    options = {"target_modules": TARGETS, **OPTIONS[method], **changes}
+    options = {"target_modules": TARGETS, **OPTIONS.get(method, {}), **changes}
     return PEFT_TYPE_TO_CONFIG_MAPPING[method](**options)
 
 
