@@ -24,6 +24,7 @@ from support.helpers import (
     stack,
     warned,
 )
+from support.helpers import stack_config as config
 from support.method_options import OPTIONS
 from torch import nn
 
@@ -55,11 +56,6 @@ WEIGHTS = "adapter_model.safetensors"
 X = features()
 HEAD_B = "base_model.model.head.lora_B.weight"
 Tensors = dict[str, torch.Tensor]
-
-
-def config(**changes: Any) -> LoraConfig:
-    """A small LoRA for `stack`: 8 tensors."""
-    return LoraConfig(**{"r": 2, "target_modules": ["up", "head"], **changes})
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ from support.helpers import (
     trainable,
     warned,
 )
+from support.helpers import adapted_stack as trained
+from support.helpers import stack_config as config
 
 from peft import (
     LoraConfig,
@@ -51,18 +53,6 @@ pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
 
 X = features()
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
-
-
-def config(**changes: Any) -> LoraConfig:
-    """A small LoRA for `stack`."""
-    return LoraConfig(**{"r": 2, "target_modules": ["up", "head"], **changes})
-
-
-def trained(**changes: Any) -> PeftModel:
-    """A model whose adapter tensors all have an effect."""
-    model = get_peft_model(stack(), config(**changes)).eval()
-    randomise(model, "lora_|modules_to_save")
-    return model
 
 
 def trained_llama(base: torch.nn.Module | None = None, **changes: Any) -> PeftModel:

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.helpers import bert_classifier, features, gpt2, kinds, llama, logits, randomise, refused, stack, warned
+from support.helpers import adapted_stack as trained
+from support.helpers import bert_classifier, features, gpt2, kinds, llama, logits, refused, stack, warned
+from support.helpers import stack_config as config
 from torch import nn
 
 from peft import (
@@ -32,18 +34,6 @@ from peft import (
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
 
 WEIGHTS, BIN, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
-
-
-def config(**changes: Any) -> LoraConfig:
-    """A small LoRA for `stack`."""
-    return LoraConfig(**{"r": 2, "target_modules": ["up", "head"], **changes})
-
-
-def trained(**changes: Any) -> PeftModel:
-    """A model whose adapter tensors all have an effect."""
-    model = get_peft_model(stack(), config(**changes)).eval()
-    randomise(model, "lora_|modules_to_save")
-    return model
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.helpers import VOCABULARY, bert_classifier, features, gpt2, kinds, llama, opt, stack, token_ids
+from support.helpers import stack_config as config
 
 from peft import (
     LoraConfig,
@@ -30,11 +31,6 @@ from peft.utils.warning import PeftWarning
 
 
 Action = Callable[[], Any]
-
-
-def config(**changes: Any) -> LoraConfig:
-    """A small LoRA for `stack`."""
-    return LoraConfig(**{"r": 2, "target_modules": ["up", "head"], **changes})
 
 
 def adapted(**changes: Any) -> PeftModel:

@@ -9,7 +9,6 @@ adapt any member of a tie, the cell checks that it is refused and that nothing w
 """
 
 import copy
-import io
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.effects import add_noise, rounding, size_that_matters
+from support.helpers import through_a_file
 from support.method_options import OPTIONS, SECOND, layered_methods
 from support.tied_models import ALL_MODELS, INEXACT_MODELS, TiedModel
 from torch import nn
@@ -261,17 +261,10 @@ def check_names_in_file(cell: Cell, model: PeftModel, place: Any, once: bool) ->
 
 
 def copies(cell: Cell, model: PeftModel, expected: torch.Tensor, folder: Any) -> None:
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), _through_a_file(model)):
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), through_a_file(model)):
         assert same(cell, cell.outputs(again), expected)
         report(cell, again, expected, folder)
         assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
-
-
-def _through_a_file(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def half_precision(cell: Cell, model: PeftModel, expected: torch.Tensor, folder: Any) -> None:

@@ -3,6 +3,7 @@
 """Tiny base models, and what tests ask of a model again and again."""
 
 import hashlib
+import io
 import re
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.error import PeftError
 from peft.utils.warning import PeftWarning
 
@@ -176,6 +178,24 @@ def stack(depth: int = 3) -> Stack:
         return Stack(depth).eval()
 
 
+def linears(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths, in eval mode."""
+    with seeded():
+        return nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))).eval()
+
+
+def stack_config(**changes: Any) -> LoraConfig:
+    """A small LoRA for `stack`: 8 tensors."""
+    return LoraConfig(**{"r": 2, "target_modules": ["up", "head"], **changes})
+
+
+def adapted_stack(**changes: Any) -> PeftModel:
+    """`stack` with that, whose tensors all have an effect."""
+    model = get_peft_model(stack(), stack_config(**changes)).eval()
+    randomise(model, "lora_|modules_to_save")
+    return model
+
+
 def features(batch: int = 3, width: int = 8) -> torch.Tensor:
     """Some input for `stack`."""
     with seeded(1):
@@ -188,6 +208,19 @@ def logits(model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
     with torch.no_grad():
         output = model(*args, **kwargs)
     return output.logits if hasattr(output, "logits") else output
+
+
+def first_layer(model: PeftModel) -> Any:
+    """Give the adapter layer around the first of several layers."""
+    return model.get_base_model()[0]
+
+
+def through_a_file(model: nn.Module) -> nn.Module:
+    """Save a model as a whole, and load it."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def randomise(model: nn.Module, marker: str = "lora_", seed: int = 2) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.helpers import llama, seeded, token_ids
+from support.helpers import first_layer, llama, seeded, token_ids
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft import BOFTConfig, PeftModel, get_peft_model
-from peft.tuners.boft.layer import BOFTLayer, Butterfly, FastBlockDiag, MultiplicativeDropoutLayer, get_fbd_cuda
+from peft.tuners.boft.layer import Butterfly, FastBlockDiag, MultiplicativeDropoutLayer, get_fbd_cuda
 from peft.utils.error import PeftNotImplementedError, PeftValueError
 
 
@@ -39,17 +39,13 @@ def make(kind: str = "linear", factors: int = 1, **options: object) -> tuple[Pef
 
 def with_factors(model: PeftModel, factors: int) -> None:
     """Give the adapter more factors than a machine without a CUDA device makes."""
-    layer = layer_of(model)
+    layer = first_layer(model)
     size, count = layer.boft_block_size["default"], layer.boft_block_num["default"]
     loaded = {"boft_R": torch.empty(factors, count, size, size)}
     layer.prepare_to_load("default", loaded)
     assert len(layer.boft_R["default"]) == factors
     if factors > 1:
         nn.init.normal_(layer.boft_R["default"], std=0.1)
-
-
-def layer_of(model: PeftModel) -> BOFTLayer:
-    return model.get_base_model()[0]
 
 
 def expected_rotation(generators: torch.Tensor) -> torch.Tensor:
@@ -77,7 +73,7 @@ def expected_rotation(generators: torch.Tensor) -> torch.Tensor:
 @each_number_of_factors
 def test_output_is_that_of_the_rotated_and_scaled_weight(kind: str, factors: int) -> None:
     model, x = make(kind, factors)
-    layer = layer_of(model)
+    layer = first_layer(model)
     rotation, scale = expected_rotation(layer.boft_R["default"]), layer.boft_s["default"].detach().view(-1, 1)
     base = copy.deepcopy(layer.get_base_layer())
     rows = scale * ((base.weight.T if kind == "conv1d" else base.weight.flatten(1)) @ rotation.T)
@@ -90,7 +86,7 @@ def test_more_factors_mix_more_features() -> None:
     reach = []
     for factors in (1, 2, 3):
         model, _ = make("linear", factors)
-        reach.append((layer_of(model).get_delta_weight("default")[0][0].abs() > 1e-7).sum().item())
+        reach.append((first_layer(model).get_delta_weight("default")[0][0].abs() > 1e-7).sum().item())
     assert reach == [4, 8, 16]
 
 
@@ -98,7 +94,7 @@ def test_more_factors_mix_more_features() -> None:
 @each_number_of_factors
 def test_merging_is_exact_and_comes_undone(kind: str, factors: int) -> None:
     model, x = make(kind, factors)
-    layer = layer_of(model)
+    layer = first_layer(model)
     model.add_adapter("other", BOFTConfig(boft_block_size=8, init_weights=False, target_modules=["0"]))
     model.base_model.set_adapter(["default", "other"])
     before, adapted = layer.weight.clone(), model(x)
@@ -110,7 +106,7 @@ def test_merging_is_exact_and_comes_undone(kind: str, factors: int) -> None:
 
 def test_scale_of_zero_comes_undone_too() -> None:
     model, _ = make()
-    layer = layer_of(model)
+    layer = first_layer(model)
     layer.boft_s["default"].data[2] = 0
     before = layer.weight.clone()
     layer.merge()
@@ -122,7 +118,7 @@ def test_scale_of_zero_comes_undone_too() -> None:
 @each_kind
 def test_fresh_adapter_is_the_identity(kind: str) -> None:
     model, x = make(kind, init_weights=True)
-    torch.testing.assert_close(model(x), layer_of(model).get_base_layer()(x))
+    torch.testing.assert_close(model(x), first_layer(model).get_base_layer()(x))
 
 
 @each_kind
@@ -186,7 +182,7 @@ def test_block_diagonal_matrices_and_their_gradients() -> None:
 
 
 def test_helpers_of_the_release() -> None:
-    layer = layer_of(make()[0])
+    layer = first_layer(make()[0])
     order = layer.block_butterfly_perm(16, 2, 2, 1)
     assert order.tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
     assert layer.block_butterfly_perm(4, 1, 1, 0).tolist() == [0, 1, 2, 3]
@@ -209,7 +205,7 @@ def test_dropout_drops_that_share_of_one_factor() -> None:
 @each_kind
 def test_dropout_is_for_training(kind: str) -> None:
     model, x = make(kind, boft_dropout=1.0)
-    layer, expected = layer_of(model), model(x)
+    layer, expected = first_layer(model), model(x)
     model.train()
     dropped = model(x)
     assert not torch.allclose(dropped, expected)
@@ -250,10 +246,10 @@ def test_number_of_factors_depends_on_the_machine(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.warns(UserWarning, match="boft_n_butterfly_factor=2 is used as 1"):
         model = get_peft_model(nn.Sequential(nn.Linear(16, 5)), config)
-    assert layer_of(model).boft_R["default"].shape == (1, 4, 4, 4)
+    assert first_layer(model).boft_R["default"].shape == (1, 4, 4, 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     model = get_peft_model(nn.Sequential(nn.Linear(16, 5)), config)
-    assert layer_of(model).boft_R["default"].shape == (2, 4, 4, 4)
+    assert first_layer(model).boft_R["default"].shape == (2, 4, 4, 4)
     for impossible in (0, 4):
         config.boft_n_butterfly_factor = impossible
         with pytest.raises(PeftValueError, match="boft_n_butterfly_factor"):
@@ -262,7 +258,7 @@ def test_number_of_factors_depends_on_the_machine(monkeypatch: pytest.MonkeyPatc
 
 def test_scaling_warns_and_does_nothing() -> None:
     model, x = make()
-    layer, expected = layer_of(model), model(x)
+    layer, expected = first_layer(model), model(x)
     for rescale in (lambda: layer.scale_layer(2.0), lambda: layer.set_scale("default", 2.0), layer.unscale_layer):
         with pytest.warns(UserWarning, match="has no scale"):
             rescale()

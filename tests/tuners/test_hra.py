@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import llama, seeded, token_ids
+from support.helpers import first_layer, llama, seeded, token_ids
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft import HRAConfig, PeftModel, get_peft_model
-from peft.tuners.hra.layer import HRALayer
 from peft.tuners.hra.maths import orthogonal_reflections, reflections
 from peft.utils.error import PeftNotImplementedError, PeftValueError
 
@@ -35,10 +34,6 @@ def make(kind: str = "linear", **options: object) -> tuple[PeftModel, torch.Tens
         return model.eval(), torch.randn(shape)
 
 
-def layer_of(model: PeftModel) -> HRALayer:
-    return model.get_base_model()[0]
-
-
 def expected_product(directions: torch.Tensor, orthogonal: bool) -> torch.Tensor:
     """H_1 H_2 ... H_r, one reflection after the other."""
     product = torch.eye(len(directions), dtype=directions.dtype)
@@ -55,7 +50,7 @@ def expected_product(directions: torch.Tensor, orthogonal: bool) -> torch.Tensor
 @each_order
 def test_output_is_that_of_the_reflected_weight(kind: str, orthogonal: bool) -> None:
     model, x = make(kind, apply_GS=orthogonal)
-    layer = layer_of(model)
+    layer = first_layer(model)
     product = expected_product(layer.hra_u["default"].detach(), orthogonal)
     base = copy.deepcopy(layer.get_base_layer())
     rows = (base.weight.T if kind == "conv1d" else base.weight.flatten(1)) @ product
@@ -69,7 +64,7 @@ def test_output_is_that_of_the_reflected_weight(kind: str, orthogonal: bool) -> 
 @each_order
 def test_merging_is_exact_and_comes_undone(kind: str, orthogonal: bool) -> None:
     model, x = make(kind, apply_GS=orthogonal)
-    layer = layer_of(model)
+    layer = first_layer(model)
     model.add_adapter("other", HRAConfig(r=2, init_weights=False, target_modules=["0"]))
     model.base_model.set_adapter(["default", "other"])
     before, adapted = layer.weight.clone(), model(x)
@@ -82,20 +77,20 @@ def test_merging_is_exact_and_comes_undone(kind: str, orthogonal: bool) -> None:
 @each_kind
 def test_fresh_adapter_is_the_identity(kind: str) -> None:
     model, x = make(kind, r=4, init_weights=True)
-    torch.testing.assert_close(model(x), layer_of(model).get_base_layer()(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(x), first_layer(model).get_base_layer()(x), atol=1e-5, rtol=1e-5)
 
 
 def test_odd_number_warns_and_starts_at_random() -> None:
     with pytest.warns(UserWarning, match="r=3 is odd"):
         model, x = make(r=3, init_weights=True)
-    assert not torch.allclose(model(x), layer_of(model).get_base_layer()(x))
+    assert not torch.allclose(model(x), first_layer(model).get_base_layer()(x))
 
 
 @pytest.mark.filterwarnings("error")
 def test_fresh_orthogonal_adapter_can_be_trained() -> None:
     model, x = make(r=4, init_weights=True, apply_GS=True)
     model(x).pow(2).mean().backward()
-    gradient = layer_of(model).hra_u["default"].grad
+    gradient = first_layer(model).hra_u["default"].grad
     assert gradient.isfinite().all()
     assert gradient.abs().max() < 10
 
@@ -165,7 +160,7 @@ def test_what_cannot_work_is_refused() -> None:
 
 def test_scaling_warns_and_does_nothing() -> None:
     model, x = make()
-    layer, expected = layer_of(model), model(x)
+    layer, expected = first_layer(model), model(x)
     for rescale in (lambda: layer.scale_layer(2.0), layer.unscale_layer):
         with pytest.warns(UserWarning, match="has no scale"):
             rescale()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.helpers import first_layer
 from torch import nn
 
 from peft import LoHaConfig, LoKrConfig, PeftModel, PeftWarning, get_peft_model
@@ -28,10 +29,6 @@ def make(config_cls: type, base: nn.Module | None = None, **options: object) -> 
     net = nn.Sequential(nn.Linear(32, 48) if base is None else base)
     options = {"r": 2, "alpha": 3, "init_weights": False, **options}
     return get_peft_model(net, config_cls(target_modules=["0"], **options)).eval()
-
-
-def layer_of(model: PeftModel) -> nn.Module:
-    return model.get_base_model()[0]
 
 
 @pytest.fixture(params=BASES)
@@ -104,7 +101,7 @@ def test_gradients_reach_the_adapter_only(config_cls: type, base_and_input: tupl
 
 def test_module_dropout_leaves_the_adapter_out_while_training(config_cls: type) -> None:
     model, x = make(config_cls, module_dropout=1.0), torch.randn(3, 32)
-    plain = layer_of(model).base_layer(x)
+    plain = first_layer(model).base_layer(x)
     assert not torch.allclose(model(x), plain)
     torch.testing.assert_close(model.train()(x), plain)
 
@@ -112,21 +109,21 @@ def test_module_dropout_leaves_the_adapter_out_while_training(config_cls: type) 
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_rank_dropout_drops_outputs_while_training(config_cls: type, tokens: int) -> None:
     model, x = make(config_cls, rank_dropout=0.5), torch.randn(tokens, 32)
-    plain, full = layer_of(model).base_layer(x), model(x)
+    plain, full = first_layer(model).base_layer(x), model(x)
     dropped = torch.isclose(model.train()(x), plain, atol=1e-6).all(dim=0)
     assert 0 < dropped.sum() < 48
     torch.testing.assert_close(model.eval()(x), full)
-    torch.testing.assert_close(layer_of(model).get_delta_weight("default").any(dim=1), torch.ones(48, dtype=bool))
+    torch.testing.assert_close(first_layer(model).get_delta_weight("default").any(dim=1), torch.ones(48, dtype=bool))
 
 
 def test_dropping_all_rows_gives_no_nan(config_cls: type) -> None:
     options = {"rank_dropout_scale": True} if config_cls is LoKrConfig else {}
     model, x = make(config_cls, rank_dropout=1.0, **options).train(), torch.randn(3, 32)
-    torch.testing.assert_close(model(x), layer_of(model).base_layer(x))
+    torch.testing.assert_close(model(x), first_layer(model).base_layer(x))
 
 
 def test_scaling(config_cls: type) -> None:
-    layer = layer_of(make(config_cls))
+    layer = first_layer(make(config_cls))
     assert layer.scaling["default"] == 1.5
     layer.set_scale("default", 2)
     layer.set_scale("unknown", 2)
@@ -147,7 +144,7 @@ def test_patterns(config_cls: type) -> None:
 
 def test_base_layer_is_called_where_it_is_more_than_its_weight(config_cls: type) -> None:
     model, x = make(config_cls, r=8), torch.randn(400, 32)
-    layer = layer_of(model)
+    layer = first_layer(model)
     assert layer._weight_can_take_deltas(["default"], x)
     calls = []
     handle = layer.base_layer.register_forward_hook(lambda *args: calls.append(1))
@@ -186,4 +183,4 @@ def test_bad_rank_is_refused(config_cls: type, r: int) -> None:
 def test_unknown_start_is_warned_about(config_cls: type) -> None:
     with pytest.warns(PeftWarning, match="init_weights='bad'"):
         model = make(config_cls, init_weights="bad")
-    assert not layer_of(model).get_delta_weight("default").any()
+    assert not first_layer(model).get_delta_weight("default").any()

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import gpt2, llama, seeded, token_ids
+from support.helpers import first_layer, gpt2, llama, seeded, token_ids
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft import OFTConfig, PeftModel, get_peft_model
-from peft.tuners.oft.layer import MultiplicativeDropoutLayer, OFTLayer, OFTRotationModule, cayley_neumann
+from peft.tuners.oft.layer import MultiplicativeDropoutLayer, OFTRotationModule, cayley_neumann
 from peft.utils.error import PeftNotImplementedError, PeftValueError
 
 
@@ -42,10 +42,6 @@ def make(kind: str = "linear", **options: object) -> tuple[PeftModel, torch.Tens
         model = get_peft_model(nn.Sequential(make_layer()), OFTConfig(**options))
         x = torch.arange(6).view(2, 3) if shape is None else torch.randn(shape)
     return model.eval(), x
-
-
-def layer_of(model: PeftModel) -> OFTLayer:
-    return model.get_base_model()[0]
 
 
 def generator(entries: torch.Tensor, size: int) -> torch.Tensor:
@@ -81,7 +77,7 @@ def rows_of(layer: nn.Module) -> torch.Tensor:
 @each_config
 def test_output_is_that_of_the_rotated_weight(kind: str, options: dict) -> None:
     model, x = make(kind, **options)
-    layer = layer_of(model)
+    layer = first_layer(model)
     output = model(x)
     weight = next(layer.adapter_parameters("default"))
     size, features = layer.oft_block_size["default"], layer.rows_to_rotate()
@@ -97,7 +93,7 @@ def test_output_is_that_of_the_rotated_weight(kind: str, options: dict) -> None:
 @each_config
 def test_merging_is_exact_and_comes_undone(kind: str, options: dict) -> None:
     model, x = make(kind, **options)
-    layer = layer_of(model)
+    layer = first_layer(model)
     model.add_adapter("other", OFTConfig(oft_block_size=6, init_weights=False, target_modules=["0"]))
     model.base_model.set_adapter(["default", "other"])
     before, adapted = layer.weight.clone(), model(x)
@@ -111,7 +107,7 @@ def test_merging_is_exact_and_comes_undone(kind: str, options: dict) -> None:
 @each_kind
 def test_fresh_adapter_is_the_identity(kind: str) -> None:
     model, x = make(kind, init_weights=True)
-    assert torch.equal(model(x), layer_of(model).get_base_layer()(x))
+    assert torch.equal(model(x), first_layer(model).get_base_layer()(x))
 
 
 @each_kind
@@ -183,7 +179,7 @@ def test_short_series_are_those_of_the_release() -> None:
 def test_constraint_holds_and_is_kept_by_small_steps() -> None:
     model, x = make("linear", coft=True, eps=0.01)
     model(x)
-    weight = layer_of(model).oft_R["default"].weight
+    weight = first_layer(model).oft_R["default"].weight
     norms = torch.stack([generator(entries, 4).norm() for entries in weight.detach()])
     torch.testing.assert_close(norms, torch.full((3,), 0.01 / math.sqrt(3)))
     inside = weight.detach().mul_(0.5).clone()
@@ -206,7 +202,7 @@ def test_dropout_drops_that_share_of_the_blocks(p: float, count: int, dropped: i
 @each_kind
 def test_dropout_is_for_training(kind: str) -> None:
     model, x = make(kind, module_dropout=1.0)
-    layer, expected = layer_of(model), model(x)
+    layer, expected = first_layer(model), model(x)
     base = layer.get_base_layer()(x)
     assert not torch.allclose(expected, base)
     model.train()
@@ -222,7 +218,7 @@ def test_dropout_is_for_training(kind: str) -> None:
 def test_sizes_that_do_not_divide_are_adjusted(options: dict, used: int) -> None:
     with pytest.warns(UserWarning, match="does not divide the 12 features"):
         model, _ = make("linear", **options)
-    assert layer_of(model).oft_block_size["default"] == used
+    assert first_layer(model).oft_block_size["default"] == used
 
 
 @pytest.mark.parametrize("options", [{"r": 4}, {"oft_block_size": 0}, {"r": -1}, {"oft_block_size": -4}])
@@ -247,7 +243,7 @@ def test_what_cannot_work_is_refused() -> None:
 
 def test_scaling_warns_and_does_nothing() -> None:
     model, x = make("linear")
-    layer, expected = layer_of(model), model(x)
+    layer, expected = first_layer(model), model(x)
     for rescale in (lambda: layer.scale_layer(2.0), lambda: layer.set_scale("default", 2.0), layer.unscale_layer):
         with pytest.warns(UserWarning, match="has no scale"):
             rescale()

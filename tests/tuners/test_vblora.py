@@ -18,6 +18,7 @@ from support.helpers import (
     assert_equal,
     differs,
     kinds,
+    linears,
     llama,
     logits,
     randomise,
@@ -40,12 +41,6 @@ from peft.tuners.vblora.topk import NOT_SAVED, TopkForm
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
-
-
-def net(*widths: int) -> nn.Sequential:
-    """Linear layers of these widths."""
-    torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))).eval()
 
 
 def adapted(base: nn.Module, *targets: str, name: str = "default", **fields: object) -> PeftModel:
@@ -85,7 +80,7 @@ def test_math(name: str, topk: int) -> None:
 def test_start() -> None:
     """Logits and bank are drawn as the config says; bank and logits are trained."""
     model = get_peft_model(
-        net(64, 64),
+        linears(64, 64),
         VBLoRAConfig(vector_length=4, target_modules=["0"], init_vector_bank_bound=0.5, init_logits_std=2.0),
     )
     layer = model.get_base_model()[0]
@@ -103,7 +98,7 @@ def test_start() -> None:
 
 def test_one_bank() -> None:
     """All layers train the same vectors, also in copies; an optimiser sees them once."""
-    model = adapted(net(4, 6, 2), "0", "1")
+    model = adapted(linears(4, 6, 2), "0", "1")
     for again in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         layers = again.get_base_model()
         bank = again.base_model.vblora_vector_bank
@@ -116,7 +111,7 @@ def test_one_bank() -> None:
 
 def test_several_adapters(tmp_path: Path) -> None:
     """Each has a bank of its own, of its own size."""
-    base = net(4, 6, 2)
+    base = linears(4, 6, 2)
     model = adapted(base, "0", name="one")
     model.add_adapter("two", VBLoRAConfig(r=2, num_vectors=5, vector_length=1, target_modules=["1"]))
     x = torch.randn(3, 4)
@@ -130,18 +125,18 @@ def test_several_adapters(tmp_path: Path) -> None:
     with warned("'two' is active now"):
         model.delete_adapter("one")
     assert list(base[1].vblora_vector_bank) == ["two"]
-    assert_equal(PeftModel.from_pretrained(net(4, 6, 2), tmp_path / "one")(x), first)
+    assert_equal(PeftModel.from_pretrained(linears(4, 6, 2), tmp_path / "one")(x), first)
 
 
 # ------------------------------------------------------------------------------------------ files
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_whole_form(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
     """Logits of each layer, and one bank."""
-    model = adapted(net(4, 6, 2), "0", "1")
+    model = adapted(linears(4, 6, 2), "0", "1")
     model.save_pretrained(tmp_path)
     logits_ = {f"base_model.model.{i}.vblora_logits_{side}" for i in range(2) for side in "AB"}
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == logits_ | {"base_model.vblora_vector_bank"}
-    again = PeftModel.from_pretrained(net(4, 6, 2), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    again = PeftModel.from_pretrained(linears(4, 6, 2), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     x = torch.randn(3, 4)
     assert_equal(again(x), model(x))
 
@@ -150,7 +145,7 @@ def test_whole_form(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_short_form(tmp_path: Path, topk: int, low_cpu_mem_usage: bool) -> None:
     """Weights, all but the last, and indices of the vectors that are mixed: enough to compute the same."""
-    model = adapted(net(4, 6, 2), "0", "1", topk=topk, save_only_topk_weights=True)
+    model = adapted(linears(4, 6, 2), "0", "1", topk=topk, save_only_topk_weights=True)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     key = "base_model.model.0.vblora_logits_A"
@@ -158,7 +153,7 @@ def test_short_form(tmp_path: Path, topk: int, low_cpu_mem_usage: bool) -> None:
     values, indices = model.get_base_model()[0].vblora_logits_A["default"].detach().topk(topk, dim=-1)
     assert_equal(saved[f"{key}_topk_indices"], indices.to(torch.uint8))
     assert_close(saved[f"{key}_topk_weights"], values.softmax(-1)[..., :-1])
-    again = PeftModel.from_pretrained(net(4, 6, 2), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    again = PeftModel.from_pretrained(linears(4, 6, 2), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     x = torch.randn(3, 4)
     assert_close(again(x), model(x))
     again.save_pretrained(tmp_path / "again")
@@ -168,11 +163,11 @@ def test_short_form(tmp_path: Path, topk: int, low_cpu_mem_usage: bool) -> None:
 
 def test_short_form_has_no_training(tmp_path: Path) -> None:
     """What was left out would be missing; evaluation works."""
-    model = adapted(net(4, 6, 2), "0", "1", save_only_topk_weights=True)
+    model = adapted(linears(4, 6, 2), "0", "1", save_only_topk_weights=True)
     x = torch.randn(3, 4)
     model.train()(x).sum().backward()  # the adapter itself can be trained
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(net(4, 6, 2), tmp_path, is_trainable=True)
+    again = PeftModel.from_pretrained(linears(4, 6, 2), tmp_path, is_trainable=True)
     with refused(None, RuntimeError, "save_only_topk_weights"):
         again.train()(x)
     assert_close(again.eval()(x), model.eval()(x))
@@ -180,8 +175,8 @@ def test_short_form_has_no_training(tmp_path: Path) -> None:
 
 def test_short_form_into_whole(tmp_path: Path) -> None:
     """A file of either form loads, whatever the config says about saving."""
-    short = adapted(net(4, 6, 2), "0", "1", save_only_topk_weights=True)
-    whole = adapted(net(4, 6, 2), "0", "1")
+    short = adapted(linears(4, 6, 2), "0", "1", save_only_topk_weights=True)
+    whole = adapted(linears(4, 6, 2), "0", "1")
     randomise(whole, "vblora_", seed=5)
     result = set_peft_model_state_dict(whole, get_peft_model_state_dict(short))
     assert not result.unexpected_keys
@@ -201,7 +196,7 @@ def test_short_form_into_whole(tmp_path: Path) -> None:
 )
 def test_damaged_short_form(change: dict, classes: type, mention: str) -> None:
     """It is refused before a tensor is changed."""
-    model = adapted(net(4, 6, 2), "0", "1", save_only_topk_weights=True)
+    model = adapted(linears(4, 6, 2), "0", "1", save_only_topk_weights=True)
     tensors = get_peft_model_state_dict(model)
     for ending, damage in change.items():
         key = f"base_model.model.0.vblora_logits_B{ending}"
@@ -212,7 +207,7 @@ def test_damaged_short_form(change: dict, classes: type, mention: str) -> None:
 
 def test_half_of_the_short_form() -> None:
     """Weights without indices belong to nothing."""
-    model = adapted(net(4, 6), "0", save_only_topk_weights=True)
+    model = adapted(linears(4, 6), "0", save_only_topk_weights=True)
     tensors = get_peft_model_state_dict(model)
     del tensors["base_model.model.0.vblora_logits_B_topk_indices"]
     result = set_peft_model_state_dict(model, tensors)
@@ -240,11 +235,11 @@ def test_weight_that_vanishes() -> None:
 
 def test_bank_missing_in_a_file(tmp_path: Path) -> None:
     """It keeps its start values, and that is said."""
-    adapted(net(4, 6), "0").save_pretrained(tmp_path)
+    adapted(linears(4, 6), "0").save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(file).items() if "bank" not in key}, file)
     with warned("base_model.vblora_vector_bank"):
-        again = PeftModel.from_pretrained(net(4, 6), tmp_path, low_cpu_mem_usage=True)
+        again = PeftModel.from_pretrained(linears(4, 6), tmp_path, low_cpu_mem_usage=True)
     assert not again.base_model.vblora_vector_bank["default"].is_meta
 
 
@@ -252,12 +247,12 @@ def test_bank_missing_in_a_file(tmp_path: Path) -> None:
 def test_savable_parameters(capsys: pytest.CaptureFixture) -> None:
     """What release 0.21.2 counts for these sizes, in units of 4 bytes."""
     fields = {"r": 2, "num_vectors": 6, "vector_length": 2}
-    model = adapted(net(4, 6, 2), "0", "1", bias="all", **fields)
+    model = adapted(linears(4, 6, 2), "0", "1", bias="all", **fields)
     assert model.get_nb_savable_parameters() == (120, 8)
     model.print_savable_parameters()
     assert "120 || all parameters to save: 128" in capsys.readouterr().out
     for topk, count in ((1, 16), (2, 39), (3, 61)):
-        short = adapted(net(4, 6, 2), "0", "1", save_only_topk_weights=True, **{**fields, "topk": topk})
+        short = adapted(linears(4, 6, 2), "0", "1", save_only_topk_weights=True, **{**fields, "topk": topk})
         assert short.get_nb_savable_parameters() == (count, 0)
     with refused(None, ValueError, "'none'"):
         model.get_nb_savable_parameters("none")
@@ -280,7 +275,7 @@ def test_savable_parameters(capsys: pytest.CaptureFixture) -> None:
 def test_refusals(fields: dict, mention: str) -> None:
     """Nothing is left behind, neither in a bare model nor in one that has an adapter."""
     config = {"r": 3, "num_vectors": 7, "vector_length": 2, "target_modules": ["0", "1"], **fields}
-    base = net(4, 6, 2)
+    base = linears(4, 6, 2)
     base.add_module("conv", nn.Conv1d(2, 2, 1))
     with refused(base, ValueError, mention):
         get_peft_model(base, VBLoRAConfig(**config))
@@ -293,11 +288,11 @@ def test_refusals(fields: dict, mention: str) -> None:
 def test_injection() -> None:
     """Layers share the bank without a tuner around them, and files go in and out."""
     config = VBLoRAConfig(r=3, num_vectors=7, vector_length=2, target_modules=["0", "1"])
-    base = inject_adapter_in_model(config, net(4, 6, 2))
+    base = inject_adapter_in_model(config, linears(4, 6, 2))
     assert base[0].vblora_vector_bank is base[1].vblora_vector_bank
     randomise(base, "vblora_")
     tensors = get_peft_model_state_dict(base)
-    other = inject_adapter_in_model(config, net(4, 6, 2), state_dict=tensors)
+    other = inject_adapter_in_model(config, linears(4, 6, 2), state_dict=tensors)
     x = torch.randn(3, 4)
     assert differs(other(x), base(x))
     set_peft_model_state_dict(other, tensors)

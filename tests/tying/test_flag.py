@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.helpers import llama
+from support.helpers import assert_close, llama
 from torch import nn
 
 from peft import LoraConfig, PeftWarning, get_peft_model, weight_tying_report
@@ -69,19 +69,15 @@ def test_merged_and_reopened_models_compute_what_was_trained_apart(name: str, ro
     expected = logits(model)
     with pytest.warns(PeftWarning, match="no longer tied") as caught:
         merged = model.merge_and_unload()
-    close(logits(merged), expected)
+    assert_close(logits(merged), expected)
     assert any("transformers 5" in str(w.message) for w in caught) == (name in READ_IN_FORWARD)
     assert weight_tying_report(merged).holds
     merged.save_pretrained(tmp_path)
-    close(logits(type(merged).from_pretrained(tmp_path).eval()), expected)
+    assert_close(logits(type(merged).from_pretrained(tmp_path).eval()), expected)
 
     again = copy.deepcopy(merged)
     again.tie_weights()
-    close(logits(again), expected)
-
-
-def close(one: torch.Tensor, other: torch.Tensor) -> None:
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert_close(logits(again), expected)
 
 
 class Base(nn.Module):

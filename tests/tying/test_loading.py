@@ -3,7 +3,6 @@
 """What other libraries do to a tied model with adapters: tie it again, offload, compile, checkpoint and copy it."""
 
 import copy
-import io
 import pickle
 import warnings
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import accelerate
 import pytest
 import torch
 import transformers
+from support.helpers import through_a_file
 from support.tied_models import TIED_MODELS, TiedModel, llama
 from torch import nn
 
@@ -320,14 +320,7 @@ def test_half_precision(dtype, when, route, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ copies
-def saved_whole(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "torch.save": saved_whole}
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "torch.save": through_a_file}
 
 
 @each_route

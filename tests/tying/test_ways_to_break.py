@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.helpers import assert_close
 from support.tied_models import ALL_MODELS, TiedModel, llama
 from torch import nn
 
@@ -49,10 +50,6 @@ def outputs(tied: TiedModel, model: nn.Module) -> torch.Tensor:
         return tied.forward(model.eval())
 
 
-def close(one: torch.Tensor, other: torch.Tensor) -> None:
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
 def lora(tied: TiedModel, **config: Any) -> LoraConfig:
     values = {"r": 2, "target_modules": tied.targets, "ensure_weight_tying": True, **config}
     return LoraConfig(task_type=tied.task_type, fan_in_fan_out="c_attn" in tied.targets, **values)
@@ -70,7 +67,7 @@ def test_1_a_tied_delta_is_merged_once() -> None:
     weight = layer.get_base_weight().detach() + layer.get_delta_weight("default").detach()
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged.lm_head.weight, weight)
-    close(outputs(tied, merged), expected)
+    assert_close(outputs(tied, merged), expected)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +93,7 @@ def test_2_a_head_that_is_adapted_alone_leaves_the_embedding_alone(config: Any, 
         merged = model.merge_and_unload()
     assert torch.equal(merged.model.embed_tokens.weight, tied.build().model.embed_tokens.weight)
     assert merged.config.tie_word_embeddings is False
-    close(outputs(tied, merged), expected)
+    assert_close(outputs(tied, merged), expected)
     merged.save_pretrained(tmp_path)
     again = type(merged).from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(outputs(tied, again), outputs(tied, merged))
@@ -135,7 +132,7 @@ def test_5_every_name_of_a_shared_embedding_trains_what_is_used(name: str, side:
     assert len(trained) == 1
     tied.forward(model).sum().backward()
     assert trained[0].grad.abs().sum() > 0
-    close(outputs(tied, copy.deepcopy(model).merge_and_unload()), outputs(tied, model))
+    assert_close(outputs(tied, copy.deepcopy(model).merge_and_unload()), outputs(tied, model))
 
 
 @pytest.mark.parametrize("route", ["tokens", "saved", "targeted"])
@@ -170,7 +167,7 @@ def test_7_one_parameter_one_gradient_one_count(route: str) -> None:
             parameter.requires_grad_(True)
             parameter.grad = None
         tied.forward(merged).pow(2).mean().backward()
-        close(copied.grad, merged.lm_head.weight.grad)
+        assert_close(copied.grad, merged.lm_head.weight.grad)
 
 
 def test_8_casting_and_copying_keep_ties() -> None:
@@ -194,7 +191,7 @@ def test_9_a_merged_model_is_the_same_after_reloading(name: str, tmp_path: Any) 
         merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path)
     again = type(merged).from_pretrained(tmp_path, attn_implementation="eager")
-    close(outputs(tied, again), expected)
+    assert_close(outputs(tied, again), expected)
 
 
 def test_10_layernorm_tuning_with_a_saved_head_leaves_no_wrapper() -> None:
@@ -206,7 +203,7 @@ def test_10_layernorm_tuning_with_a_saved_head_leaves_no_wrapper() -> None:
     assert not any(isinstance(module, ModulesToSaveWrapper) for module in merged.modules())
     assert type(merged.lm_head) is nn.Linear
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    close(outputs(tied, merged), expected)
+    assert_close(outputs(tied, merged), expected)
 
 
 def test_11_a_second_adapter_with_tokens_works_on_a_tied_model() -> None:
@@ -218,7 +215,7 @@ def test_11_a_second_adapter_with_tokens_works_on_a_tied_model() -> None:
     randomised(model)
     second = outputs(tied, model)
     assert not torch.equal(first, second)
-    close(outputs(tied, copy.deepcopy(model).merge_and_unload()), second)
+    assert_close(outputs(tied, copy.deepcopy(model).merge_and_unload()), second)
     model.set_adapter("default")
     assert torch.equal(outputs(tied, model), first)
 
