@@ -4,11 +4,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .registry import (  # the tables have their public names here
+from .registry import (  # the tables, and the enum that is their key, have their public names here
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
+    PeftType,
 )
 from .utils.error import PeftKeyError, PeftValueError
 
@@ -23,6 +24,7 @@ __all__ = [
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_PREFIX_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "PeftType",
     "get_peft_config",
     "inject_adapter_in_model",
 ]
