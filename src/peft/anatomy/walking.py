@@ -2,13 +2,25 @@
 # peft: the fork in which tied weights stay tied
 """Walking a model around its adapters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..utils.wrapped_names import WRAPPED
+
+
+# What somebody has seen of a model already, and keeps up to date: a `view.ModelView`.
+RUNNING: ContextVar[Any] = ContextVar("running_view", default=None)
+
+
+def running_view(model: nn.Module) -> Any:
+    """Give the view of a model that somebody has opened; None if nobody has."""
+    view = RUNNING.get()
+    return view if view is not None and view.model is model else None
 
 
 def is_adapter_module(module: nn.Module) -> bool:
@@ -56,6 +68,16 @@ def walk(model: nn.Module, into_bases: bool = False) -> Iterator[tuple[str, nn.M
         replaced. What torch.compile or FSDP wraps has the name of its wrapper, which comes first; `get_submodule`
         finds modules by such names too, since these wrappers answer for what they wrap.
     """
+    view = running_view(model)
+    if view is not None:
+        return view.walk(into_bases)
+    return ((name, module) for name, module, _ in walk_with_children(model, into_bases))
+
+
+def walk_with_children(
+    model: nn.Module, into_bases: bool
+) -> Iterator[tuple[str, nn.Module, Mapping[str, nn.Module | None]]]:
+    """Yield name, module and all children of what `walk` yields, by a walk through the model as it is now."""
     seen = set()
     stack = [("", model)]
     while stack:
@@ -63,8 +85,8 @@ def walk(model: nn.Module, into_bases: bool = False) -> Iterator[tuple[str, nn.M
         if id(module) in seen:
             continue
         seen.add(id(module))
-        yield name, module
         children = module._modules
+        yield name, module, children
         if not children:
             continue
         if is_adapter_module(module):
@@ -77,6 +99,11 @@ def walk(model: nn.Module, into_bases: bool = False) -> Iterator[tuple[str, nn.M
 
 def base_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules of the base model, each once, with or without adapters around them."""
+    view = running_view(model)
+    return _walk_base(model) if view is None else iter(view.base_modules())
+
+
+def _walk_base(model: nn.Module) -> Iterator[nn.Module]:
     seen = set()
     stack = [model]
     while stack:
@@ -102,6 +129,12 @@ def names_of_modules(model: nn.Module) -> dict[str, nn.Module]:
         stands inside that has the name that it has without adapters. Training wrappers are not entered. The name of
         what torch.compile or FSDP wraps belongs to the wrapper.
     """
+    view = running_view(model)
+    return list_names(model) if view is None else view.names_of_modules()
+
+
+def list_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Do what `names_of_modules` does, by a walk through the model as it is now."""
     names = {}
     stack = [("", model)]
     while stack:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..anatomy.walking import walk
+from ..anatomy.view import view_of
 
 
 def without_collecting(function: Callable) -> Callable:
@@ -42,16 +42,11 @@ class Slots:
         model: the model. Places inside adapter modules count too.
     """
 
-    def __init__(self, model: nn.Module):
-        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
-        for _, module in walk(model, into_bases=True):
-            for key, child in module._modules.items():
-                if child is not None:
-                    self._places.setdefault(id(child), []).append((module, key))
+    def __init__(self, model: nn.Module) -> None:
+        self._view = view_of(model)
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
         """Put `new` wherever `old` is held."""
-        places = self._places.pop(id(old), [])
-        for parent, key in places:
+        for parent, key in self._view.places(old):
             parent._modules[key] = new
-        self._places[id(new)] = places
+        self._view.replaced(old, new)

@@ -56,8 +56,7 @@ class _Before:
             for buffer in attributes["_buffers"].values():
                 if buffer is not None:
                     self._buffers[id(buffer)] = buffer
-            if attributes["_modules"]:
-                stack.extend(child for child in attributes["_modules"].values() if child is not None)
+            stack.extend(child for child in module._modules.values() if child is not None)
             if "_merge_state" in attributes:
                 self._note_merge_state(attributes["_merge_state"])
             configs = attributes.get("peft_config")

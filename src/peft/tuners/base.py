@@ -33,6 +33,7 @@ from ..anatomy.matching import (
 )
 from ..anatomy.offload import refuse_offloaded
 from ..anatomy.parameters import check_stacks, find_parameters
+from ..anatomy.view import viewing
 from ..anatomy.walking import adapter_modules, base_modules, base_parameters, names_of_modules, stack_of, unwrapped
 from ..config import PeftConfig
 from ..layers.activation import ActivationLayer
@@ -272,7 +273,18 @@ class BaseTuner(nn.Module, ABC):
             PeftValueError: if the name or a target cannot work.
         """
         with all_or_nothing(self, model):
-            self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self._prepare_model(model, adapter_name)
+            with viewing(model):
+                self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
+    def _prepare_model(self, model: nn.Module, adapter_name: str) -> None:
+        """
+        Change the base model before anything is planned; methods extend it. What it changes is put back on refusal.
+
+        Args:
+            model: the base model.
+            adapter_name: name of the adapter, whose config is in `peft_config`.
+        """
 
     def _inject(
         self,

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy.kinds import stores_weight_transposed
-from ...anatomy.walking import unwrapped
+from ...anatomy.walking import base_parameters, unwrapped
 from ...checkpoints.state_dict import collect_tensors
 from ...config import PeftConfig
 from ...surgery.replication import remove_replicas, replicate_layers, separate_replicas
@@ -63,11 +63,14 @@ class LoraModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     pattern_fields = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
-    def _inject(self, model: nn.Module, adapter_name: str, *args: Any) -> None:
-        """Stack layers if the config says so, and put the adapter in; see `BaseTuner.inject_adapter`."""
+    def _prepare_model(self, model: nn.Module, adapter_name: str) -> None:
+        """Stack layers if the config says so."""
+        super()._prepare_model(model, adapter_name)
         layer_map = self.peft_config[adapter_name].layer_replication
         if layer_map:
             replicate_layers(model, layer_map)
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any) -> None:
         super()._inject(model, adapter_name, *args)
         attach_variants(model, adapter_name, self.peft_config[adapter_name])
 
@@ -79,7 +82,7 @@ class LoraModel(BaseTuner):
 
     def _resolve_targets(self, model: nn.Module, config: LoraConfig) -> None:
         # the weights of experts whose layers were fused have three dimensions
-        if changes_weights_while_loading() and any(parameter.dim() == 3 for parameter in model.parameters()):
+        if changes_weights_while_loading() and any(parameter.dim() == 3 for _, parameter in base_parameters(model)):
             from ...checkpoints.conversion.experts import conversions_of
 
             # clients replace the function at this path
