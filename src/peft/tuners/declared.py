@@ -83,9 +83,10 @@ def shape_of(layer: nn.Module) -> Shape:
     Args:
         layer: a layer of the base model.
     """
-    if type(layer) is nn.Linear:  # the same as below, at once
-        return Shape(layer.out_features, layer.in_features, layer)
-    inputs, outputs = features(layer)
+    return _matrix_shape(layer, *features(layer))
+
+
+def _matrix_shape(layer: nn.Module, inputs: int, outputs: int) -> Shape:
     if isinstance(layer, CONVOLUTIONS):
         inputs = inputs // layer.groups * math.prod(layer.kernel_size)
     return Shape(outputs, inputs, layer)
@@ -249,7 +250,7 @@ class DeclaredLayer(BaseTunerLayer):
     @property
     def shape(self) -> Shape:
         """Shape of the base weight as a matrix, (out, in)."""
-        return shape_of(self.get_base_layer())
+        return _matrix_shape(self.get_base_layer(), self.in_features, self.out_features)
 
     def tensors(self, adapter: str) -> Tensors:
         """

@@ -17,7 +17,7 @@ from ...layers.merging.changes import changes_adapter
 from ...layers.scaling import Scaled
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
-from ..declared import DeclaredAdditive, DeclaredModel, Shape, shape_of, with_values
+from ..declared import DeclaredAdditive, DeclaredModel, Shape, with_values
 
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
@@ -160,7 +160,7 @@ class LycorisLayer(Scaled, DeclaredAdditive):
         source, base = self.source(adapter), self.get_base_layer()
         if not isinstance(base, (nn.Linear, *CONVOLUTIONS)):  # such as an embedding that follows another layer
             return True
-        return self.declared.builds(source.tensors(adapter), x, shape_of(base), source.settings[adapter], apart)
+        return self.declared.builds(source.tensors(adapter), x, self.shape, source.settings[adapter], apart)
 
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Compute what the adapter adds to the output, by building the delta or without it."""
@@ -168,7 +168,7 @@ class LycorisLayer(Scaled, DeclaredAdditive):
         if self.adds_to_weight(adapter, x, apart=True):
             delta = source.get_delta_weight(adapter, apply_rank_dropout=True)
             return apply_weight(base, x.to(delta.dtype) if x.is_floating_point() else x, delta)
-        result = self.declared.apply(source.tensors(adapter), x, shape_of(base), source.settings[adapter])
+        result = self.declared.apply(source.tensors(adapter), x, self.shape, source.settings[adapter])
         kept = source.kept_outputs(adapter)
         return result if kept is None else result * along_features(base, kept)
 
