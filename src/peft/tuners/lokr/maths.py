@@ -99,4 +99,5 @@ def kron_forward(
     x = w1 @ x.reshape(leading.numel(), columns, inner.shape[0] * space.numel())
     if outer is not None:
         x = outer @ x.reshape(leading.numel(), rows, outer.shape[1], space.numel())
-    return x.reshape(*leading, -1, *space)
+    out = rows * (inner if outer is None else outer).shape[0]
+    return x.reshape(*leading, out, *space)
