@@ -4,8 +4,13 @@
 
 from .anatomy.kinds import apply_weight
 from .config import TyingConfig, check_layer_selection
+from .layers.activation import ActivationLayer
+from .layers.additive import AdditiveLayer
+from .layers.replacement import ReplacementLayer
 from .layers.scaling import Scaled
-from .tuners.base import UnsupportedLayerError
+from .layers.weight import WeightLayer
+from .registry import register_peft_method
+from .tuners.base import BaseTuner, UnsupportedLayerError
 from .tuners.declared import (
     DeclaredActivation,
     DeclaredAdditive,
@@ -24,9 +29,13 @@ from .tuners.declared import (
 from .tuners.lora.starts import Start, register_start
 from .tuners.lora.variants import LoraVariant, register_variant
 from .utils.error import PeftValueError
+from .utils.warning import warn
 
 
 __all__ = [
+    "ActivationLayer",
+    "AdditiveLayer",
+    "BaseTuner",
     "DeclaredActivation",
     "DeclaredAdditive",
     "DeclaredLayer",
@@ -37,6 +46,7 @@ __all__ = [
     "Kept",
     "LoraVariant",
     "PeftValueError",
+    "ReplacementLayer",
     "Scaled",
     "Shape",
     "Start",
@@ -45,9 +55,12 @@ __all__ = [
     "TrainedModule",
     "TyingConfig",
     "UnsupportedLayerError",
+    "WeightLayer",
     "apply_weight",
     "check_layer_selection",
     "method",
+    "register_peft_method",
     "register_start",
     "register_variant",
+    "warn",
 ]

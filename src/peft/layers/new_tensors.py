@@ -77,7 +77,7 @@ def new_parameter(weight: torch.Tensor, *shape: int, device: torch.device | str 
         dtype = torch.float32
     device = "meta" if options.on_meta else weight.device if device is None else device
     check_size(shape, weight, dtype, device)
-    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
 
 def check_size(

@@ -355,6 +355,9 @@ class DeclaredLayer(BaseTunerLayer):
         return matrix.T if has_outputs_last(base) else matrix
 
 
+_PREPARED = "(delta)"  # of `made`; no name of a tensor
+
+
 class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
     """Rule of `delta`."""
 
@@ -408,6 +411,23 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
 
     def adds_delta(self, adapter: str) -> bool:
         """Say whether the delta is the same whatever else is done to the weight."""
+        return not self.delta_takes_weight
+
+    def prepare_merge(self, adapter: str) -> None:
+        """Compute a delta that depends on the weight before others are merged into that."""
+        if self.delta_takes_weight:
+            self.made.setdefault(adapter, {})[_PREPARED] = self.get_delta_weight(adapter)
+
+    def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
+        """Add the delta, the one that was prepared if there is one."""
+        delta = self.made.get(adapter, {}).pop(_PREPARED, None)
+        if delta is None:
+            super().merge_weight_(adapter, weight)
+        else:
+            weight.add_(delta.to(weight.device, weight.dtype))
+
+    def can_unmerge(self, adapter: str) -> bool:
+        """Say whether the delta can be computed while it is merged; if not, the weight that it comes from is kept."""
         return not self.delta_takes_weight
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -479,6 +499,40 @@ class DeclaredModel(BaseTuner):
         values_for = super()._layer_arguments_for(config)
         return lambda names: {"names": names, **values_for(names)}
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Call the base model; the penalty of a method that has one is added to its loss.
+
+        Args:
+            args: passed on.
+            kwargs: passed on.
+        """
+        outputs = super().forward(*args, **kwargs)
+        loss = getattr(outputs, "loss", None)
+        if hasattr(self.declared, "penalty") and isinstance(loss, torch.Tensor):
+            outputs.loss = loss + self.penalty().to(loss)
+        return outputs
+
+    def penalty(self) -> torch.Tensor:
+        """Sum what the method wants to be small, over the layers and the active adapters."""
+        terms = [
+            self.declared.penalty(layer.tensors(adapter), layer.settings[adapter])
+            for layer in self._layers()
+            for adapter in layer.adapters_to_apply()
+            if layer.source(adapter) is layer  # what another layer follows counts once
+        ]
+        return sum(term.to(terms[0].device) for term in terms) if terms else torch.zeros(())
+
+    def after_step(self, step: int) -> None:
+        """
+        Let the method do what its schedule says; to be called after each step of the optimiser.
+
+        Args:
+            step: number of the step.
+        """
+        for adapter in self.active_adapters if hasattr(self.declared, "after_step") else ():
+            self.declared.after_step(self, self.peft_config[adapter], step)
+
     @torch.no_grad()
     def make_shared(self, adapter_name: str, config: PeftConfig, targets: dict[str, nn.Module]) -> None:
         """
@@ -546,6 +600,8 @@ def method(
         apply(t, x, shape, c)           optional: what the delta adds to the output of a linear layer, without it
         values(c, names, shape)         optional: more values for a target of these names, put into `c`
         shared_tensors(shapes, c)       what all layers share, from the shapes of all targets
+        penalty(t, c)                   optional: what is added to the model's loss, for each layer
+        after_step(model, c, step)      optional: what `model.after_step(step)` does for each active adapter
         check(c, others)                optional: refuse a config, alone or beside those of other adapters
 
     `shape` is the `Shape` of the weight, `c` the config with the values that hold for this layer, `t` the `Tensors`.
