@@ -7,10 +7,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...layers.merging.changes import changes_adapter
 from ...utils.constants import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
-from ..declared import Frozen, Shape, Tensors, Trained, method
+from ..declared import DeclaredAdditive, Frozen, Shape, Tensors, Trained, method, with_values
 from .config import FourierFTConfig
+
+
+class SpectralLayer(DeclaredAdditive):
+    """A layer with a spectrum, with what the released package lets do with it."""
+
+    @changes_adapter
+    def reset_fourier_parameters(self, adapter_name: str) -> None:
+        """
+        Start an adapter anew, with coefficients of zero.
+
+        Args:
+            adapter_name: name.
+        """
+        self.start(adapter_name, with_values(self.settings[adapter_name], {"init_weights": True}))
 
 
 @method(
@@ -23,6 +38,7 @@ from .config import FourierFTConfig
         "fourierft_scaling": "scaling",
         "fourierft_random_loc_seed": "random_loc_seed",
     },
+    rule=SpectralLayer,
 )
 class FourierFT:
     """A layer with a sparse spectrum added to its weight."""
