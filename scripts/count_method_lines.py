@@ -19,7 +19,7 @@ from pathlib import Path
 
 import peft
 from peft.registry import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.base import (
+from peft.tuners.tuners_utils import (
     ActivationLayer,
     AdditiveLayer,
     BasePromptEncoder,

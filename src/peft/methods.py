@@ -10,7 +10,7 @@ from .layers.replacement import ReplacementLayer
 from .layers.scaling import Scaled
 from .layers.weight import WeightLayer
 from .registry import register_peft_method
-from .tuners.base import BaseTuner, UnsupportedLayerError
+from .tuners.base import BaseTuner
 from .tuners.declared import (
     DeclaredActivation,
     DeclaredAdditive,
@@ -28,6 +28,7 @@ from .tuners.declared import (
 )
 from .tuners.lora.starts import Start, register_start
 from .tuners.lora.variants import LoraVariant, register_variant
+from .tuners.targets import UnsupportedLayerError
 from .utils.error import PeftValueError
 from .utils.warning import warn
 

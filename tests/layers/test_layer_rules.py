@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.anatomy.walking import bare_modules
 from peft.layers.buffer_dict import BufferDict
-from peft.tuners.base import ActivationLayer, AdditiveLayer, BaseTuner, BaseTunerLayer, WeightLayer
+from peft.tuners.tuners_utils import ActivationLayer, AdditiveLayer, BaseTuner, BaseTunerLayer, WeightLayer
 from peft.utils import register_peft_method
 
 

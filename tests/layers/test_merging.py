@@ -34,7 +34,7 @@ from peft import (
 from peft.anatomy.walking import adapter_modules
 from peft.helpers import rescale_adapter_scale
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.base import BaseTunerLayer, ReplacementLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, ReplacementLayer
 
 
 IDS = torch.tensor([[1, 5, 3, 2], [7, 3, 0, 4]])

@@ -24,7 +24,7 @@ from transformers import (
 from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 from peft.models.mixed import PeftMixedModel
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.base import ReplacementLayer
+from peft.tuners.tuners_utils import ReplacementLayer
 from peft.utils.error import PeftError
 
 

@@ -47,7 +47,7 @@ from peft import (
 )
 from peft.anatomy.walking import adapter_modules, bare_modules
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.base import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import PeftError
 
 

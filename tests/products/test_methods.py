@@ -36,7 +36,7 @@ from peft import (
 )
 from peft.anatomy.walking import adapter_modules
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.base import BaseTuner, BaseTunerLayer, ReplacementLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, ReplacementLayer
 
 
 # strategies of methods that change what their layers compute

@@ -36,7 +36,7 @@ from peft.layers.modules_to_save import ModulesToSaveWrapper
 from peft.models import saving
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import base as tuners_utils
-from peft.tuners.base import BaseTuner, UnsupportedLayerError
+from peft.tuners.tuners_utils import BaseTuner, UnsupportedLayerError
 from peft.utils.error import PeftError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from peft.registry import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.base import BaseTuner, ReplacementLayer
+from peft.tuners.tuners_utils import BaseTuner, ReplacementLayer
 
 
 # fields of the config, for layers that are 16 wide

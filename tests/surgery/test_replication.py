@@ -41,7 +41,7 @@ from transformers import (
 )
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.base import clone_module, replicate_layers
+from peft.tuners.tuners_utils import clone_module, replicate_layers
 from peft.tying.groups import find_tied_groups
 from peft.tying.report import weight_tying_report
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from peft import LoKrConfig, get_peft_model
-from peft.tuners.base import AdditiveLayer
 from peft.tuners.lokr.layer import LoKrLayer, factorization, make_kron, make_weight_cp
+from peft.tuners.tuners_utils import AdditiveLayer
 
 
 def adapted(base: nn.Module, **options: object) -> LoKrLayer:

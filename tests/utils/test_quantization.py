@@ -35,7 +35,7 @@ from peft import (
     weight_tying_report,
 )
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.base import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tying.groups import find_tied_groups
 from peft.utils import get_quantization_config, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type

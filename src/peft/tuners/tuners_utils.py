@@ -21,7 +21,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "peft.surgery.replication": ["clone_module", "replicate_layers"],
         "peft.surgery.saved_modules": ["set_additional_trainable_modules"],
         "peft.surgery.switching": ["cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"],
-        "peft.tuners.base": ["BaseTuner", "UnsupportedLayerError"],
+        "peft.tuners.base": ["BaseTuner"],
+        "peft.tuners.targets": ["UnsupportedLayerError"],
         "peft.utils.constants": [
             "DUMMY_MODEL_CONFIG",
             "DUMMY_TARGET_MODULES",

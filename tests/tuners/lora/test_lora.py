@@ -45,8 +45,8 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.tuners.base import BaseTunerLayer
 from peft.tuners.lora.layer import Embedding, Linear, LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")

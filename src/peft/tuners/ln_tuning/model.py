@@ -7,7 +7,8 @@ from torch import nn
 from ...anatomy.walking import unwrapped
 from ...tying.record import ReachedTie
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
-from ..base import BaseTuner, UnsupportedLayerError
+from ..base import BaseTuner
+from ..targets import UnsupportedLayerError
 from .config import LNTuningConfig
 from .layer import LNTuningLayer
 

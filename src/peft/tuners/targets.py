@@ -1,0 +1,469 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""From a config to a plan: what an adapter reaches, and what is refused. Nothing is changed here."""
+
+import copy
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..anatomy.all_linear import all_linear_names
+from ..anatomy.kinds import can_use_weight, gives_features, is_quantized_linear
+from ..anatomy.matching import (
+    Targets,
+    ends_like,
+    find_targets,
+    layer_index,
+    lies_in,
+    matching_entry,
+    names_in_text,
+    near_names,
+    patterns_without_use,
+)
+from ..anatomy.offload import refuse_offloaded
+from ..anatomy.parameters import check_stacks, find_parameters
+from ..anatomy.view import ModelView
+from ..anatomy.walking import unwrapped
+from ..config import PeftConfig
+from ..layers.activation import ActivationLayer
+from ..layers.adapter_names import check_adapter_name
+from ..layers.additive import AdditiveLayer
+from ..layers.base_layer import BaseTunerLayer
+from ..layers.merging.sharing import merging_layers
+from ..layers.merging.state import original_weights
+from ..layers.weight import WeightLayer
+from ..surgery.saved_modules import check_additional_trainable_modules
+from ..tying.groups import module_of
+from ..tying.record import (
+    ReachedTie,
+    find_followers,
+    find_following_parameters,
+    keep_ties,
+    refuse_excluded,
+)
+from ..utils.constants import (
+    DUMMY_TARGET_MODULES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+)
+from ..utils.error import (
+    NoMatchingPeftModuleError,
+    PeftNotImplementedError,
+    PeftTypeError,
+    PeftValueError,
+)
+from ..utils.near_names import FEW, did_you_mean
+from ..utils.warning import warn
+from ..utils.wrapped_names import plain_name, with_plain_names
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """
+    What putting an adapter into a model would do.
+
+    Attributes:
+        adapter_name: name of the adapter.
+        config: a copy of its config as it applies to the model: targets are names, and what has to follow what is
+            recorded in `modules_to_tie`, `target_modules_to_tie`, `token_modules_to_tie` and
+            `target_parameters_to_tie`.
+        matched: full names of the modules that the config reaches.
+        names: those, and the ones that a tie brings in; what is followed comes before its followers.
+        modules: full name -> module that gets a layer, the parts that are adapted along with others among them.
+        parameters: full name of a parameter that gets a layer -> module that holds it.
+        all_names: id of a module -> all names that it can be reached by.
+    """
+
+    adapter_name: str
+    config: PeftConfig
+    matched: list[str]
+    names: list[str]
+    modules: dict[str, nn.Module]
+    parameters: dict[str, nn.Module]
+    all_names: dict[int, list[str]]
+
+
+class Targeting:
+    """
+    What a tuner knows about targets. A method refines what differs for it.
+
+    See `BaseTuner` for the attributes that methods declare.
+    """
+
+    def plan_adapter(
+        self,
+        view: ModelView,
+        adapter_name: str,
+        config: PeftConfig,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> AdapterPlan:
+        """
+        Work out what putting an adapter into a model would do; neither the model nor the config is changed.
+
+        Args:
+            view: the model, looked at.
+            adapter_name: name of the adapter.
+            config: its config.
+            state_dict: adapter tensors; if given, the modules named by its keys are adapted.
+
+        Returns:
+            The plan, which can be carried out.
+
+        Raises:
+            NoMatchingPeftModuleError: if nothing matches.
+            PeftValueError: for whatever the config asks for and the model does not allow.
+        """
+        model, config = view.model, copy.copy(config)
+        _forget_wrappers(config)
+        check_adapter_name(adapter_name, self.prefix)
+        self._check_new_adapter_config(adapter_name, config)
+        self._resolve_targets(model, config)
+        modules = view.names_of_modules()
+        parameters = self._matched_parameters(modules, config, state_dict)
+        modules = {name: module for name, module in modules.items() if name}
+        all_names: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            all_names.setdefault(id(module), []).append(name)
+        matched = self._matched_names(modules, config, state_dict, parameters)
+        refuse_offloaded(model, config, matched)
+        # the first of two stages: what has to follow what is recorded, whatever the order of names
+        with original_weights(merging_layers(model)):
+            self._check_tied_modules(model, config)
+        ties = config.target_modules_to_tie or {}
+        names = with_ties(matched, ties)
+        self._check_targets(model, config, names)
+        targets = {name: modules[name] for name in self._with_parts(names, modules, all_names)}
+        for name, module in targets.items():
+            self._check_kind(module, name, follows=name in ties)
+        parameters = {name: modules[module_of(name)] for name in self._parameters_with_ties(parameters, config)}
+        check_stacks(parameters, targets.values())
+        check_additional_trainable_modules(model, config)
+        self._check_patterns(config, [*modules, *parameters])
+        return AdapterPlan(adapter_name, config, matched, names, targets, parameters, all_names)
+
+    def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
+        """Refuse a config that cannot stand beside those that the model has. To be extended by methods."""
+        bias = [name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
+        if len(self.peft_config) > 1 and getattr(config, "bias", "none") != "none" and bias != [adapter_name]:
+            raise PeftValueError(
+                f"adapter {adapter_name!r} trains the base model's biases (bias={config.bias!r}), and so does "
+                f"{bias[0]!r}; biases exist once. Use bias='none' for all adapters but one"
+            )
+        allowed = dict.fromkeys(("none", "all", f"{config.peft_type.lower()}_only", f"{self.prefix}only"))
+        if getattr(config, "bias", "none") not in allowed:
+            raise PeftNotImplementedError(f"bias={config.bias!r} is not known; choose one of {', '.join(allowed)}")
+
+    def _resolve_targets(self, model: nn.Module, config: PeftConfig) -> None:
+        """Replace a target that was left out, or a shorthand, by the names of modules."""
+        if config.target_modules is None and self._needs_targets(config):
+            model_type = self.get_model_config(model).get("model_type")
+            if model_type not in self.target_module_mapping:
+                raise PeftValueError(
+                    f"target_modules was left out, and there is no default for model type {model_type!r}; name the "
+                    "modules to adapt, or use target_modules='all-linear'"
+                )
+            targets = self.target_module_mapping[model_type]
+            config.target_modules = targets if isinstance(targets, str) else set(targets)
+        elif config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            config.target_modules = all_linear_names(model, config)
+
+    def _needs_targets(self, config: PeftConfig) -> bool:
+        """Say whether a config without `target_modules` gets the default ones."""
+        return not getattr(config, "target_parameters", None)
+
+    def _matched_parameters(
+        self, modules: dict[str, nn.Module], config: PeftConfig, state_dict: dict[str, torch.Tensor] | None
+    ) -> list[str]:
+        """Find the parameters to adapt; keys of a state dict name their modules only."""
+        wanted = getattr(config, "target_parameters", None)
+        if not wanted or self.parameter_layer_cls is None:
+            return []
+        found = find_parameters(modules, wanted, others=bool(config.target_modules) or state_dict is not None)
+        if state_dict is None:
+            return list(found)
+        present = self._modules_in_state_dict(state_dict)
+        return [name for name in found if module_of(name) in present]
+
+    @staticmethod
+    def _parameters_with_ties(names: list[str], config: PeftConfig) -> list[str]:
+        """Add the parameters that follow others; wrappers of one module keep their order where they can."""
+        ties = config.target_parameters_to_tie or {}
+        order = list(dict.fromkeys([*names, *ties.values(), *ties]))
+        early = {name for name in ties if order.index(name) < order.index(ties[name])}
+        return [name for name in order if name not in early] + [name for name in order if name in early]
+
+    def _with_parts(
+        self, names: list[str], modules: dict[str, nn.Module], all_names: dict[int, list[str]]
+    ) -> list[str]:
+        """Add layers that are adapted along with the one that they stand in; they go by its names too."""
+        everything = dict.fromkeys(names)
+        for name in names:
+            base = unwrapped(modules[name])
+            parts = next((parts for kind, parts in self.layer_parts.items() if isinstance(base, kind)), ())
+            for part in parts:
+                everything[f"{name}.{part}"] = None
+                all_names[id(modules[f"{name}.{part}"])] += all_names[id(modules[name])]
+        return list(everything)
+
+    def _matched_names(
+        self,
+        modules: dict[str, nn.Module],
+        config: PeftConfig,
+        state_dict: dict[str, torch.Tensor] | None,
+        parameters: list[str],
+    ) -> list[str]:
+        """Find the modules to adapt, and refuse or warn about what matches nothing."""
+        candidates = list(modules)
+        if state_dict is not None:
+            return self._names_in_state_dict(candidates, state_dict, parameters)
+        if config.target_modules == DUMMY_TARGET_MODULES:
+            return []
+        targets = find_targets(config, candidates)
+        saved = _as_names(getattr(config, "modules_to_save", None))
+        if saved:  # what is trained in full needs no adapter
+            _warn_of_targets_in_full(saved, targets.names)
+            targets.names = [name for name in targets.names if not lies_in(saved, name)]
+        if not targets.names and config.target_modules is not None and not parameters:
+            raise NoMatchingPeftModuleError(self._explain_no_match(config, targets, candidates))
+        for entry in targets.unmatched[:FEW]:
+            near = near_names(entry, candidates)
+            warn(f"target_modules entry {entry!r} matches no module{did_you_mean(near)}")
+        if len(targets.unmatched) > FEW:
+            warn(f"{len(targets.unmatched) - FEW} more entries of target_modules match no module")
+        if targets.absent_layers is not None:
+            warn(f"layers_to_transform: {_explain_absent_layers(*targets.absent_layers)}")
+        if getattr(config, "exclude_modules", None) and not targets.excluded:
+            entries = _as_names(config.exclude_modules)
+            near = dict.fromkeys(name for entry in sorted(entries)[:FEW] for name in near_names(entry, targets.names))
+            warn(
+                f"exclude_modules={config.exclude_modules!r} leaves out nothing that target_modules matches"
+                f"{did_you_mean(near)}"
+            )
+        # a module that has several names is one target, under the first of them
+        first = {}
+        for name, module in modules.items():
+            first.setdefault(id(module), name)
+        return list(dict.fromkeys(first[id(modules[name])] for name in targets.names))
+
+    def _modules_in_state_dict(self, state_dict: dict[str, torch.Tensor]) -> set[str]:
+        """Give the names, without adapters, of the modules whose adapters a state dict holds."""
+        marker = f".{self.prefix}"
+        keys = [plain_name(k) for k in state_dict if not k.endswith(self.tuner_layer_cls.shared_layer_names)]
+        layers = {key.partition(marker)[0].removeprefix("base_model.model.") for key in keys if marker in key}
+        return {".".join(part for part in layer.split(".") if part != "base_layer") for layer in layers}
+
+    def _names_in_state_dict(
+        self, candidates: list[str], state_dict: dict[str, torch.Tensor], parameters: list[str]
+    ) -> list[str]:
+        wanted = self._modules_in_state_dict(state_dict) - {module_of(name) for name in parameters}
+        names = [name for name in candidates if name in wanted]
+        if not names and not parameters:
+            raise NoMatchingPeftModuleError(
+                f"none of the {len(state_dict)} keys of the state dict names a module of the model; the first keys "
+                f"are {', '.join(list(state_dict)[:3])}"
+            )
+        if len(names) < len(wanted):
+            missing = sorted(wanted - set(names))
+            warn(
+                f"the state dict has tensors for {len(missing)} modules that the model lacks: {', '.join(missing[:5])}"
+            )
+        return names
+
+    def _explain_no_match(self, config: PeftConfig, targets: Targets, candidates: list[str]) -> str:
+        if targets.excluded:
+            return (
+                f"target_modules matches {len(targets.excluded)} modules, and exclude_modules="
+                f"{config.exclude_modules!r} leaves all of them out; make one of the two narrower"
+            )
+        wanted = config.target_modules
+        entries = [wanted] if isinstance(wanted, str) else sorted(wanted)
+        near = {name: None for entry in entries[:FEW] for name in near_names(entry, candidates)}
+        hints = [f"names that come near: {', '.join(near)}"]
+        if not near:
+            hints = [f"the model has {', '.join(candidates[:8])} ..."]
+        listed = names_in_text(wanted) if isinstance(wanted, str) else []
+        if listed:
+            hints = [f"a string is taken as a regular expression; as a list of names it would be {listed}"]
+        if targets.absent_layers is not None:
+            hints = [_explain_absent_layers(*targets.absent_layers)]
+        for pattern in list(_as_names(getattr(config, "layers_pattern", None)))[:FEW]:
+            if all(layer_index(name, pattern) is None for name in candidates):
+                near = did_you_mean(near_names(pattern, candidates, most=1))
+                hints = [f"no list of layers is named {pattern!r}{near}"]
+        default = self.target_module_mapping.get(self.get_model_config(self.model).get("model_type"))
+        if default is not None and default != wanted:
+            hints.append(f"the default for this type of model is {default!r}")
+        details = "".join(
+            f", {name}={getattr(config, name)!r}"
+            for name in ("layers_to_transform", "layers_pattern", "modules_to_save")
+            if getattr(config, name, None) is not None
+        )
+        return f"no module to adapt: target_modules={wanted!r}{details} matches nothing; {'; '.join(hints)}"
+
+    def _check_patterns(self, config: PeftConfig, names: list[str]) -> None:
+        """
+        Check values that hold for some modules only, such as ranks.
+
+        Args:
+            config: the adapter's config.
+            names: full names of modules and targeted parameters.
+
+        Raises:
+            PeftValueError: for a rank that is none.
+        """
+        for field, patterns_field in self.pattern_fields.items():
+            patterns = getattr(config, patterns_field) or {}
+            for pattern, value in patterns.items() if field == "r" else ():
+                if not isinstance(value, int) or value <= 0:
+                    raise PeftValueError(f"{patterns_field}[{pattern!r}] must be a positive integer, found {value!r}")
+            for pattern in patterns_without_use(patterns, names)[:FEW]:
+                near = did_you_mean(near_names(pattern, names))
+                warn(f"{patterns_field} entry {pattern!r} matches no module{near}")
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        """
+        Find out what the config does to tied weights, before anything is changed.
+
+        With `ensure_weight_tying`, the modules that have to follow others are recorded in `modules_to_tie` and
+        `target_modules_to_tie`; without it, ties that are going to be lost cause a warning.
+
+        Args:
+            model: the base model.
+            peft_config: config with resolved targets; what is found out is recorded on it.
+
+        Raises:
+            PeftValueError: if a tie cannot be kept.
+        """
+        kept = keep_ties(model, peft_config, lambda tie: self._ties_unasked(peft_config, tie))
+        targeted = [tie for tie in kept if tie.targeted]
+        refuse_excluded(peft_config, targeted)
+        self._check_ties_of_targets(model, peft_config, targeted)
+        peft_config.modules_to_tie = find_followers(tie for tie in kept if tie.saved)
+        peft_config.token_modules_to_tie = find_followers(tie for tie in kept if tie.tokens)
+        peft_config.target_modules_to_tie = find_followers(
+            targeted, can_own=lambda name: self._layer_class(model.get_submodule(name)) is not None
+        )
+        peft_config.target_parameters_to_tie = find_following_parameters(kept)
+
+    def _ties_unasked(self, config: PeftConfig, tie: ReachedTie) -> bool:
+        """
+        Say whether a tie is kept although the config does not ask for it.
+
+        A token that is trained in the embedding is one token, so it is trained in what is tied to it.
+        """
+        return tie.trains_the_same_tokens
+
+    def _check_ties_of_targets(self, model: nn.Module, config: PeftConfig, ties: list[ReachedTie]) -> None:
+        """
+        Refuse targets that are to stay tied where the method cannot do that. Methods may extend it.
+
+        Raises:
+            PeftValueError: if no member can have the adapter, or one cannot use the weight of another.
+        """
+        for tie in ties:
+            modules = {module_of(m): unwrapped(model.get_submodule(module_of(m))) for m in tie.group.members}
+            useless = [name for name, module in modules.items() if not can_use_weight(module)]
+            if all(self._layer_class(module) is None for module in modules.values()):
+                useless = list(modules)
+            if useless:
+                kinds = ", ".join(f"{name!r} ({type(modules[name]).__name__})" for name in useless)
+                raise UnsupportedLayerError(
+                    f"ensure_weight_tying=True cannot be kept for {', '.join(map(repr, tie.group.members))}: "
+                    f"{type(self).__name__} cannot adapt {kinds}. Narrow target_modules, use another method, such as "
+                    "LoRA, or list the modules in modules_to_save to train them in full, as one"
+                )
+
+    def _check_targets(self, model: nn.Module, config: PeftConfig, names: list[str]) -> None:
+        """Warn about or refuse targets, before anything is changed. Methods may extend it."""
+        return
+
+    def _layer_class(self, target: nn.Module) -> type[BaseTunerLayer] | None:
+        """Find the layer for a kind of base layer."""
+        base = unwrapped(target)
+        found = next((layer_cls for kind, layer_cls in self.layer_classes.items() if isinstance(base, kind)), None)
+        # linear layers of some libraries for quantisation do not derive from torch's
+        return self.layer_classes.get(nn.Linear) if found is None and is_quantized_linear(base) else found
+
+    def _check_kind(self, target: nn.Module, name: str, follows: bool) -> None:
+        """
+        Refuse kinds of base layers that the method cannot adapt; one that follows another layer need not be adapted.
+
+        Raises:
+            UnsupportedLayerError: in that case.
+        """
+        if not follows and self._layer_class(target) is None:
+            supported = ", ".join(kind.__name__ for kind in self.layer_classes)
+            raise UnsupportedLayerError(
+                f"{type(self).__name__} cannot adapt {name!r}, which is a {type(unwrapped(target)).__name__}; it "
+                f"adapts {supported}. Narrow target_modules, or list the module in modules_to_save to train it in full"
+            )
+        if issubclass(self._layer_class(target) or object, (AdditiveLayer, WeightLayer, ActivationLayer)):
+            self._check_output(unwrapped(target), name)
+
+    @staticmethod
+    def _check_output(layer: nn.Module, name: str) -> None:
+        """
+        Refuse layers that give something else than their kind does: adapters would be added to it, or scale it.
+
+        Raises:
+            UnsupportedLayerError: in that case.
+        """
+        if not gives_features(layer):
+            raise UnsupportedLayerError(
+                f"{name!r} is a {type(layer).__name__}, which is no mere linear layer: its forward pass gives more "
+                f"than its {layer.out_features} output features. Leave it out of target_modules; LoRA can adapt its "
+                f"weight by name, with target_parameters={[name.rpartition('.')[2] + '.weight']}"
+            )
+
+
+def _forget_wrappers(config: PeftConfig) -> None:
+    """Write names in a config as they are without what torch.compile or FSDP puts around modules."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        plain = with_plain_names(value)
+        if plain is not value:
+            setattr(config, field.name, plain)
+
+
+def _as_names(names: str | Collection[str] | None) -> Collection[str]:
+    return [names] if isinstance(names, str) else names or ()
+
+
+def _explain_absent_layers(absent: list[int], last: int) -> str:
+    return f"there is no layer {', '.join(map(str, absent))}; the indices of the model's layers go from 0 to {last}"
+
+
+def _warn_of_targets_in_full(saved: Collection[str], targets: list[str]) -> None:
+    """Warn of targets that `modules_to_save` takes by a part of their names only, which is easily overlooked."""
+    lookup = set(saved)
+    names = [name for name in targets if ends_like(saved, name) and matching_entry(lookup, name) is None]
+    if names:
+        entry = next(entry for entry in saved if ends_like([entry], names[0]))
+        warn(
+            f"target_modules reaches {', '.join(map(repr, names[:FEW]))}, whose names end with the modules_to_save "
+            f"entry {entry!r}; what that reaches is trained in full and gets no adapter. Leave them out of "
+            "target_modules"
+        )
+
+
+def with_ties(names: list[str], ties: dict[str, str]) -> list[str]:
+    """
+    Add the modules that have to be adapted because of a tie.
+
+    Args:
+        names: full names of targets.
+        ties: follower -> module that it follows.
+
+    Returns:
+        All names; whatever is followed comes before its followers.
+    """
+    if not ties:
+        return names
+    everything = dict.fromkeys([*names, *ties.values()])
+    return [name for name in everything if name not in ties] + list(ties)
+
+
+class UnsupportedLayerError(PeftValueError, PeftTypeError):
+    """A target whose kind of layer the method cannot adapt."""
