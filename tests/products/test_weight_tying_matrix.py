@@ -35,7 +35,7 @@ from peft.layers.merging import weight as _merging_weight
 from peft.layers.modules_to_save import ModulesToSaveWrapper
 from peft.models import saving
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners import base as tuners_utils
+from peft.tuners import targets
 from peft.tuners.tuners_utils import BaseTuner, UnsupportedLayerError
 from peft.utils.error import PeftError
 
@@ -455,7 +455,7 @@ def drop_aliases(patch: pytest.MonkeyPatch) -> None:
 
 def record_nothing(patch: pytest.MonkeyPatch) -> None:
     """The first stage finds no follower."""
-    patch.setattr(tuners_utils, "find_followers", lambda *args, **kwargs: {})
+    patch.setattr(targets, "find_followers", lambda *args, **kwargs: {})
 
 
 MUTATIONS = (untie_after_wrapping, merge_twice, merge_into_copies, copy_the_follower, drop_aliases, record_nothing)

@@ -46,7 +46,7 @@ class ModelView:
         self._is_stale = False
         # id of a module -> adapter modules that were put around it since, the innermost first
         self._around: dict[int, list[nn.Module]] = {}
-        for answer in ("names", "outside", "base", "_seen_ids"):
+        for answer in ("names", "outside", "base", "_seen_ids", "_names_of"):
             self.__dict__.pop(answer, None)
 
     def _refresh(self) -> None:
@@ -118,19 +118,24 @@ class ModelView:
         while walking.is_adapter_module(innermost) and id(innermost) not in self._seen_ids:
             innermost = innermost._modules[innermost._base_names[0]]
         self._around.setdefault(id(innermost), []).extend(wrappers)
-        self._rename_inside(old, new)
+        if "names" in self.__dict__:
+            names = self._names_of.pop(id(old), [])
+            self.names.update(dict.fromkeys(names, new))
+            self._names_of[id(new)] = names
+        if old._modules and not walking.is_adapter_layer(old):  # what stands inside of it has other names now
+            self._is_stale = True
 
     @cached_property
     def _seen_ids(self) -> set[int]:
         return {id(module) for _, module in self.modules}
 
-    def _rename_inside(self, old: nn.Module, new: nn.Module) -> None:
-        """What stands inside of the replaced module has other names now, or none if the new one is not entered."""
-        names = [name for name, module in self.names.items() if module is old] if "names" in self.__dict__ else []
-        for name in names:
-            self.names[name] = new
-        if old._modules and not walking.is_adapter_layer(old):
-            self._is_stale = True
+    @cached_property
+    def _names_of(self) -> dict[int, list[str]]:
+        """The same as `names`, the other way round."""
+        names_of: dict[int, list[str]] = {}
+        for name, module in self.names.items():
+            names_of.setdefault(id(module), []).append(name)
+        return names_of
 
 
 def _adapters_around(old: nn.Module, new: nn.Module) -> list[nn.Module] | None:
