@@ -11,21 +11,15 @@ from .layers.scaling import Scaled
 from .layers.weight import WeightLayer
 from .registry import register_peft_method
 from .tuners.base import BaseTuner
-from .tuners.declared import (
+from .tuners.declared.layers import (
     DeclaredActivation,
     DeclaredAdditive,
     DeclaredLayer,
-    DeclaredModel,
     DeclaredReplacement,
     DeclaredWeight,
-    Frozen,
-    Kept,
-    Shape,
-    Tensors,
-    Trained,
-    TrainedModule,
-    method,
 )
+from .tuners.declared.method import DeclaredModel, method
+from .tuners.declared.tensors import Frozen, Kept, Shape, Tensors, Trained, TrainedModule
 from .tuners.lora.starts import Start, register_start
 from .tuners.lora.variants import LoraVariant, register_variant
 from .tuners.targets import UnsupportedLayerError

@@ -15,7 +15,9 @@ from ...layers.merging.layer import take_adapter_out
 from ...utils.constants import TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
 from ..base import BaseTunerLayer as BaseTunerLayer
-from ..declared import Shape, Tensors, Trained, method, with_values
+from ..declared.layers import with_values
+from ..declared.method import method
+from ..declared.tensors import Shape, Tensors, Trained
 from ..families.rotations import RotationModel, ScaledRotationLayer, cayley, full_precision
 from .config import BOFTConfig
 from .maths import Butterfly, ReleasedFunctions, check_factors, drop_blocks, number_of_factors

@@ -17,7 +17,9 @@ from ...layers.merging.changes import changes_adapter
 from ...layers.scaling import Scaled
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
-from ..declared import DeclaredAdditive, DeclaredModel, Shape, with_values
+from ..declared.layers import DeclaredAdditive, with_values
+from ..declared.method import DeclaredModel
+from ..declared.tensors import Shape
 
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {

@@ -17,7 +17,8 @@ from ...anatomy.walking import unwrapped
 from ...config import PeftConfig
 from ...utils.error import PeftNotImplementedError
 from ...utils.warning import warn
-from ..declared import DeclaredModel, DeclaredWeight
+from ..declared.layers import DeclaredWeight
+from ..declared.method import DeclaredModel
 
 
 # ------------------------------------------------------------------------------------------------------------- math

@@ -10,7 +10,9 @@ from torch import nn
 from ...layers.merging.changes import changes_adapter
 from ...utils.constants import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
-from ..declared import DeclaredAdditive, Frozen, Shape, Tensors, Trained, method, with_values
+from ..declared.layers import DeclaredAdditive, with_values
+from ..declared.method import method
+from ..declared.tensors import Frozen, Shape, Tensors, Trained
 from .config import FourierFTConfig
 
 

@@ -12,7 +12,9 @@ from ...utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
 from ..base import BaseTunerLayer as BaseTunerLayer
-from ..declared import Shape, Tensors, Trained, method, with_values
+from ..declared.layers import with_values
+from ..declared.method import method
+from ..declared.tensors import Shape, Tensors, Trained
 from ..families.rotations import RotationLayer, RotationModel, full_precision
 from .config import HRAConfig
 from .maths import Reflections, orthogonal_reflections, reflections

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...anatomy.matching import matching_entry
 from ...utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-from ..declared import Shape, Tensors, Trained, method
+from ..declared.method import method
+from ..declared.tensors import Shape, Tensors, Trained
 from .config import IA3Config
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
-from ..declared import Shape, Tensors, Trained, method
+from ..declared.method import method
+from ..declared.tensors import Shape, Tensors, Trained
 from ..families.lycoris import PATTERNS, SETTINGS, LycorisLayer, LycorisTuner, start_of, values_of
 from .config import LoHaConfig
 from .maths import HadaWeight as HadaWeight

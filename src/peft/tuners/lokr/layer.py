@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
-from ..declared import Shape, Tensors, Trained, method
+from ..declared.method import method
+from ..declared.tensors import Shape, Tensors, Trained
 from ..families.lycoris import PATTERNS, SETTINGS, LycorisLayer, LycorisTuner, start_of, values_of
 from .config import LoKrConfig
 from .maths import factorization, kron_forward, make_kron, make_weight_cp

@@ -14,7 +14,9 @@ from ...utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
 from ...utils.warning import warn
 from ..base import BaseTunerLayer as BaseTunerLayer
-from ..declared import Shape, Tensors, TrainedModule, method, with_values
+from ..declared.layers import with_values
+from ..declared.method import method
+from ..declared.tensors import Shape, Tensors, TrainedModule
 from ..families.rotations import BlockRotation, RotationLayer, RotationModel
 from .config import OFTConfig
 from .maths import MultiplicativeDropoutLayer as MultiplicativeDropoutLayer

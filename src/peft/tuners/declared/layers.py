@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Layers that are made from declarations: a class for each rule."""
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ...anatomy.kinds import CONVOLUTIONS, apply_weight, has_outputs_last, is_linear
+from ...anatomy.offload import computing_device
+from ...config import PeftConfig
+from ...layers.activation import ActivationLayer
+from ...layers.additive import AdditiveLayer
+from ...layers.base_layer import BaseTunerLayer
+from ...layers.replacement import ReplacementLayer
+from ...layers.weight import WeightLayer
+from .tensors import Frozen, Kept, Shape, Tensors, Trained, TrainedModule, _matrix_shape
+
+
+class SettingsView(MutableMapping):
+    """
+    One value of the settings of all adapters of a layer, by adapter name.
+
+    Args:
+        layer: the layer.
+        field: name of the value.
+    """
+
+    def __init__(self, layer: "DeclaredLayer", field: str) -> None:
+        self._settings, self._field = layer.settings, field
+
+    def __getitem__(self, adapter: str) -> Any:
+        return getattr(self._settings[adapter], self._field)
+
+    def __setitem__(self, adapter: str, value: Any) -> None:
+        setattr(self._settings[adapter], self._field, value)
+
+    def __delitem__(self, adapter: str) -> None:
+        del self._settings[adapter]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._settings)
+
+    def __len__(self) -> int:
+        return len(self._settings)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def setting(field: str) -> property:
+    """
+    Give an attribute of layers that shows one value of their settings by adapter name.
+
+    Args:
+        field: name of the value.
+    """
+    return property(lambda layer: SettingsView(layer, field))
+
+
+def with_values(config: PeftConfig, values: Mapping[str, Any]) -> PeftConfig:
+    """
+    Give a copy of a config with other values; it is not checked anew.
+
+    Args:
+        config: any config.
+        values: name -> value; names need not be fields.
+    """
+    copied = object.__new__(type(config))
+    copied.__dict__.update(config.__dict__, **values)
+    return copied
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+class DeclaredLayer(BaseTunerLayer):
+    """
+    A layer whose tensors and math are declared.
+
+    Attributes:
+        declared: the class of functions.
+        tensor_names: name in the functions -> attribute.
+        dropout_field: field of the config that says how much of the input is dropped; None for no such dropout.
+        settings: adapter name -> config with the values that hold for this layer.
+        made: adapter name -> tensors that the config tells.
+    """
+
+    declared: ClassVar[type]
+    tensor_names: ClassVar[Mapping[str, str]] = {}
+    dropout_field: ClassVar[str | None] = None
+    other_param_names = ("settings", "made")
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the base weight as a matrix, (out, in)."""
+        return _matrix_shape(self.get_base_layer(), self.in_features, self.out_features)
+
+    def tensors(self, adapter: str) -> Tensors:
+        """
+        Give the tensors of an adapter that this layer has itself.
+
+        Args:
+            adapter: name.
+        """
+        return Tensors(self, adapter)
+
+    def make_adapter(self, adapter_name: str, config: PeftConfig, names: Sequence[str] = (), **values: Any) -> None:
+        """
+        Make an adapter's tensors and note its settings.
+
+        Args:
+            adapter_name: name.
+            config: the adapter's config.
+            names: names of this layer in the model.
+            values: values of the config that are others here.
+        """
+        c = with_values(config, values)
+        if hasattr(self.declared, "values"):
+            c.__dict__.update(self.declared.values(c, names, self.shape))
+        self.settings[adapter_name] = c
+        for name, spec in self.specified(c):
+            container = self._modules.get(self.tensor_names[name])
+            if isinstance(spec, Trained):
+                container[adapter_name] = self.new_parameter(*spec.shape)
+            elif isinstance(spec, TrainedModule):
+                module = container[adapter_name] = spec.make()
+                for key, parameter in module._parameters.items():
+                    module._parameters[key] = self.new_parameter(*parameter.shape)
+            elif isinstance(spec, Kept):
+                made = spec.make().to(computing_device(self.get_base_layer(), self.stored_weight()))
+                container[adapter_name] = made.to(self.new_parameter(0).dtype) if made.is_floating_point() else made
+        for name in getattr(self.declared, "frozen", ()):
+            if name not in getattr(self.declared, "shared", ()):
+                self.frozen(adapter_name, name)
+
+    def frozen(self, adapter: str, name: str) -> torch.Tensor | None:
+        """
+        Give a tensor that the config tells, where and in the type that the adapter's trained ones are.
+
+        It is kept while these stay as they are, and is no part of the layer's state: copies and pickles make it anew.
+
+        Args:
+            adapter: name of an adapter that this layer has itself.
+            name: name of the tensor in the functions.
+        """
+        like, made = next(self.adapter_parameters(adapter)), self.made.setdefault(adapter, {})
+        tensor = made.get(name)
+        if (
+            tensor is None
+            or tensor.device != like.device
+            or (tensor.is_floating_point() and tensor.dtype != like.dtype)
+        ):
+            spec = self.declared.tensors(self.shape, self.settings[adapter]).get(name)
+            if spec is None:
+                return None
+            with torch.inference_mode(False), torch.no_grad():
+                tensor = spec.make()
+                tensor = tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+            made[name] = tensor
+        return tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is made anew."""
+        return {**self.__dict__, "made": {}}
+
+    def specified(self, c: PeftConfig) -> Iterator[tuple[str, Trained | TrainedModule | Frozen]]:
+        """Yield the tensors that an adapter has, by name."""
+        return ((name, spec) for name, spec in self.declared.tensors(self.shape, c).items() if spec is not None)
+
+    def reset_adapter(self, adapter_name: str, config: PeftConfig) -> None:
+        """Give the trained tensors the values that they start with."""
+        self.start(adapter_name, self.settings[adapter_name])
+
+    @torch.no_grad()
+    def start(self, adapter: str, c: PeftConfig) -> None:
+        """
+        Start an adapter anew.
+
+        Args:
+            adapter: name.
+            c: what its start is taken from.
+        """
+        for name, spec in self.specified(c):
+            if isinstance(spec, (Trained, TrainedModule)):
+                spec.fill(self._modules[self.tensor_names[name]][adapter])
+
+    def as_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """Give a weight of the base layer's layout as a matrix, (out, in)."""
+        return (
+            weight.T if has_outputs_last(self.get_base_layer()) else weight.flatten(1) if weight.dim() > 2 else weight
+        )
+
+    def from_rows(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Give a matrix, (out, in), in the base layer's layout."""
+        base = self.get_base_layer()
+        if isinstance(base, CONVOLUTIONS):
+            return matrix.reshape(base.weight.shape)
+        return matrix.T if has_outputs_last(base) else matrix
+
+
+_PREPARED = "(delta)"  # of `made`; no name of a tensor
+
+
+class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
+    """Rule of `delta`."""
+
+    has_views_of_owner = True
+    delta_takes_weight: ClassVar[bool] = False
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """
+        Compute what an adapter adds to the base weight, in its layout.
+
+        Args:
+            adapter: name.
+        """
+        weight = (self.as_rows(self.weight_before_merge()),) if self.delta_takes_weight else ()
+        return self.from_rows(self.declared.delta(Tensors(self, adapter), self.shape, self.settings[adapter], *weight))
+
+    def builds_delta(self, adapter: str, x: torch.Tensor) -> bool:
+        """
+        Say whether the forward pass has to build the delta.
+
+        Args:
+            adapter: name.
+            x: the layer's input.
+        """
+        declared, source = self.declared, self.source(adapter)
+        # functions know the weight as the owner has it, which another kind of layer may have transposed
+        return (
+            not hasattr(declared, "apply")
+            or not is_linear(self.get_base_layer())
+            or (source is not self and not is_linear(source.get_base_layer()))
+        )
+
+    def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """
+        Compute what an adapter adds to the output, by way of the delta only where there is no other.
+
+        Args:
+            adapter: name.
+            x: the layer's input.
+        """
+        source = self.source(adapter)
+        c = source.settings[adapter]
+        p = getattr(c, self.dropout_field) if self.dropout_field is not None and self.training else 0.0
+        if self.builds_delta(adapter, x):
+            delta = source.get_delta_weight(adapter)
+            if x.is_floating_point():
+                x = F.dropout(x.to(delta.dtype), p) if p else x.to(delta.dtype)
+            return apply_weight(self.get_base_layer(), x, delta)
+        x = x.to(next(source.adapter_parameters(adapter)).dtype)
+        return self.declared.apply(Tensors(source, adapter), F.dropout(x, p) if p else x, source.shape, c)
+
+    def adds_delta(self, adapter: str) -> bool:
+        """Say whether the delta is the same whatever else is done to the weight."""
+        return not self.delta_takes_weight
+
+    def prepare_merge(self, adapter: str) -> None:
+        """Compute a delta that depends on the weight before others are merged into that."""
+        if self.delta_takes_weight:
+            self.made.setdefault(adapter, {})[_PREPARED] = self.get_delta_weight(adapter)
+
+    def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
+        """Add the delta, the one that was prepared if there is one."""
+        delta = self.made.get(adapter, {}).pop(_PREPARED, None)
+        if delta is None:
+            super().merge_weight_(adapter, weight)
+        else:
+            weight.add_(delta.to(weight.device, weight.dtype))
+
+    def can_unmerge(self, adapter: str) -> bool:
+        """Say whether the delta can be computed while it is merged; if not, the weight that it comes from is kept."""
+        return not self.delta_takes_weight
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say whether the delta is that of a linear layer, which LoRA can approximate."""
+        return is_linear(self.get_base_layer())
+
+
+class DeclaredWeight(DeclaredLayer, WeightLayer):
+    """Rule of `weight`."""
+
+    def transform_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Compute the adapted weight."""
+        return self.from_rows(
+            self.declared.weight(Tensors(self, adapter), self.as_rows(weight), self.settings[adapter])
+        )
+
+    def inverse_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Compute the weight that was adapted, if the method has an inverse."""
+        if not hasattr(self.declared, "inverse"):
+            return super().inverse_weight(adapter, weight)
+        return self.from_rows(
+            self.declared.inverse(Tensors(self, adapter), self.as_rows(weight), self.settings[adapter])
+        )
+
+    def can_unmerge(self, adapter: str) -> bool:
+        """Say whether the method has an inverse."""
+        return hasattr(self.declared, "inverse")
+
+
+class DeclaredActivation(DeclaredLayer, ActivationLayer):
+    """Rule of `scale`; `of_input(c)` says whether it is the inputs that are scaled."""
+
+    def feature_scale(self, adapter: str) -> torch.Tensor:
+        """Give the factors, one per feature."""
+        return self.declared.scale(Tensors(self, adapter), self.shape, self.settings[adapter])
+
+    def scales_input(self, adapter: str) -> bool:
+        """Say whether the factors belong to the input."""
+        of_input = getattr(self.declared, "of_input", None)
+        return of_input is not None and of_input(self.settings[adapter])
+
+
+class DeclaredReplacement(ReplacementLayer):
+    """Rule of methods without functions, which train a copy of the layer."""
+
+    declared: ClassVar[type]
+    tensor_names: ClassVar[Mapping[str, str]] = {}
+    dropout_field: ClassVar[str | None] = None
+
+
+# -------------------------------------------------------------------------------------------------------------- model

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""`@method`, which makes the classes of layers and of the model."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...anatomy.offload import computing_device
+from ...config import PeftConfig
+from ...layers.base_layer import BaseTunerLayer
+from ...layers.buffer_dict import BufferDict
+from ...layers.new_tensors import check_size, new_parameter
+from ...layers.replacement import ReplacementLayer
+from ...layers.shared_tensors import SharedBuffers
+from ...registry import register_peft_method
+from ...utils.quantization_utils import stored_weight
+from ..base import BaseTuner
+from .layers import (
+    DeclaredActivation,
+    DeclaredAdditive,
+    DeclaredReplacement,
+    DeclaredWeight,
+    setting,
+)
+from .tensors import Kept, Trained, shape_of
+
+
+OWN_METHODS = f"{__package__.rpartition('.')[0]}."
+
+
+class DeclaredModel(BaseTuner):
+    """
+    A model with the layers of a declared method in it; the arguments are those of `BaseTuner`.
+
+    Attributes:
+        declared: the class of functions.
+    """
+
+    declared: ClassVar[type]
+
+    def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(adapter_name, config)
+        if hasattr(self.declared, "check"):
+            others = [c for name, c in self.peft_config.items() if name != adapter_name and type(c) is type(config)]
+            self.declared.check(config, others)
+
+    def _layer_arguments_for(self, config: PeftConfig) -> Callable[[list[str]], dict[str, Any]]:
+        values_for = super()._layer_arguments_for(config)
+        return lambda names: {"names": names, **values_for(names)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Call the base model; the penalty of a method that has one is added to its loss.
+
+        Args:
+            args: passed on.
+            kwargs: passed on.
+        """
+        outputs = super().forward(*args, **kwargs)
+        loss = getattr(outputs, "loss", None)
+        if hasattr(self.declared, "penalty") and isinstance(loss, torch.Tensor):
+            outputs.loss = loss + self.penalty().to(loss)
+        return outputs
+
+    def penalty(self) -> torch.Tensor:
+        """Sum what the method wants to be small, over the layers and the active adapters."""
+        terms = [
+            self.declared.penalty(layer.tensors(adapter), layer.settings[adapter])
+            for layer in self._layers()
+            for adapter in layer.adapters_to_apply()
+            if layer.source(adapter) is layer  # what another layer follows counts once
+        ]
+        return sum(term.to(terms[0].device) for term in terms) if terms else torch.zeros(())
+
+    def after_step(self, step: int) -> None:
+        """
+        Let the method do what its schedule says; to be called after each step of the optimiser.
+
+        Args:
+            step: number of the step.
+        """
+        for adapter in self.active_adapters if hasattr(self.declared, "after_step") else ():
+            self.declared.after_step(self, self.peft_config[adapter], step)
+
+    @torch.no_grad()
+    def make_shared(self, adapter_name: str, config: PeftConfig, targets: dict[str, nn.Module]) -> None:
+        """
+        Make the tensors of an adapter that all of its layers share.
+
+        Args:
+            adapter_name: name.
+            config: the adapter's config.
+            targets: full name -> layer of the base model.
+        """
+        layers = [layer for layer in targets.values() if self._layer_class(layer) is not None]
+        if not layers:  # a target that cannot be adapted is refused when its turn comes
+            return
+        largest = max(map(stored_weight, layers), key=torch.Tensor.numel)
+        first = stored_weight(layers[0])
+        device, dtype = computing_device(layers[0], first), new_parameter(first, 0).dtype
+        shapes = [shape_of(layer) for layer in layers]
+        for name, spec in self.declared.shared_tensors(shapes, config).items():
+            container = self._modules[self.tuner_layer_cls.tensor_names[name]]
+            if isinstance(spec, Trained):  # made for real always: a checkpoint may lack what all layers share
+                check_size(spec.shape, largest, dtype, device)
+                parameter = nn.Parameter(torch.empty(*spec.shape, dtype=dtype, device=device))
+                spec.fill(parameter)
+                container[adapter_name] = parameter
+            else:
+                container.persistent = isinstance(spec, Kept)
+                made = spec.make()
+                check_size(tuple(made.shape), largest, made.dtype, device)
+                container[adapter_name] = made.to(device, dtype if made.is_floating_point() else made.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- declaring
+RULES: dict[str, type[BaseTunerLayer]] = {
+    "delta": DeclaredAdditive,
+    "weight": DeclaredWeight,
+    "scale": DeclaredActivation,
+}
+
+
+def method(
+    name: str,
+    config_cls: type[PeftConfig],
+    *,
+    prefix: str | None = None,
+    kinds: Mapping[type[nn.Module], str] | None = None,
+    patterns: Mapping[str, str] | None = None,
+    targets: Mapping[str, Any] | None = None,
+    dropout: str | None = None,
+    settings: Mapping[str, str] | None = None,
+    names: Mapping[str, str] | None = None,
+    rule: type[BaseTunerLayer] | None = None,
+    model: type[DeclaredModel] = DeclaredModel,
+    is_mixed_compatible: bool = False,
+) -> Callable[[type], type]:
+    """
+    Make a method out of a class of pure functions.
+
+    The class says the names of its tensors, `trained`, `frozen`, `kept` and `modules` (of tensors), and those of them
+    that all layers of a model share in `shared`. Its functions take no `self`:
+
+        tensors(shape, c)               name -> `Trained`, `Frozen`, `Kept`, `TrainedModule`; None if not needed
+        delta(t, shape, c)              W + delta: (out, in); `delta(t, shape, c, w)` is given the base weight as well
+        weight(t, w, c)                 f(W): (out, in); `inverse(t, w, c)` where there is one
+        scale(t, shape, c)              factors of the outputs, or of the inputs where `of_input(c)` says so
+        apply(t, x, shape, c)           optional: what the delta adds to the output of a linear layer, without it
+        values(c, names, shape)         optional: more values for a target of these names, put into `c`
+        shared_tensors(shapes, c)       what all layers share, from the shapes of all targets
+        penalty(t, c)                   optional: what is added to the model's loss, for each layer
+        after_step(model, c, step)      optional: what `model.after_step(step)` does for each active adapter
+        check(c, others)                optional: refuse a config, alone or beside those of other adapters
+
+    `shape` is the `Shape` of the weight, `c` the config with the values that hold for this layer, `t` the `Tensors`.
+    A class without `delta`, `weight` and `scale` trains a copy of the layer, which stands in its one trained name.
+
+    Args:
+        name: name of the method; in upper case it is the value of `peft_type`.
+        config_cls: class of its config.
+        prefix: what the names of its tensors start with in layers and checkpoints; the name and `_` if left out.
+        kinds: kind of base layer -> name of the class for it; linear layers if left out.
+        patterns: field of the config -> field with the values for modules where it differs.
+        targets: model type -> default targets.
+        dropout: field of the config that says how much of the input is dropped while training.
+        settings: attribute of layers -> value of `c` that it shows by adapter name.
+        names: name of a tensor -> its attribute, where that is not the prefix and the name.
+        rule: class of layers to derive from, where it is not one of those that the functions tell.
+        model: class of models to derive from.
+        is_mixed_compatible: whether its adapters may be active beside those of other methods.
+
+    Returns:
+        A decorator. The class gets the classes that are made as attributes: `Model`, `Layer` and those for kinds.
+    """
+    prefix = f"{name.lower()}_" if prefix is None else prefix
+
+    def declare(declared: type) -> type:
+        declared.Layer, layers = _layer_classes(declared, kinds or _linear_kinds(declared), rule)
+        own = {tensor: (names or {}).get(tensor, prefix + tensor) for tensor in _tensor_names(declared)}
+        _declare_tensors(declared.Layer, declared, own)
+        declared.Layer.dropout_field = dropout
+        for attribute, field in (settings or {}).items():
+            setattr(declared.Layer, attribute, setting(field))
+        attributes = {
+            "declared": declared,
+            "prefix": prefix,
+            "tuner_layer_cls": declared.Layer,
+            "layer_classes": layers,
+            "target_module_mapping": targets or {},
+            "pattern_fields": dict(patterns or {}),
+        }
+        declared.Model = _make_class(declared, "Model", f"{declared.__name__}Model", (model,), attributes)
+        if not declared.__module__.startswith(OWN_METHODS):  # they enter themselves, without loading torch
+            register_peft_method(
+                name=name,
+                config_cls=config_cls,
+                model_cls=declared.Model,
+                prefix=prefix,
+                is_mixed_compatible=is_mixed_compatible,
+            )
+        return declared
+
+    return declare
+
+
+def _tensor_names(declared: type) -> tuple[str, ...]:
+    return tuple(name for kind in ("trained", "modules", "kept", "frozen") for name in getattr(declared, kind, ()))
+
+
+def _linear_kinds(declared: type) -> dict[type[nn.Module], str]:
+    return dict.fromkeys((nn.Linear, Conv1D), f"{declared.__name__}Linear")
+
+
+def _make_class(declared: type, place: str, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> type:
+    """Make a class that stands in the declared one, where pickle finds it."""
+    doc = {"__doc__": f"{name}: {(declared.__doc__ or '').strip()}".rstrip(": ")}
+    where = {"__module__": declared.__module__, "__qualname__": f"{declared.__qualname__}.{place}"}
+    return type(name, bases, {**doc, **attributes, **where})
+
+
+def _layer_classes(
+    declared: type, kinds: Mapping[type[nn.Module], str], rule: type[BaseTunerLayer] | None
+) -> tuple[type[BaseTunerLayer], dict[type[nn.Module], type[BaseTunerLayer]]]:
+    """Make the class that all layers of a method share, and those for kinds of layers."""
+    base = rule or next((RULES[function] for function in RULES if hasattr(declared, function)), DeclaredReplacement)
+    name = f"{declared.__name__}Layer"
+    layer = _make_class(declared, "Layer", name, (base, nn.Module), {"declared": declared})
+    classes = {name: layer}
+    for kind in kinds.values():
+        if kind not in classes:
+            classes[kind] = _make_class(declared, kind, kind, (layer,), {})
+            setattr(declared, kind, classes[kind])
+    return layer, {kind: classes[kind_name] for kind, kind_name in kinds.items()}
+
+
+def _declare_tensors(layer: type[BaseTunerLayer], declared: type, attributes: dict[str, str]) -> None:
+    """Note on the class of layers which containers of tensors they have."""
+    shared, frozen, trained = (getattr(declared, kind, ()) for kind in ("shared", "frozen", "trained"))
+    own = [name for name in attributes if name not in shared]
+    layer.tensor_names = attributes
+    layer.adapter_layer_names = tuple(attributes[name] for name in own if name not in frozen)
+    layer.shared_layer_names = tuple(attributes[name] for name in attributes if name in shared)
+    buffers = {
+        attributes[name]: SharedBuffers if name in shared else partial(BufferDict, persistent=True)
+        for name in attributes
+        if name not in trained and (name in shared or name not in frozen)
+    }
+    buffers.update({attributes[name]: nn.ModuleDict for name in getattr(declared, "modules", ())})
+    copies = dict.fromkeys(layer.adapter_layer_names, nn.ModuleDict) if issubclass(layer, ReplacementLayer) else {}
+    layer.container_classes = {**layer.container_classes, **buffers, **copies}
+    if hasattr(declared, "delta"):
+        layer.delta_takes_weight = "w" in inspect.signature(declared.delta).parameters

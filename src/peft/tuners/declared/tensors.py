@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""What a declaration says of its tensors, and how its functions see them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...anatomy.kinds import CONVOLUTIONS, features
+from ...utils.quantization_utils import stored_weight
+
+
+class Shape(tuple):
+    """
+    Shape of a weight as a matrix, (out, in), whatever the kind of layer; kernels are counted among the inputs.
+
+    Args:
+        out: rows of the matrix, output features.
+        inputs: columns, input features.
+        layer: the base layer.
+    """
+
+    layer: nn.Module
+
+    def __new__(cls, out: int, inputs: int, layer: nn.Module) -> "Shape":
+        """Make a pair that knows its layer."""
+        shape = super().__new__(cls, (out, inputs))
+        shape.layer = layer
+        return shape
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Size of the kernel; empty for layers that are not convolutions."""
+        return self.layer.kernel_size if isinstance(self.layer, CONVOLUTIONS) else ()
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of a convolution, 1 for other layers."""
+        return getattr(self.layer, "groups", 1)
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Numbers of output and input features; of convolutions, of channels."""
+        if isinstance(self.layer, CONVOLUTIONS):
+            return self.layer.out_channels, self.layer.in_channels
+        return self[0], self[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type in which the base layer stores its weight."""
+        return stored_weight(self.layer).dtype
+
+
+def shape_of(layer: nn.Module) -> Shape:
+    """
+    Give the shape of a layer's weight as a matrix.
+
+    Args:
+        layer: a layer of the base model.
+    """
+    return _matrix_shape(layer, *features(layer))
+
+
+def _matrix_shape(layer: nn.Module, inputs: int, outputs: int) -> Shape:
+    if isinstance(layer, CONVOLUTIONS):
+        inputs = inputs // layer.groups * math.prod(layer.kernel_size)
+    return Shape(outputs, inputs, layer)
+
+
+class Tensors:
+    """
+    The tensors, and modules of tensors, of one adapter in one layer; None for one that the adapter does not have.
+
+    Args:
+        layer: the layer that has them.
+        adapter: name.
+    """
+
+    __slots__ = ("_adapter", "_layer")
+
+    def __init__(self, layer: Any, adapter: str) -> None:
+        self._layer, self._adapter = layer, adapter
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = self._layer.tensor_names.get(name)
+        if attribute is None:
+            raise AttributeError(f"{type(self._layer).__name__} declares no tensor {name!r}")
+        # what nn.Module does to find attributes would cost more than small layers take to compute
+        layer, adapter = self._layer, self._adapter
+        container = layer._modules.get(attribute)
+        if container is None:
+            return layer.frozen(adapter, name)
+        found = container._parameters.get(adapter)
+        if found is None:
+            found = container._buffers.get(adapter)
+        return container._modules.get(adapter) if found is None else found
+
+
+@dataclass(frozen=True)
+class Trained:
+    """
+    A tensor that is trained and saved.
+
+    Attributes:
+        shape: its shape.
+        start: what it starts with: a number, or a function that writes into the tensor, such as `nn.init.normal_`.
+    """
+
+    shape: tuple[int, ...]
+    start: float | Callable[[torch.Tensor], Any] = 0.0
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Give a tensor the values that it starts with."""
+        self.start(tensor) if callable(self.start) else tensor.fill_(self.start)
+
+
+@dataclass(frozen=True)
+class TrainedModule:
+    """
+    Trained tensors in a module of their own, for methods whose checkpoints have keys such as `oft_R.weight`.
+
+    Attributes:
+        make: gives the module; its parameters are replaced by ones of the device and type that the layer calls for.
+        start: writes into its parameters what they start with.
+    """
+
+    make: Callable[[], nn.Module]
+    start: Callable[[nn.Module], Any]
+
+    def fill(self, module: nn.Module) -> None:
+        """Give the module's parameters the values that they start with."""
+        self.start(module)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """
+    A tensor that is made anew from the config whenever it is needed, such as from a seed: not trained, not saved.
+
+    Attributes:
+        make: gives the tensor, on the CPU. What is a floating point number gets the type of the adapter.
+    """
+
+    make: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Kept(Frozen):
+    """A tensor that is saved, but not trained."""
+
+
+# ----------------------------------------------------------------------------------------------------------- settings
