@@ -2,6 +2,8 @@
 # peft: the fork in which tied weights stay tied
 """The registry of methods, the lazy names, and the two ways in: `get_peft_model` and `inject_adapter_in_model`."""
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +26,16 @@ from support.registry import methods_put_back
 from torch import nn
 
 import peft
-from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    LoraModel,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    inject_adapter_in_model,
+    registry,
+)
 from peft.registry import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -103,6 +114,22 @@ def test_prefix_follows_from_the_name() -> None:
         register_peft_method(name="own_method", config_cls=OwnConfig, model_cls=OwnModel, is_mixed_compatible=True)
         assert PEFT_TYPE_TO_PREFIX_MAPPING["OWN_METHOD"] == "own_method_"
         assert PEFT_TYPE_TO_MIXED_MODEL_MAPPING["OWN_METHOD"] is OwnModel
+
+
+def test_old_paths_give_what_the_registry_has() -> None:
+    for name in ("CONFIG", "TUNER", "PREFIX", "MIXED_MODEL"):
+        name = f"PEFT_TYPE_TO_{name}_MAPPING"
+        assert getattr(peft.mapping, name) is getattr(registry, name)
+    for name in ("PeftType", "TaskType", "register_peft_method"):
+        assert getattr(peft.utils.peft_types, name) is getattr(peft.utils, name) is getattr(registry, name)
+
+
+def test_listing_methods_loads_no_torch() -> None:
+    code = (
+        "import sys; from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING as table;"
+        "assert list(table) and table['LORA']; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ------------------------------------------------------------------------------------------ names of the package

@@ -11,22 +11,26 @@ import dataclasses
 import inspect
 import json
 import os
-import reprlib
-import typing
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from enum import Enum
-from types import UnionType
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .registry import PeftType, TaskType
+from .configs.checks import refuse_unknown_fields
+from .configs.fields import option, shared_field
+from .configs.files import (
+    HUB_KWARGS,
+    check_fields_of_file,
+    find_config_file,
+    refuse_constant,
+    to_json,
+    without_doubles,
+    write_text,
+)
+from .registry import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType
 from .utils.constants import CONFIG_NAME
-from .utils.error import PeftConfigError, PeftError, PeftKeyError, PeftPathError, PeftTypeError, PeftValueError
-from .utils.files import config_path, read_json, write_atomically
+from .utils.error import PeftConfigError, PeftError, PeftKeyError, PeftPathError, PeftTypeError
+from .utils.files import read_json, write_atomically
 from .utils.near_names import FEW, did_you_mean, nearest
-from .utils.patterns import compiled
 from .utils.warning import warn
-from .utils.wrapped_names import with_plain_names
 
 
 if TYPE_CHECKING:
@@ -35,18 +39,12 @@ if TYPE_CHECKING:
 
 MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
 
-# fields that choose layers by index
-LAYER_FIELDS = ("layers_to_transform", "layers_pattern")
-
 # fields that name modules, which may share a weight with others
 _NAME_MODULES = {"target_modules", "modules_to_save"}
 
 # of the field that keeps them tied: by keyword only, so that released fields keep their places, and left out of files
 # where it is not set, for readers that do not know it
-_TYING = {"help": "Keep tied modules tied.", "written_if_set": True}
-
-# what finding a file on the hub takes beside its name
-HUB_KWARGS = {"cache_dir", "force_download", "local_files_only", "repo_type", "revision", "token", "etag_timeout"}
+_TYING = {"kw_only": True, "metadata": {"written_if_set": True}}
 
 
 # The release whose interface and file format this version has. Files name it, so that readers which know the released
@@ -86,12 +84,10 @@ class PeftConfigMixin:
         ValueError: for an unknown task type.
     """
 
-    task_type: str | TaskType | None = field(default=None, metadata={"help": "Task of the base model."})
-    peft_type: str | PeftType | None = field(default=None, metadata={"help": "Method of the adapter."})
-    auto_mapping: dict | None = field(
-        default=None, metadata={"help": "Class and library of the base model, where no task type says it."}
-    )
-    peft_version: str | None = field(default=None, metadata={"help": "Version of the package that saved the file."})
+    task_type: str | TaskType | None = option(None, "Task of the base model.")
+    peft_type: str | PeftType | None = option(None, "Method of the adapter.")
+    auto_mapping: dict | None = option(None, "Class and library of the base model, where no task type says it.")
+    peft_version: str | None = option(None, "Version of the package that saved the file.")
 
     # fields that a config object has but that are never written: they describe a run, not an adapter
     _runtime_fields = ("runtime_config",)
@@ -101,7 +97,7 @@ class PeftConfigMixin:
     def __new__(cls, *args: Any, **kwargs: Any) -> "PeftConfigMixin":
         """Refuse misspelt fields before `__init__` does, which could not name the one that was meant."""
         if not cls.__dataclass_fields__.keys() >= kwargs.keys():
-            _refuse_unknown(cls, kwargs)
+            refuse_unknown_fields(cls, kwargs)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -146,8 +142,8 @@ class PeftConfigMixin:
         content = {**self.to_dict(), "peft_version": interface_version()}
         if kwargs.get("auto_mapping_dict") is not None:
             content["auto_mapping"] = kwargs["auto_mapping_dict"]
-        text = json.dumps(content, indent=2, sort_keys=True, default=_to_json)
-        write_atomically(os.path.join(save_directory, CONFIG_NAME), lambda path: _write_text(path, text))
+        text = json.dumps(content, indent=2, sort_keys=True, default=to_json)
+        write_atomically(os.path.join(save_directory, CONFIG_NAME), lambda path: write_text(path, text))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> "CommitInfo":
         """
@@ -176,8 +172,6 @@ class PeftConfigMixin:
         Raises:
             PeftKeyError: if no method has that `peft_type`.
         """
-        from .registry import PEFT_TYPE_TO_CONFIG_MAPPING
-
         peft_type = kwargs.get("peft_type")
         config_cls = cls if peft_type is None else PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
         names = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls._runtime_fields)
@@ -258,14 +252,12 @@ class PeftConfigMixin:
         if not isinstance(values["peft_type"], str):
             found = values["peft_type"]
             raise PeftKeyError(f"{path!r} has peft_type {found!r}, expected the name of a method such as 'LORA'")
-        from .registry import PEFT_TYPE_TO_CONFIG_MAPPING
-
         config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[values["peft_type"]]
         # callers pass on what other loaders take (`proxies`, `trust_remote_code`): that says nothing about the file
         known = {*from_file, *config_cls.__dataclass_fields__}
         values = {name: value for name, value in values.items() if name in known}
         try:
-            _check_fields_of_file(config_cls, {name: from_file[name] for name in from_file if name not in overrides})
+            check_fields_of_file(config_cls, {name: from_file[name] for name in from_file if name not in overrides})
             config = cls.from_peft_type(**values)
         except PeftError:
             raise
@@ -282,7 +274,7 @@ class PeftConfigMixin:
         Raises:
             PeftValueError: if it is not JSON, or not an object; if a field stands there twice, or holds no number.
         """
-        return read_json(path_json_file, object_pairs_hook=_without_doubles, parse_constant=_refuse_constant)
+        return read_json(path_json_file, object_pairs_hook=without_doubles, parse_constant=refuse_constant)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -338,9 +330,9 @@ class PeftConfig(PeftConfigMixin):
     target_parameters_to_tie = None
     loaded_from = None
 
-    base_model_name_or_path: str | None = field(default=None, metadata={"help": "Where the base model is from."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the hub."})
-    inference_mode: bool = field(default=False, metadata={"help": "Whether the adapter is frozen."})
+    base_model_name_or_path: str | None = option(None, "Where the base model is from.")
+    revision: str | None = option(None, "Revision of the base model on the hub.")
+    inference_mode: bool = option(False, "Whether the adapter is frozen.")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give configs that were written for the released package the field too, if they can name modules."""
@@ -349,7 +341,7 @@ class PeftConfig(PeftConfigMixin):
         own = cls.__annotations__
         if _NAME_MODULES & own.keys() and "ensure_weight_tying" not in {*own, *cls.__dataclass_fields__}:
             own["ensure_weight_tying"] = bool
-            cls.ensure_weight_tying = field(default=False, kw_only=True, metadata=_TYING)
+            cls.ensure_weight_tying = shared_field("ensure_weight_tying", **_TYING)
 
 
 @dataclass
@@ -362,7 +354,7 @@ class TyingConfig(PeftConfig):
             file if it is True.
     """
 
-    ensure_weight_tying: bool = field(default=False, kw_only=True, metadata=_TYING)
+    ensure_weight_tying: bool = shared_field("ensure_weight_tying", **_TYING)
 
 
 @dataclass
@@ -379,256 +371,14 @@ class PromptLearningConfig(TyingConfig):
         modules_to_save: names of modules that are trained and saved in full.
     """
 
-    num_virtual_tokens: int | None = field(default=None, metadata={"help": "Number of virtual tokens."})
-    token_dim: int | None = field(default=None, metadata={"help": "Width of the base model's embedding."})
-    num_transformer_submodules: int | None = field(
-        default=None, metadata={"help": "2 for encoder-decoder models, else 1."}
-    )
-    num_attention_heads: int | None = field(default=None, metadata={"help": "Attention heads of the base model."})
-    num_layers: int | None = field(default=None, metadata={"help": "Layers of the base model."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Names of modules that are trained and saved in full."}
-    )
+    num_virtual_tokens: int | None = option(None, "Number of virtual tokens.")
+    token_dim: int | None = option(None, "Width of the base model's embedding.")
+    num_transformer_submodules: int | None = option(None, "2 for encoder-decoder models, else 1.")
+    num_attention_heads: int | None = option(None, "Attention heads of the base model.")
+    num_layers: int | None = option(None, "Layers of the base model.")
+    modules_to_save: list[str] | None = shared_field("modules_to_save")
 
     @property
     def is_prompt_learning(self) -> bool:
         """Whether the method puts virtual tokens in front of the inputs."""
         return True
-
-
-# where an adapter is from, and what a run does with it; none of them says what it computes
-_FIELDS_OF_ORIGIN = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_version",
-    "revision",
-    "task_type",
-)
-
-
-def config_differences(one: PeftConfigMixin, other: PeftConfigMixin) -> dict[str, tuple[Any, Any]]:
-    """
-    Find the fields in which two configs describe different adapters.
-
-    Args:
-        one: a config.
-        other: another one.
-
-    Returns:
-        Field name -> value in each of the two. Of two methods, the method alone.
-
-    Example:
-
-        >>> from peft import LoraConfig
-        >>> from peft.config import config_differences
-        >>> config_differences(LoraConfig(lora_alpha=16), LoraConfig(inference_mode=True))
-        {'lora_alpha': (16, 8)}
-    """
-    if one.peft_type != other.peft_type:
-        return {"peft_type": (_plain(one.peft_type), _plain(other.peft_type))}
-    values = one.to_dict(), other.to_dict()
-    names = [name for name in {**values[0], **values[1]} if name not in _FIELDS_OF_ORIGIN]
-    pairs = {name: tuple(_plain(fields.get(name)) for fields in values) for name in names}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _plain(value: Any) -> Any:
-    """Bring values that mean the same to one form: names in any order, and nothing that was left out or is empty."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, dict):
-        return {key: _plain(content) for key, content in with_plain_names(value).items()} or None
-    if isinstance(value, (list, tuple, set, frozenset)):
-        names = with_plain_names(value)
-        return (sorted(names) if all(isinstance(name, str) for name in names) else list(names)) or None
-    return with_plain_names(value)
-
-
-def check_layer_selection(config: PeftConfig, refused_with_pattern: Iterable[str] = LAYER_FIELDS) -> None:
-    """
-    Check the fields that choose layers by index, and turn lists of names into sets.
-
-    Args:
-        config: a config with `target_modules`, `layers_to_transform` and `layers_pattern`.
-        refused_with_pattern: fields that the method does not allow where `target_modules` is a regular expression.
-
-    Raises:
-        ValueError: if the fields contradict each other, or a pattern is not a regular expression.
-    """
-    for name in ("target_modules", "exclude_modules"):
-        value = getattr(config, name, None)
-        if value is not None and not isinstance(value, str):
-            check_names(name, value)
-        if isinstance(value, (list, tuple)):
-            setattr(config, name, set(value))
-        elif isinstance(value, str):
-            check_pattern(name, value)
-    if isinstance(config.target_modules, str):
-        for name in refused_with_pattern:
-            if getattr(config, name) is not None:
-                raise ValueError(
-                    f"{name} has no effect where target_modules is a regular expression; choose the layers in "
-                    "target_modules itself, or give target_modules as a list"
-                )
-    if config.layers_pattern and config.layers_to_transform is None:
-        raise ValueError("layers_pattern was given without layers_to_transform; give the indices of the layers too")
-
-
-def check_names(name: str, value: Any) -> None:
-    """Check that a field holds a collection of names."""
-    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(entry, str) for entry in value):
-        raise TypeError(f"{name} must be a list of names, found {value!r}")
-
-
-def check_types(config: PeftConfig, expected: dict[str, tuple[type, ...]]) -> None:
-    """
-    Check that fields hold what they are declared as.
-
-    Args:
-        config: a config.
-        expected: field -> types that it may have; None is always allowed.
-
-    Raises:
-        TypeError: for the first field that does not fit.
-    """
-    for name, types in expected.items():
-        value = getattr(config, name)
-        if value is not None and not isinstance(value, types):
-            names = " or ".join(kind.__name__ for kind in types)
-            raise TypeError(f"{name} must be {names}, found {value!r}")
-
-
-def check_pattern(name: str, pattern: str) -> None:
-    """Check that a field holds a regular expression that compiles, and that can be matched in bounded time."""
-    try:
-        compiled(pattern)
-    except PeftValueError as error:
-        raise ValueError(f"{name}={error}") from error
-
-
-def _refuse_unknown(cls: type, values: Iterable[str]) -> None:
-    """Refuse a keyword that a config does not take."""
-    parameters = inspect.signature(cls.__init__).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for name in values:
-        if name not in parameters:
-            near = nearest(name, cls.__dataclass_fields__, most=1)
-            raise TypeError(f"{cls.__name__} has no field {name!r}{did_you_mean(near)}")
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Take the fields of a JSON object, each of which may stand there once."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in values if names.count(name) > 1)!r} stands there twice")
-    return values
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number that a config can have")
-
-
-def _check_fields_of_file(config_cls: type, values: dict[str, Any]) -> None:
-    """Check that what a file says has the types that the fields are declared with."""
-    for f in dataclasses.fields(config_cls):
-        value = values.get(f.name, f.default)
-        # classes of users may have annotations that are texts
-        if value is f.default or isinstance(f.type, str):
-            continue
-        if not _fits(value, float if "alpha" in f.name and f.type is int else f.type):
-            names = getattr(f.type, "__name__", None) or str(f.type).replace("typing.", "")
-            raise TypeError(f"{f.name} must be {names}, found {reprlib.repr(value)}")
-    options = values.get("tokenizer_kwargs")
-    if isinstance(options, dict) and options.get("trust_remote_code"):
-        raise ValueError(
-            "tokenizer_kwargs asks for trust_remote_code, which would run code of somebody else; if you trust it, set "
-            "tokenizer_kwargs in Python"
-        )
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Say whether a value that was read from JSON can be one of an annotation."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is typing.Literal:  # which of them it is, the config checks itself
-        return isinstance(value, type(arguments[0]))
-    if origin in (list, tuple, set):
-        return isinstance(value, list) and all(_fits(entry, arguments[0]) for entry in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(entry, arguments[1]) for entry in value.values())
-    if dataclasses.is_dataclass(hint):
-        types = {f.name: f.type for f in dataclasses.fields(hint)}
-        return isinstance(value, dict) and all(
-            entry is None or _fits(entry, types[name]) for name, entry in value.items() if name in types
-        )
-    if hint is int or hint is float:
-        numbers = int if hint is int else (int, float)
-        # what goes beyond is no size, and no factor either
-        return isinstance(value, numbers) and not isinstance(value, bool) and abs(value) < 2**63
-    if hint is bool and value is None:  # no switch that is on
-        return True
-    return isinstance(value, str if issubclass(hint, Enum) else hint) if isinstance(hint, type) else True
-
-
-def _to_json(value: Any) -> Any:
-    """Write sets as sorted lists (the same file on each run) and enum members as their value."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, Enum):
-        return value.value
-    raise PeftTypeError(f"a {type(value).__name__} cannot be written to {CONFIG_NAME}: {value!r}")
-
-
-def _write_text(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def find_config_file(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str:
-    folder = os.path.join(name_or_path, subfolder) if subfolder else name_or_path
-    path, waiting = config_path(folder)
-    if waiting:
-        warn(
-            f"saving into {folder!r} was cut short after the weights were replaced; {path!r} is the config that "
-            f"belongs to them and is used. Save again, or rename it to {CONFIG_NAME}"
-        )
-    if path is not None:
-        return path
-    refuse_local(name_or_path, folder, CONFIG_NAME)
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return hf_hub_download(name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
-    except Exception as error:  # the hub's client has dozens of classes for 'cannot be had'
-        raise PeftPathError(
-            f"no {CONFIG_NAME} at {name_or_path!r}: it is no local folder, and the hub answered: {error}"
-        ) from error
-
-
-def refuse_local(name_or_path: str, folder: str, wanted: str) -> None:
-    """
-    Refuse a path that exists here, but lacks a file of an adapter.
-
-    Args:
-        name_or_path: what the user gave: a path, or a hub id.
-        folder: the folder that is meant.
-        wanted: name of the file.
-
-    Raises:
-        PeftPathError: if there is such a path.
-    """
-    if os.path.isfile(name_or_path):
-        raise PeftPathError(f"{name_or_path!r} is a file; give the folder that it is in")
-    if not os.path.isdir(name_or_path):
-        return
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    inner = [name for name in names if os.path.isfile(os.path.join(folder, name, wanted))]
-    hint = "save_pretrained writes one"
-    if inner:
-        hint = f"there is one in its subfolder {inner[0]!r}: give that folder, or subfolder={inner[0]!r}"
-    found = names[:10] if os.path.isdir(folder) else "no such folder"
-    raise PeftPathError(f"no {wanted} in {folder!r} (found: {found}); {hint}")

@@ -3,7 +3,9 @@
 """What authors of methods need, inside the package and outside of it."""
 
 from .anatomy.kinds import apply_weight
-from .config import TyingConfig, check_layer_selection
+from .config import TyingConfig
+from .configs.checks import check_layer_selection
+from .configs.fields import Indices, Names, option, shared_field
 from .layers.activation import ActivationLayer
 from .layers.additive import AdditiveLayer
 from .layers.replacement import ReplacementLayer
@@ -38,8 +40,10 @@ __all__ = [
     "DeclaredReplacement",
     "DeclaredWeight",
     "Frozen",
+    "Indices",
     "Kept",
     "LoraVariant",
+    "Names",
     "PeftValueError",
     "ReplacementLayer",
     "Scaled",
@@ -54,8 +58,10 @@ __all__ = [
     "apply_weight",
     "check_layer_selection",
     "method",
+    "option",
     "register_peft_method",
     "register_start",
     "register_variant",
+    "shared_field",
     "warn",
 ]

@@ -499,7 +499,7 @@ def test_state_dict_of_the_base_model(wrapped: bool) -> None:
 FILES = {
     WEIGHTS: "peft.checkpoints.write_file.save_file",
     "adapter_model.bin": "torch.save",
-    CONFIG: "peft.config._write_text",
+    CONFIG: "peft.config.write_text",
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ..config import HUB_KWARGS, refuse_local
+from ..configs.files import HUB_KWARGS, refuse_local
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..utils.devices import infer_device
 from ..utils.error import PeftPathError, PeftValueError

@@ -16,7 +16,8 @@ from ..checkpoints.load_report import LoadResult
 from ..checkpoints.read_file import load_peft_weights
 from ..checkpoints.state_dict import load_tensors
 from ..checkpoints.tied_members import config_for_members
-from ..config import PeftConfig, config_differences
+from ..config import PeftConfig
+from ..configs.differences import config_differences
 from ..registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..surgery.transaction import all_or_nothing
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME

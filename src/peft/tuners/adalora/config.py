@@ -2,8 +2,9 @@
 # peft: the fork in which tied weights stay tied
 """Config of AdaLoRA."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ...configs.fields import option
 from ...registry import PeftType
 from ...utils.warning import warn
 from ..lora.config import LoraConfig
@@ -42,16 +43,16 @@ class AdaLoraConfig(LoraConfig):
         'ADALORA'
     """
 
-    rank_pattern: dict | None = field(default=None, metadata={"help": "Which ranks are left; written by the model."})
-    target_r: int = field(default=8, metadata={"help": "Average rank per target in the end."})
-    init_r: int = field(default=12, metadata={"help": "Rank of each target at first."})
-    tinit: int = field(default=0, metadata={"help": "Steps before ranks are taken away."})
-    tfinal: int = field(default=0, metadata={"help": "Steps at the end with the ranks that are left."})
-    deltaT: int = field(default=1, metadata={"help": "Steps from one allocation of the ranks to the next."})
-    beta1: float = field(default=0.85, metadata={"help": "How slowly the average of importances moves."})
-    beta2: float = field(default=0.85, metadata={"help": "How slowly the average of their variation moves."})
-    orth_reg_weight: float = field(default=0.5, metadata={"help": "Weight of the penalty on orthogonality."})
-    total_step: int | None = field(default=None, metadata={"help": "Steps of training in all."})
+    rank_pattern: dict | None = option(None, "Which ranks are left; written by the model.")
+    target_r: int = option(8, "Average rank per target in the end.")
+    init_r: int = option(12, "Rank of each target at first.")
+    tinit: int = option(0, "Steps before ranks are taken away.")
+    tfinal: int = option(0, "Steps at the end with the ranks that are left.")
+    deltaT: int = option(1, "Steps from one allocation of the ranks to the next.")
+    beta1: float = option(0.85, "How slowly the average of importances moves.")
+    beta2: float = option(0.85, "How slowly the average of their variation moves.")
+    orth_reg_weight: float = option(0.5, "Weight of the penalty on orthogonality.")
+    total_step: int | None = option(None, "Steps of training in all.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

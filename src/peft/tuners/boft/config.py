@@ -2,9 +2,11 @@
 # peft: the fork in which tied weights stay tied
 """Config of BOFT."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ...config import TyingConfig, check_layer_selection
+from ...config import TyingConfig
+from ...configs.checks import check_layer_selection
+from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
 
 
@@ -41,28 +43,18 @@ class BOFTConfig(TyingConfig):
         8
     """
 
-    boft_block_size: int = field(default=4, metadata={"help": "Features per block; either this or the number is 0."})
-    boft_block_num: int = field(default=0, metadata={"help": "Number of blocks; either this or their size is 0."})
-    boft_n_butterfly_factor: int = field(default=1, metadata={"help": "Number of sparse factors of the rotation."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the modules to adapt (list), a regular expression, or 'all-linear'."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out: list or regular expression."}
-    )
-    boft_dropout: float = field(default=0.0, metadata={"help": "Share of blocks left unturned while training."})
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether weights are stored as (in, out)."})
-    bias: str = field(default="none", metadata={"help": "Biases to train: none, all or boft_only."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Names of modules that are trained and saved in full."}
-    )
-    init_weights: bool = field(default=True, metadata={"help": "Start without a turn; False starts at random."})
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that the indices count."}
-    )
+    boft_block_size: int = option(4, "Features per block; either this or the number is 0.")
+    boft_block_num: int = option(0, "Number of blocks; either this or their size is 0.")
+    boft_n_butterfly_factor: int = option(1, "Number of sparse factors of the rotation.")
+    target_modules: Names = shared_field("target_modules")
+    exclude_modules: Names = shared_field("exclude_modules")
+    boft_dropout: float = option(0.0, "Share of blocks left unturned while training.")
+    fan_in_fan_out: bool = shared_field("fan_in_fan_out")
+    bias: str = shared_field("bias")
+    modules_to_save: list[str] | None = shared_field("modules_to_save")
+    init_weights: bool = option(True, "Start without a turn; False starts at random.")
+    layers_to_transform: Indices = shared_field("layers_to_transform")
+    layers_pattern: Names = shared_field("layers_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from ...anatomy.kinds import CONVOLUTIONS, along_axis, along_features, apply_weight
-from ...config import TyingConfig, check_layer_selection, check_types
+from ...config import TyingConfig
+from ...configs.checks import check_layer_selection, check_types
+from ...configs.fields import shared_field
 from ...layers.merging.changes import changes_adapter
 from ...layers.scaling import Scaled
 from ...utils.error import PeftValueError
@@ -45,12 +47,8 @@ class LycorisConfig(TyingConfig):
         alpha_pattern: name (or regular expression) -> alpha, where it differs.
     """
 
-    rank_pattern: dict | None = field(
-        default_factory=dict, metadata={"help": "Name or regular expression -> rank, where it differs from r."}
-    )
-    alpha_pattern: dict | None = field(
-        default_factory=dict, metadata={"help": "Name or regular expression -> alpha, where it differs."}
-    )
+    rank_pattern: dict | None = shared_field("rank_pattern")
+    alpha_pattern: dict | None = shared_field("alpha_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()

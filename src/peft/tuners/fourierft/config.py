@@ -4,7 +4,9 @@
 
 from dataclasses import dataclass, field
 
-from ...config import TyingConfig, check_layer_selection
+from ...config import TyingConfig
+from ...configs.checks import check_layer_selection
+from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
 
 
@@ -38,30 +40,20 @@ class FourierFTConfig(TyingConfig):
         150.0
     """
 
-    n_frequency: int = field(default=1000, metadata={"help": "Number of coefficients per layer."})
-    scaling: float = field(default=150.0, metadata={"help": "What the transform is multiplied by."})
-    random_loc_seed: int | None = field(default=777, metadata={"help": "Seed of the coefficients' places."})
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether layers keep their weights as (in, out)."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the modules to adapt (list), a regular expression, or 'all-linear'."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out: list or regular expression."}
-    )
-    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'fourier_only'."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Names of modules that are trained and saved in full."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that the indices count."}
-    )
+    n_frequency: int = option(1000, "Number of coefficients per layer.")
+    scaling: float = option(150.0, "What the transform is multiplied by.")
+    random_loc_seed: int | None = option(777, "Seed of the coefficients' places.")
+    fan_in_fan_out: bool = shared_field("fan_in_fan_out")
+    target_modules: Names = shared_field("target_modules")
+    exclude_modules: Names = shared_field("exclude_modules")
+    bias: str = shared_field("bias")
+    modules_to_save: list[str] | None = shared_field("modules_to_save")
+    layers_to_transform: Indices = shared_field("layers_to_transform")
+    layers_pattern: Names = shared_field("layers_pattern")
     n_frequency_pattern: dict | None = field(
         default_factory=dict, metadata={"help": "Name or regular expression -> number of coefficients."}
     )
-    init_weights: bool = field(default=False, metadata={"help": "Start with coefficients of zero."})
+    init_weights: bool = option(False, "Start with coefficients of zero.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,9 +2,11 @@
 # peft: the fork in which tied weights stay tied
 """Config of HRA."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ...config import TyingConfig, check_layer_selection
+from ...config import TyingConfig
+from ...configs.checks import check_layer_selection
+from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
 
 
@@ -35,27 +37,15 @@ class HRAConfig(TyingConfig):
         4
     """
 
-    r: int = field(default=8, metadata={"help": "Number of reflections; should be even."})
-    apply_GS: bool = field(default=False, metadata={"help": "Make the directions of the reflections orthogonal."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the modules to adapt (list), a regular expression, or 'all-linear'."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out: list or regular expression."}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Start with reflections that cancel; False starts at random."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that the indices count."}
-    )
-    bias: str = field(default="none", metadata={"help": "Biases to train: none, all or hra_only."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Names of modules that are trained and saved in full."}
-    )
+    r: int = option(8, "Number of reflections; should be even.")
+    apply_GS: bool = option(False, "Make the directions of the reflections orthogonal.")
+    target_modules: Names = shared_field("target_modules")
+    exclude_modules: Names = shared_field("exclude_modules")
+    init_weights: bool = option(True, "Start with reflections that cancel; False starts at random.")
+    layers_to_transform: Indices = shared_field("layers_to_transform")
+    layers_pattern: Names = shared_field("layers_pattern")
+    bias: str = shared_field("bias")
+    modules_to_save: list[str] | None = shared_field("modules_to_save")
 
     def __post_init__(self) -> None:
         super().__post_init__()

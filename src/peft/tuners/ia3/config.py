@@ -2,9 +2,11 @@
 # peft: the fork in which tied weights stay tied
 """Config of IA3."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ...config import TyingConfig, check_names, check_pattern
+from ...config import TyingConfig
+from ...configs.checks import check_names, check_pattern
+from ...configs.fields import Names, option, shared_field
 from ...registry import PeftType
 
 
@@ -34,20 +36,12 @@ class IA3Config(TyingConfig):
         ['down_proj']
     """
 
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the modules to adapt (list), a regular expression, or 'all-linear'."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out: list or regular expression."}
-    )
-    feedforward_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Targets whose inputs are scaled: list or regular expression."}
-    )
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether layers keep their weights as (in, out)."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Names of modules that are trained and saved in full."}
-    )
-    init_ia3_weights: bool = field(default=True, metadata={"help": "Start with factors that change nothing."})
+    target_modules: Names = shared_field("target_modules")
+    exclude_modules: Names = shared_field("exclude_modules")
+    feedforward_modules: Names = option(None, "Targets whose inputs are scaled: list or regular expression.")
+    fan_in_fan_out: bool = shared_field("fan_in_fan_out")
+    modules_to_save: list[str] | None = shared_field("modules_to_save")
+    init_ia3_weights: bool = option(True, "Start with factors that change nothing.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

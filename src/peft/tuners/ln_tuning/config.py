@@ -2,9 +2,11 @@
 # peft: the fork in which tied weights stay tied
 """Config of LayerNorm tuning."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ...config import TyingConfig, check_names, check_pattern
+from ...config import TyingConfig
+from ...configs.checks import check_names, check_pattern
+from ...configs.fields import Names, shared_field
 from ...registry import PeftType
 
 
@@ -26,15 +28,9 @@ class LNTuningConfig(TyingConfig):
         ['input_layernorm']
     """
 
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the modules to train (list) or a regular expression."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out: list or regular expression."}
-    )
-    modules_to_save: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of further modules that are trained and saved in full."}
-    )
+    target_modules: Names = shared_field("target_modules")
+    exclude_modules: Names = shared_field("exclude_modules")
+    modules_to_save: Names = shared_field("modules_to_save")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,8 +2,9 @@
 # peft: the fork in which tied weights stay tied
 """Config of LoHa."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
 from ..families.lycoris import LycorisConfig
 
@@ -45,36 +46,17 @@ class LoHaConfig(LycorisConfig):
         ['q_proj', 'v_proj']
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the factors."})
-    alpha: int = field(default=8, metadata={"help": "The delta is scaled by alpha / r."})
-    rank_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of dropping a row of the delta, while training."}
-    )
-    module_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of leaving a layer's adapter out, while training."}
-    )
-    use_effective_conv2d: bool = field(
-        default=False, metadata={"help": "Keep the dimensions of kernels apart (Tucker form)."}
-    )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of the modules to adapt (list), a regular expression, or 'all-linear'."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out: list or regular expression."}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Whether a fresh adapter changes nothing; False starts all at random."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that indices count."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Names of modules that are trained and saved in full."}
-    )
+    r: int = option(8, "Rank of the factors.")
+    alpha: int = option(8, "The delta is scaled by alpha / r.")
+    rank_dropout: float = option(0.0, "Probability of dropping a row of the delta, while training.")
+    module_dropout: float = option(0.0, "Probability of leaving a layer's adapter out, while training.")
+    use_effective_conv2d: bool = option(False, "Keep the dimensions of kernels apart (Tucker form).")
+    target_modules: Names = shared_field("target_modules")
+    exclude_modules: Names = shared_field("exclude_modules")
+    init_weights: bool = option(True, "Whether a fresh adapter changes nothing; False starts all at random.")
+    layers_to_transform: Indices = shared_field("layers_to_transform")
+    layers_pattern: Names = shared_field("layers_pattern")
+    modules_to_save: list[str] | None = shared_field("modules_to_save")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,9 +2,10 @@
 # peft: the fork in which tied weights stay tied
 """Config of LoKr."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
 from ..families.lycoris import LycorisConfig
 
@@ -49,41 +50,22 @@ class LoKrConfig(LycorisConfig):
         ['q_proj', 'v_proj']
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the factors."})
-    alpha: int = field(default=8, metadata={"help": "The delta is scaled by alpha / r."})
-    rank_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of dropping a row of the delta, while training."}
+    r: int = option(8, "Rank of the factors.")
+    alpha: int = option(8, "The delta is scaled by alpha / r.")
+    rank_dropout: float = option(0.0, "Probability of dropping a row of the delta, while training.")
+    module_dropout: float = option(0.0, "Probability of leaving a layer's adapter out, while training.")
+    use_effective_conv2d: bool = option(False, "Keep the dimensions of kernels apart (Tucker form).")
+    decompose_both: bool = option(False, "Make W1 a product of factors too.")
+    decompose_factor: int = option(-1, "Greatest number of rows and of columns of W1; -1 for a balanced split.")
+    rank_dropout_scale: bool = option(False, "Scale the rows that rank dropout leaves.")
+    target_modules: Names = shared_field("target_modules")
+    exclude_modules: Names = shared_field("exclude_modules")
+    init_weights: bool | Literal["lycoris"] = option(
+        True, "Which factor starts at zero: W1 (True), W2 ('lycoris') or none (False)."
     )
-    module_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of leaving a layer's adapter out, while training."}
-    )
-    use_effective_conv2d: bool = field(
-        default=False, metadata={"help": "Keep the dimensions of kernels apart (Tucker form)."}
-    )
-    decompose_both: bool = field(default=False, metadata={"help": "Make W1 a product of factors too."})
-    decompose_factor: int = field(
-        default=-1, metadata={"help": "Greatest number of rows and of columns of W1; -1 for a balanced split."}
-    )
-    rank_dropout_scale: bool = field(default=False, metadata={"help": "Scale the rows that rank dropout leaves."})
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of the modules to adapt (list), a regular expression, or 'all-linear'."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out: list or regular expression."}
-    )
-    init_weights: bool | Literal["lycoris"] = field(
-        default=True, metadata={"help": "Which factor starts at zero: W1 (True), W2 ('lycoris') or none (False)."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that indices count."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Names of modules that are trained and saved in full."}
-    )
+    layers_to_transform: Indices = shared_field("layers_to_transform")
+    layers_pattern: Names = shared_field("layers_pattern")
+    modules_to_save: list[str] | None = shared_field("modules_to_save")
 
     def __post_init__(self) -> None:
         super().__post_init__()

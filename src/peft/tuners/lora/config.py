@@ -6,14 +6,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...config import PeftConfig, check_layer_selection, check_types
+from ...config import PeftConfig
+from ...configs.checks import check_layer_selection, check_types
+from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType, TaskType
 from ...utils.warning import warn
-
-
-def _option(default: Any, text: str) -> Any:
-    """A dataclass field with a help text."""
-    return field(default=default, metadata={"help": text})
 
 
 def _found_out(text: str) -> Any:
@@ -35,7 +32,7 @@ class LoraRuntimeConfig:
         ephemeral_gpu_offload: move weights to the accelerator only while they are initialised.
     """
 
-    ephemeral_gpu_offload: bool = _option(False, "Use the accelerator for the start-up computations only.")
+    ephemeral_gpu_offload: bool = option(False, "Use the accelerator for the start-up computations only.")
 
 
 @dataclass
@@ -48,8 +45,8 @@ class LoftQConfig:
         loftq_iter: alternating steps between quantising and fitting the factors.
     """
 
-    loftq_bits: int = _option(4, "Bits per quantised weight.")
-    loftq_iter: int = _option(1, "Alternating steps between quantising and fitting the factors.")
+    loftq_bits: int = option(4, "Bits per quantised weight.")
+    loftq_iter: int = option(1, "Alternating steps between quantising and fitting the factors.")
 
 
 @dataclass
@@ -66,12 +63,12 @@ class EvaConfig:
         adjust_scaling_factors: rescale alpha when ranks are redistributed.
     """
 
-    rho: float = _option(2.0, "Most that a layer's rank may grow, as a factor of r.")
-    tau: float = _option(0.99, "Cosine similarity from which on a component counts as settled.")
-    use_label_mask: bool = _option(True, "Leave out positions whose label is label_mask_value.")
-    label_mask_value: int = _option(-100, "Label of positions to leave out.")
-    whiten: bool = _option(False, "Scale the components to unit variance.")
-    adjust_scaling_factors: bool = _option(True, "Rescale alpha when ranks are redistributed.")
+    rho: float = option(2.0, "Most that a layer's rank may grow, as a factor of r.")
+    tau: float = option(0.99, "Cosine similarity from which on a component counts as settled.")
+    use_label_mask: bool = option(True, "Leave out positions whose label is label_mask_value.")
+    label_mask_value: int = option(-100, "Label of positions to leave out.")
+    whiten: bool = option(False, "Scale the components to unit variance.")
+    adjust_scaling_factors: bool = option(True, "Rescale alpha when ranks are redistributed.")
 
     def __post_init__(self) -> None:
         _require(self.rho >= 1.0, f"rho must be at least 1, found {self.rho}")
@@ -92,14 +89,12 @@ class CordaConfig:
         prune_temporary_fields: free what the preparation has left on the modules.
     """
 
-    cache_file: str | None = _option(None, "File for the decomposed weights.")
-    covariance_file: str | None = _option(None, "File for the covariances of the layers' inputs.")
-    corda_method: Literal["ipm", "kpm"] = _option(
-        "ipm", "Adapt to the instructions (ipm) or preserve knowledge (kpm)."
-    )
-    verbose: bool = _option(False, "Say what is being done.")
-    use_float16_for_covariance: bool = _option(False, "Gather the covariances in float16.")
-    prune_temporary_fields: bool = _option(True, "Free what the preparation has left on the modules.")
+    cache_file: str | None = option(None, "File for the decomposed weights.")
+    covariance_file: str | None = option(None, "File for the covariances of the layers' inputs.")
+    corda_method: Literal["ipm", "kpm"] = option("ipm", "Adapt to the instructions (ipm) or preserve knowledge (kpm).")
+    verbose: bool = option(False, "Say what is being done.")
+    use_float16_for_covariance: bool = option(False, "Gather the covariances in float16.")
+    prune_temporary_fields: bool = option(True, "Free what the preparation has left on the modules.")
 
 
 @dataclass
@@ -113,9 +108,9 @@ class LoraGAConfig:
         stable_gamma: gamma of the "stable" scale.
     """
 
-    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = _option("ArB2r", "Singular directions of the factors.")
-    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = _option("stable", "How the factors are scaled.")
-    stable_gamma: int = _option(16, "Gamma of the stable scale.")
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = option("ArB2r", "Singular directions of the factors.")
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = option("stable", "How the factors are scaled.")
+    stable_gamma: int = option(16, "Gamma of the stable scale.")
 
 
 @dataclass
@@ -134,12 +129,12 @@ class ArrowConfig:
         gks_adapter_names: names of the general-knowledge adapters.
     """
 
-    top_k: int = _option(3, "Experts per token.")
-    router_temperature: float = _option(1.0, "Temperature of the softmax over experts.")
-    use_gks: bool = _option(False, "Subtract general-knowledge adapters.")
+    top_k: int = option(3, "Experts per token.")
+    router_temperature: float = option(1.0, "Temperature of the softmax over experts.")
+    use_gks: bool = option(False, "Subtract general-knowledge adapters.")
     task_adapter_names: list[str] | None = _found_out("Names of the experts.")
     gks_adapter_names: list[str] | None = _found_out("Names of the general-knowledge adapters.")
-    rng_seed: int | None = _option(None, "Seed for ties between experts.")
+    rng_seed: int | None = option(None, "Seed for ties between experts.")
 
     def __post_init__(self) -> None:
         _require(self.top_k > 0, f"top_k must be positive, found {self.top_k}")
@@ -158,10 +153,10 @@ class BdLoraConfig:
         match_strict: refuse a target that neither list names.
     """
 
-    target_modules_bd_a: list[str] | None = _option(None, "Modules whose factor A is block-diagonal.")
-    target_modules_bd_b: list[str] | None = _option(None, "Modules whose factor B is block-diagonal.")
-    nblocks: int = _option(1, "Number of blocks.")
-    match_strict: bool = _option(True, "Refuse a target that neither list names.")
+    target_modules_bd_a: list[str] | None = option(None, "Modules whose factor A is block-diagonal.")
+    target_modules_bd_b: list[str] | None = option(None, "Modules whose factor B is block-diagonal.")
+    nblocks: int = option(1, "Number of blocks.")
+    match_strict: bool = option(True, "Refuse a target that neither list names.")
 
     def __post_init__(self) -> None:
         both = sorted(set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ()))
@@ -178,8 +173,8 @@ class KasaConfig:
         gamma: weight of the penalty on orthogonality.
     """
 
-    beta: float = _option(1e-4, "Weight of the penalty on the singular values.")
-    gamma: float = _option(1e-3, "Weight of the penalty on orthogonality.")
+    beta: float = option(1e-4, "Weight of the penalty on the singular values.")
+    gamma: float = option(1e-3, "Weight of the penalty on orthogonality.")
 
 
 @dataclass
@@ -196,12 +191,12 @@ class MontecloraConfig:
         buffer_size: steps for which samples are drawn ahead.
     """
 
-    num_samples: int = _option(8, "Samples per step.")
-    use_entropy: bool = _option(False, "Add an entropy term.")
-    dirichlet_prior: float = _option(0.1, "Concentration of the prior.")
-    sample_scaler: float = _option(1e-4, "Scale of the samples.")
-    kl_loss_weight: float = _option(1e-5, "Weight of the divergence from the prior.")
-    buffer_size: int = _option(150, "Steps for which samples are drawn ahead.")
+    num_samples: int = option(8, "Samples per step.")
+    use_entropy: bool = option(False, "Add an entropy term.")
+    dirichlet_prior: float = option(0.1, "Concentration of the prior.")
+    sample_scaler: float = option(1e-4, "Scale of the samples.")
+    kl_loss_weight: float = option(1e-5, "Weight of the divergence from the prior.")
+    buffer_size: int = option(150, "Steps for which samples are drawn ahead.")
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "dirichlet_prior", "buffer_size"):
@@ -219,9 +214,9 @@ class VeloraConfig:
         init_type: how the projection is set.
     """
 
-    num_groups: int = _option(64, "Groups that the inputs are split into.")
-    scale: float = _option(1.0, "Scale of the reconstruction.")
-    init_type: Literal["batch_average", "batch_average_once", "random"] = _option(
+    num_groups: int = option(64, "Groups that the inputs are split into.")
+    scale: float = option(1.0, "Scale of the reconstruction.")
+    init_type: Literal["batch_average", "batch_average_once", "random"] = option(
         "batch_average", "How the projection is set."
     )
 
@@ -313,17 +308,15 @@ class LoraConfig(PeftConfig):
         ['q_proj', 'v_proj']
     """
 
-    r: int = _option(8, "Rank of the factors.")
-    target_modules: list[str] | str | None = _option(
-        None, "Names of the modules to adapt (list), a regular expression, or 'all-linear'."
-    )
-    exclude_modules: list[str] | str | None = _option(None, "Modules to leave out: list or regular expression.")
-    lora_alpha: int = _option(8, "The factors' product is scaled by lora_alpha / r.")
-    lora_dropout: float = _option(0.0, "Probability of dropping an input of factor A, while training.")
-    fan_in_fan_out: bool = _option(False, "Whether the layer keeps its weight as (in, out).")
-    bias: Literal["none", "all", "lora_only"] = _option("none", "Which of the base model's biases to train.")
-    use_rslora: bool = _option(False, "Scale by lora_alpha / sqrt(r).")
-    modules_to_save: list[str] | None = _option(None, "Names of modules that are trained and saved in full.")
+    r: int = option(8, "Rank of the factors.")
+    target_modules: Names = shared_field("target_modules")
+    exclude_modules: Names = shared_field("exclude_modules")
+    lora_alpha: int = option(8, "The factors' product is scaled by lora_alpha / r.")
+    lora_dropout: float = option(0.0, "Probability of dropping an input of factor A, while training.")
+    fan_in_fan_out: bool = shared_field("fan_in_fan_out")
+    bias: Literal["none", "all", "lora_only"] = shared_field("bias")
+    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(r).")
+    modules_to_save: list[str] | None = shared_field("modules_to_save")
     init_lora_weights: (
         bool
         | Literal[
@@ -337,42 +330,38 @@ class LoraConfig(PeftConfig):
             "orthogonal",
             "mica",
         ]
-    ) = _option(True, "How the factors start.")
-    layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt.")
-    layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers that indices count.")
-    rank_pattern: dict | None = field(
-        default_factory=dict, metadata={"help": "Name or regular expression -> rank, where it differs from r."}
-    )
-    alpha_pattern: dict | None = field(
-        default_factory=dict, metadata={"help": "Name or regular expression -> alpha, where it differs."}
-    )
-    megatron_config: dict | None = _option(None, "Arguments for Megatron's parallel layers.")
-    megatron_core: str | None = _option("megatron.core", "Module that holds Megatron's parallel layers.")
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = _option(
+    ) = option(True, "How the factors start.")
+    layers_to_transform: Indices = shared_field("layers_to_transform")
+    layers_pattern: Names = shared_field("layers_pattern")
+    rank_pattern: dict | None = shared_field("rank_pattern")
+    alpha_pattern: dict | None = shared_field("alpha_pattern")
+    megatron_config: dict | None = option(None, "Arguments for Megatron's parallel layers.")
+    megatron_core: str | None = option("megatron.core", "Module that holds Megatron's parallel layers.")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
         None, "Rows of the embedding to train, as a list or per layer."
     )
     loftq_config: LoftQConfig | dict = field(
         default_factory=dict, metadata={"help": "Settings of the LoftQ initialisation."}
     )
-    eva_config: EvaConfig | None = _option(None, "Settings of the EVA initialisation.")
-    corda_config: CordaConfig | None = _option(None, "Settings of the CorDA initialisation.")
-    lora_ga_config: LoraGAConfig | None = _option(None, "Settings of the LoRA-GA initialisation.")
-    use_dora: bool = _option(False, "Learn magnitude and direction of the weight apart.")
-    velora_config: VeloraConfig | dict | None = _option(None, "Settings of VeLoRA.")
-    alora_invocation_tokens: list[int] | None = _option(None, "Tokens from which on the adapter is active.")
-    use_qalora: bool = _option(False, "Group the inputs so that the merged weight stays quantised.")
-    qalora_group_size: int = _option(16, "Inputs per group for QA-LoRA.")
-    monteclora_config: MontecloraConfig | None = _option(None, "Settings of MonteCLoRA.")
-    layer_replication: list[tuple[int, int]] | None = _option(None, "Ranges of layers to stack.")
+    eva_config: EvaConfig | None = option(None, "Settings of the EVA initialisation.")
+    corda_config: CordaConfig | None = option(None, "Settings of the CorDA initialisation.")
+    lora_ga_config: LoraGAConfig | None = option(None, "Settings of the LoRA-GA initialisation.")
+    use_dora: bool = option(False, "Learn magnitude and direction of the weight apart.")
+    velora_config: VeloraConfig | dict | None = option(None, "Settings of VeLoRA.")
+    alora_invocation_tokens: list[int] | None = option(None, "Tokens from which on the adapter is active.")
+    use_qalora: bool = option(False, "Group the inputs so that the merged weight stays quantised.")
+    qalora_group_size: int = option(16, "Inputs per group for QA-LoRA.")
+    monteclora_config: MontecloraConfig | None = option(None, "Settings of MonteCLoRA.")
+    layer_replication: list[tuple[int, int]] | None = option(None, "Ranges of layers to stack.")
     runtime_config: LoraRuntimeConfig = field(
         default_factory=LoraRuntimeConfig, metadata={"help": "Settings for this run only, never saved."}
     )
-    lora_bias: bool = _option(False, "Give factor B a bias.")
-    target_parameters: list[str] | None = _option(None, "Names of parameters to adapt.")
-    use_bdlora: BdLoraConfig | None = _option(None, "Settings of block-diagonal LoRA.")
-    arrow_config: ArrowConfig | None = _option(None, "Settings of Arrow routing.")
-    kasa_config: KasaConfig | None = _option(None, "Settings of KaSA.")
-    ensure_weight_tying: bool = _option(False, "Keep tied modules tied.")
+    lora_bias: bool = option(False, "Give factor B a bias.")
+    target_parameters: list[str] | None = option(None, "Names of parameters to adapt.")
+    use_bdlora: BdLoraConfig | None = option(None, "Settings of block-diagonal LoRA.")
+    arrow_config: ArrowConfig | None = option(None, "Settings of Arrow routing.")
+    kasa_config: KasaConfig | None = option(None, "Settings of KaSA.")
+    ensure_weight_tying: bool = shared_field("ensure_weight_tying")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,9 +2,10 @@
 # peft: the fork in which tied weights stay tied
 """Config of multitask prompt tuning."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
+from ...configs.fields import option
 from ...registry import PeftType
 from ..prompt_tuning.config import PromptTuningConfig
 
@@ -41,15 +42,13 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         1
     """
 
-    prompt_tuning_init: MultitaskPromptTuningInit | str = field(
-        default=MultitaskPromptTuningInit.RANDOM, metadata={"help": "How prompt and task matrices start."}
+    prompt_tuning_init: MultitaskPromptTuningInit | str = option(
+        MultitaskPromptTuningInit.RANDOM, "How prompt and task matrices start."
     )
-    prompt_tuning_init_state_dict_path: str | None = field(
-        default=None, metadata={"help": "Folder or file of the adapter to start from."}
-    )
-    prompt_tuning_init_task: int | None = field(default=0, metadata={"help": "Task of that adapter to start from."})
-    num_ranks: int | None = field(default=1, metadata={"help": "Rank of the matrix of a task."})
-    num_tasks: int | None = field(default=1, metadata={"help": "Number of tasks."})
+    prompt_tuning_init_state_dict_path: str | None = option(None, "Folder or file of the adapter to start from.")
+    prompt_tuning_init_task: int | None = option(0, "Task of that adapter to start from.")
+    num_ranks: int | None = option(1, "Rank of the matrix of a task.")
+    num_tasks: int | None = option(1, "Number of tasks.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

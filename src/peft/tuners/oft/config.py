@@ -2,20 +2,17 @@
 # peft: the fork in which tied weights stay tied
 """Config of OFT."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...config import TyingConfig, check_layer_selection
+from ...config import TyingConfig
+from ...configs.checks import check_layer_selection
+from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
 
 
 # the series has long converged, or never will
 MOST_TERMS = 1_000
-
-
-def _option(default: Any, text: str) -> Any:
-    """A dataclass field with a help text."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -54,24 +51,22 @@ class OFTConfig(TyingConfig):
         16
     """
 
-    r: int = _option(0, "Number of blocks; either this or oft_block_size is 0.")
-    oft_block_size: int = _option(32, "Features per block; either this or r is 0.")
-    module_dropout: float = _option(0.0, "Share of the blocks that are left unturned while training.")
-    target_modules: list[str] | str | None = _option(
-        None, "Names of the modules to adapt (list), a regular expression, or 'all-linear'."
-    )
-    fan_in_fan_out: bool = _option(False, "Whether the layer keeps its weight as (in, out).")
-    bias: Literal["none", "all", "oft_only"] = _option("none", "Which of the base model's biases to train.")
-    exclude_modules: list[str] | str | None = _option(None, "Modules to leave out: list or regular expression.")
-    init_weights: bool = _option(True, "Start without a turn; False starts at random.")
-    layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt.")
-    layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers that the indices count.")
-    modules_to_save: list[str] | None = _option(None, "Names of modules that are trained and saved in full.")
-    coft: bool = _option(False, "Keep the turns small (constrained OFT).")
-    eps: float = _option(6e-5, "For coft: greatest norm of the skew-symmetric matrices together.")
-    block_share: bool = _option(False, "Use one block for all.")
-    use_cayley_neumann: bool = _option(True, "Sum a series in place of a matrix inverse.")
-    num_cayley_neumann_terms: int = _option(5, "Terms of the series.")
+    r: int = option(0, "Number of blocks; either this or oft_block_size is 0.")
+    oft_block_size: int = option(32, "Features per block; either this or r is 0.")
+    module_dropout: float = option(0.0, "Share of the blocks that are left unturned while training.")
+    target_modules: Names = shared_field("target_modules")
+    fan_in_fan_out: bool = shared_field("fan_in_fan_out")
+    bias: Literal["none", "all", "oft_only"] = shared_field("bias")
+    exclude_modules: Names = shared_field("exclude_modules")
+    init_weights: bool = option(True, "Start without a turn; False starts at random.")
+    layers_to_transform: Indices = shared_field("layers_to_transform")
+    layers_pattern: Names = shared_field("layers_pattern")
+    modules_to_save: list[str] | None = shared_field("modules_to_save")
+    coft: bool = option(False, "Keep the turns small (constrained OFT).")
+    eps: float = option(6e-5, "For coft: greatest norm of the skew-symmetric matrices together.")
+    block_share: bool = option(False, "Use one block for all.")
+    use_cayley_neumann: bool = option(True, "Sum a series in place of a matrix inverse.")
+    num_cayley_neumann_terms: int = option(5, "Terms of the series.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,10 +2,11 @@
 # peft: the fork in which tied weights stay tied
 """Config of P-tuning."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from ...config import PromptLearningConfig
+from ...configs.fields import option
 from ...registry import PeftType
 
 
@@ -35,12 +36,12 @@ class PromptEncoderConfig(PromptLearningConfig):
         'MLP'
     """
 
-    encoder_reparameterization_type: str | PromptEncoderReparameterizationType = field(
-        default=PromptEncoderReparameterizationType.MLP, metadata={"help": "Network that computes the prompt."}
+    encoder_reparameterization_type: str | PromptEncoderReparameterizationType = option(
+        PromptEncoderReparameterizationType.MLP, "Network that computes the prompt."
     )
-    encoder_hidden_size: int | None = field(default=None, metadata={"help": "Width of its hidden layers."})
-    encoder_num_layers: int = field(default=2, metadata={"help": "Number of LSTM layers."})
-    encoder_dropout: float = field(default=0.0, metadata={"help": "Probability of dropout between LSTM layers."})
+    encoder_hidden_size: int | None = option(None, "Width of its hidden layers.")
+    encoder_num_layers: int = option(2, "Number of LSTM layers.")
+    encoder_dropout: float = option(0.0, "Probability of dropout between LSTM layers.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,10 +2,11 @@
 # peft: the fork in which tied weights stay tied
 """Config of prefix tuning."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ...config import PromptLearningConfig
+from ...configs.fields import option
 from ...registry import PeftType
 
 
@@ -27,9 +28,9 @@ class PrefixTuningConfig(PromptLearningConfig):
         False
     """
 
-    init_weights: Literal["zero"] | None = field(default=None, metadata={"help": "How keys and values start."})
-    encoder_hidden_size: int | None = field(default=None, metadata={"help": "Width of the network's hidden layer."})
-    prefix_projection: bool = field(default=False, metadata={"help": "Compute the prefix by a network in training."})
+    init_weights: Literal["zero"] | None = option(None, "How keys and values start.")
+    encoder_hidden_size: int | None = option(None, "Width of the network's hidden layer.")
+    prefix_projection: bool = option(False, "Compute the prefix by a network in training.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

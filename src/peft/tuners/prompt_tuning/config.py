@@ -2,10 +2,11 @@
 # peft: the fork in which tied weights stay tied
 """Config of prompt tuning."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from ...config import PromptLearningConfig
+from ...configs.fields import option
 from ...registry import PeftType
 
 
@@ -39,12 +40,10 @@ class PromptTuningConfig(PromptLearningConfig):
         True
     """
 
-    prompt_tuning_init: PromptTuningInit | str = field(
-        default=PromptTuningInit.RANDOM, metadata={"help": "How the prompt starts."}
-    )
-    prompt_tuning_init_text: str | None = field(default=None, metadata={"help": "Text that the prompt starts from."})
-    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer for that text."})
-    tokenizer_kwargs: dict | None = field(default=None, metadata={"help": "Arguments for loading the tokenizer."})
+    prompt_tuning_init: PromptTuningInit | str = option(PromptTuningInit.RANDOM, "How the prompt starts.")
+    prompt_tuning_init_text: str | None = option(None, "Text that the prompt starts from.")
+    tokenizer_name_or_path: str | None = option(None, "Tokenizer for that text.")
+    tokenizer_kwargs: dict | None = option(None, "Arguments for loading the tokenizer.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

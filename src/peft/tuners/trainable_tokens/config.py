@@ -5,6 +5,7 @@
 from dataclasses import dataclass, field
 
 from ...config import TyingConfig
+from ...configs.fields import option
 from ...registry import PeftType
 
 
@@ -30,10 +31,8 @@ class TrainableTokensConfig(TyingConfig):
     """
 
     token_indices: list[int] = field(default_factory=list, metadata={"help": "Ids of the tokens to train."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the embeddings, or a regular expression."}
-    )
-    init_weights: bool = field(default=True, metadata={"help": "Start from the rows of the base model."})
+    target_modules: list[str] | str | None = option(None, "Names of the embeddings, or a regular expression.")
+    init_weights: bool = option(True, "Start from the rows of the base model.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

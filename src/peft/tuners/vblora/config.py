@@ -2,9 +2,11 @@
 # peft: the fork in which tied weights stay tied
 """Config of VB-LoRA."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ...config import TyingConfig, check_layer_selection
+from ...config import TyingConfig
+from ...configs.checks import check_layer_selection
+from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
 
 
@@ -42,35 +44,23 @@ class VBLoRAConfig(TyingConfig):
         2
     """
 
-    r: int = field(default=4, metadata={"help": "Rank of the factors."})
-    num_vectors: int = field(default=256, metadata={"help": "Vectors in the bank."})
-    vector_length: int = field(default=256, metadata={"help": "Length of a vector; divides the layers' sizes."})
-    topk: int = field(default=2, metadata={"help": "Vectors that are mixed for each piece of a factor."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the modules to adapt (list), a regular expression, or 'all-linear'."}
+    r: int = option(4, "Rank of the factors.")
+    num_vectors: int = option(256, "Vectors in the bank.")
+    vector_length: int = option(256, "Length of a vector; divides the layers' sizes.")
+    topk: int = option(2, "Vectors that are mixed for each piece of a factor.")
+    target_modules: Names = shared_field("target_modules")
+    exclude_modules: Names = shared_field("exclude_modules")
+    save_only_topk_weights: bool = option(
+        False, "Save only what inference needs; training cannot go on from such a file."
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out: list or regular expression."}
-    )
-    save_only_topk_weights: bool = field(
-        default=False, metadata={"help": "Save only what inference needs; training cannot go on from such a file."}
-    )
-    vblora_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of dropping an input of A, while training."}
-    )
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether layers keep their weights as (in, out)."})
-    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'vblora_only'."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Names of modules that are trained and saved in full."}
-    )
-    init_vector_bank_bound: float = field(default=0.02, metadata={"help": "Bound of the bank's entries at the start."})
-    init_logits_std: float = field(default=0.1, metadata={"help": "Deviation of the logits at the start."})
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that the indices count."}
-    )
+    vblora_dropout: float = option(0.0, "Probability of dropping an input of A, while training.")
+    fan_in_fan_out: bool = shared_field("fan_in_fan_out")
+    bias: str = shared_field("bias")
+    modules_to_save: list[str] | None = shared_field("modules_to_save")
+    init_vector_bank_bound: float = option(0.02, "Bound of the bank's entries at the start.")
+    init_logits_std: float = option(0.1, "Deviation of the logits at the start.")
+    layers_to_transform: Indices = shared_field("layers_to_transform")
+    layers_pattern: Names = shared_field("layers_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,9 +2,11 @@
 # peft: the fork in which tied weights stay tied
 """Config of VeRA."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ...config import TyingConfig, check_layer_selection
+from ...config import TyingConfig
+from ...configs.checks import check_layer_selection
+from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
 from ...utils.warning import warn
 
@@ -40,28 +42,18 @@ class VeraConfig(TyingConfig):
         0
     """
 
-    r: int = field(default=256, metadata={"help": "Rank of the projections."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the modules to adapt (list), a regular expression, or 'all-linear'."}
-    )
-    projection_prng_key: int = field(default=0, metadata={"help": "Seed from which the projections are drawn."})
-    save_projection: bool = field(default=True, metadata={"help": "Write the projections to checkpoints."})
-    vera_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of dropping an input of A, while training."}
-    )
-    d_initial: float = field(default=0.1, metadata={"help": "What the entries of d start with."})
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether layers keep their weights as (in, out)."})
-    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'vera_only'."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Names of modules that are trained and saved in full."}
-    )
-    init_weights: bool = field(default=True, metadata={"help": "Start with vectors that change nothing."})
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that the indices count."}
-    )
+    r: int = option(256, "Rank of the projections.")
+    target_modules: Names = shared_field("target_modules")
+    projection_prng_key: int = option(0, "Seed from which the projections are drawn.")
+    save_projection: bool = option(True, "Write the projections to checkpoints.")
+    vera_dropout: float = option(0.0, "Probability of dropping an input of A, while training.")
+    d_initial: float = option(0.1, "What the entries of d start with.")
+    fan_in_fan_out: bool = shared_field("fan_in_fan_out")
+    bias: str = shared_field("bias")
+    modules_to_save: list[str] | None = shared_field("modules_to_save")
+    init_weights: bool = option(True, "Start with vectors that change nothing.")
+    layers_to_transform: Indices = shared_field("layers_to_transform")
+    layers_pattern: Names = shared_field("layers_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()

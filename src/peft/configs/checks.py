@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Checks of the values that users give to fields."""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from ..utils.error import PeftValueError
+from ..utils.near_names import did_you_mean, nearest
+from ..utils.patterns import compiled
+
+
+# fields that choose layers by index
+LAYER_FIELDS = ("layers_to_transform", "layers_pattern")
+
+
+def check_layer_selection(config: Any, refused_with_pattern: Iterable[str] = LAYER_FIELDS) -> None:
+    """
+    Check the fields that choose layers by index, and turn lists of names into sets.
+
+    Args:
+        config: a config with `target_modules`, `layers_to_transform` and `layers_pattern`.
+        refused_with_pattern: fields that the method does not allow where `target_modules` is a regular expression.
+
+    Raises:
+        ValueError: if the fields contradict each other, or a pattern is not a regular expression.
+    """
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name, None)
+        if value is not None and not isinstance(value, str):
+            check_names(name, value)
+        if isinstance(value, (list, tuple)):
+            setattr(config, name, set(value))
+        elif isinstance(value, str):
+            check_pattern(name, value)
+    if isinstance(config.target_modules, str):
+        for name in refused_with_pattern:
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"{name} has no effect where target_modules is a regular expression; choose the layers in "
+                    "target_modules itself, or give target_modules as a list"
+                )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("layers_pattern was given without layers_to_transform; give the indices of the layers too")
+
+
+def check_names(name: str, value: Any) -> None:
+    """Check that a field holds a collection of names."""
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(entry, str) for entry in value):
+        raise TypeError(f"{name} must be a list of names, found {value!r}")
+
+
+def check_types(config: Any, expected: dict[str, tuple[type, ...]]) -> None:
+    """
+    Check that fields hold what they are declared as.
+
+    Args:
+        config: a config.
+        expected: field -> types that it may have; None is always allowed.
+
+    Raises:
+        TypeError: for the first field that does not fit.
+    """
+    for name, types in expected.items():
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, types):
+            names = " or ".join(kind.__name__ for kind in types)
+            raise TypeError(f"{name} must be {names}, found {value!r}")
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Check that a field holds a regular expression that compiles, and that can be matched in bounded time."""
+    try:
+        compiled(pattern)
+    except PeftValueError as error:
+        raise ValueError(f"{name}={error}") from error
+
+
+def refuse_unknown_fields(cls: type, values: Iterable[str]) -> None:
+    """Refuse a keyword that a config does not take."""
+    parameters = inspect.signature(cls.__init__).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in values:
+        if name not in parameters:
+            near = nearest(name, cls.__dataclass_fields__, most=1)
+            raise TypeError(f"{cls.__name__} has no field {name!r}{did_you_mean(near)}")
