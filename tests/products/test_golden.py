@@ -35,12 +35,34 @@ METHODS = {getattr(method, "value", method) for method in PEFT_TYPE_TO_CONFIG_MA
 
 # Once a method is registered it has to leave this list, and its cases enter the tests by themselves.
 METHODS_NOT_IMPLEMENTED = {
-    "ADAMSS", "ADAPTION_PROMPT", "BEFT", "C3A", "CARTRIDGE", "CPT", "DEFT", "DELORA",
-    "FROD", "GLORA", "GRALORA", "HIRA", "LILY", "MISS",
-    "OSF", "PEANUT", "POLY", "PSOFT", "PVERA",
-    "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA",
+    "ADAMSS",
+    "ADAPTION_PROMPT",
+    "BEFT",
+    "C3A",
+    "CARTRIDGE",
+    "CPT",
+    "DEFT",
+    "DELORA",
+    "FROD",
+    "GLORA",
+    "GRALORA",
+    "HIRA",
+    "LILY",
+    "MISS",
+    "OSF",
+    "PEANUT",
+    "POLY",
+    "PSOFT",
+    "PVERA",
+    "RANDLORA",
+    "ROAD",
+    "SHADOW",
+    "SHIRA",
+    "SUPERTUNING",
+    "TINYLORA",
+    "UNILORA",
     "WAVEFT",
-}  # fmt: skip
+}
 
 Condition = Callable[[str, list[dict]], bool]
 
