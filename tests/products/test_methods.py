@@ -157,6 +157,10 @@ class Cell:
         """Say whether the method declares this kind."""
         return isinstance(KINDS[self.kind].make(), tuple(self.tuner_cls.layer_classes))
 
+    def has_layout(self) -> bool:
+        """Say whether the config has a field for how weights are stored."""
+        return "fan_in_fan_out" in PEFT_TYPE_TO_CONFIG_MAPPING[self.name].__dataclass_fields__
+
     def is_usual(self) -> bool:
         """Say whether the cell is part of the default run; the others are much of the same."""
         return (self.kind, self.type_name) in (ALWAYS if self.method == self.name else ALWAYS_WITH_VARIANTS)
@@ -168,11 +172,10 @@ class Cell:
 
     def config(self, **changes: Any) -> Any:
         """Make the config, with what the method needs."""
-        config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[self.name]
         values = {"target_modules": ["one", "two"], **OPTIONS.get(self.name, {}), **VARIANTS.get(self.method, {})}
-        if "fan_in_fan_out" in config_cls.__dataclass_fields__:
+        if self.has_layout():
             values["fan_in_fan_out"] = self.kind == "transposed_linear"
-        return config_cls(**{**values, **changes})
+        return PEFT_TYPE_TO_CONFIG_MAPPING[self.name](**{**values, **changes})
 
     def fresh(self, **options: Any) -> PeftModel:
         """Put an adapter into a new model, in eval mode."""
@@ -659,6 +662,16 @@ def undeclared_cells() -> list[Any]:
     ]
 
 
+def cells_with_layout() -> list[Any]:
+    """Linear layers of methods whose configs say in which of two ways weights are stored."""
+    plain = [cell for cell in cells() if cell.is_declared() and cell.method == cell.name]
+    return [
+        parameter(cell)
+        for cell in plain
+        if cell.kind in ("linear", "transposed_linear") and cell.type_name == "float32" and cell.has_layout()
+    ]
+
+
 @pytest.fixture(autouse=True)
 def warnings_are_errors() -> Iterator[None]:
     """Nothing warns, but for what is tested."""
@@ -687,6 +700,15 @@ def test_merging_is_refused(cell: Cell) -> None:
     for merging in (model.merge_adapter, model.merge_and_unload):
         with refused(model, (), cell.exception(NOT_MERGEABLE)):
             merging()
+
+
+@pytest.mark.parametrize("cell", cells_with_layout())
+def test_layout_is_read_from_the_layers(cell: Cell) -> None:
+    right = cell.kind == "transposed_linear"
+    config = cell.config(fan_in_fan_out=not right)
+    with pytest.warns(PeftWarning, match=f"fan_in_fan_out={not right} does not fit .*; {right} is used"):
+        model = get_peft_model(copy.deepcopy(cell.base), config)
+    assert (model.peft_config["default"].fan_in_fan_out, config.fan_in_fan_out) == (right, not right)
 
 
 @pytest.mark.parametrize("cell", undeclared_cells())

@@ -42,7 +42,7 @@ def test_layers_of_one_shape_have_the_same_places() -> None:
     net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     config = FourierFTConfig(target_modules=["0", "1", "2"], n_frequency=5, n_frequency_pattern={"0": 9})
     get_peft_model(net, config)
-    places = [layer.tensors("default").places for layer in net]
+    places = [layer.indices["default"] for layer in net]
     assert torch.equal(places[1], places[2])
     assert [layer.fourierft_n_frequency["default"] for layer in net] == [9, 5, 5]
 
@@ -55,7 +55,11 @@ def test_start() -> None:
     net = nn.Sequential(base)
     get_peft_model(net, FourierFTConfig(target_modules=["0"], n_frequency=7))
     assert torch.equal(net[0].fourierft_spectrum["default"], drawn)
+    following = torch.rand(1)
     assert not adapted(nn.Linear(6, 4), init_weights=True).fourierft_spectrum["default"].any()
+    torch.manual_seed(3)
+    get_peft_model(nn.Sequential(base), FourierFTConfig(target_modules=["0"], n_frequency=7, init_weights=True))
+    assert torch.equal(torch.rand(1), following)
     net[0].reset_fourier_parameters("default")
     assert not net[0].fourierft_spectrum["default"].any()
 
@@ -64,3 +68,19 @@ def test_start() -> None:
 def test_number_that_does_not_fit_is_refused(n: int) -> None:
     with pytest.raises(ValueError, match="at most 24"):
         adapted(nn.Linear(6, 4), n_frequency=n)
+
+
+def test_places_are_shown_and_not_saved() -> None:
+    layer = adapted(nn.Linear(6, 4), random_loc_seed=5)
+    chosen = torch.randperm(24, generator=torch.Generator().manual_seed(5))[:7]
+    assert list(layer.indices) == ["default"]
+    assert torch.equal(layer.indices["default"], torch.stack((chosen // 6, chosen % 6)))
+    assert list(layer.state_dict()) == ["base_layer.weight", "base_layer.bias", "fourierft_spectrum.default"]
+    with pytest.raises(KeyError):
+        layer.indices["other"]
+
+
+def test_biases_of_targets_are_trained() -> None:
+    assert adapted(nn.Linear(6, 4), bias="fourier_only").base_layer.bias.requires_grad
+    with pytest.raises(NotImplementedError, match="bias='fourier'"):
+        adapted(nn.Linear(6, 4), bias="fourier")

@@ -36,7 +36,8 @@ SIZES = {"emb": 12, "conv": (8, 10), "lin": (10, 6), "head": (6, 4)}
 
 def adapted(net: nn.Module, targets: list[str], feedforward: list[str], **fields: object) -> PeftModel:
     """IA3 with random factors."""
-    config = IA3Config(target_modules=targets, feedforward_modules=feedforward, init_ia3_weights=False, **fields)
+    fields = {"init_ia3_weights": False, "fan_in_fan_out": targets == ["conv"], **fields}
+    config = IA3Config(target_modules=targets, feedforward_modules=feedforward, **fields)
     return get_peft_model(net, config, adapter_name="one").eval()
 
 
@@ -98,7 +99,7 @@ def test_merge_and_back(make: object) -> None:
     """The merged model computes the same; unmerging gives the weights back."""
     net = make()
     before = {name: parameter.clone() for name, parameter in net.named_parameters()}
-    model = get_peft_model(net, IA3Config()).eval()
+    model = get_peft_model(net, IA3Config(fan_in_fan_out=make is gpt2)).eval()
     randomise(model, "ia3_")
     expected = logits(model, token_ids())
     model.merge_adapter()
@@ -140,7 +141,8 @@ def test_mixed_batch() -> None:
     """Each sample gets the factors of its adapter."""
     net = kinds()
     model = adapted(net, ["lin", "head"], ["head"])
-    model.add_adapter("two", IA3Config(target_modules=["conv"], feedforward_modules=[], init_ia3_weights=False))
+    config = IA3Config(target_modules=["conv"], feedforward_modules=[], init_ia3_weights=False, fan_in_fan_out=True)
+    model.add_adapter("two", config)
     ids = torch.randint(0, 12, (3, 4))
     mixed = logits(model, ids, adapter_names=["two", "__base__", "one"])
     for row, name in enumerate(["two", None, "one"]):

@@ -46,6 +46,7 @@ pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
 def adapted(base: nn.Module, *targets: str, name: str = "default", **fields: object) -> PeftModel:
     """VB-LoRA with logits and vectors that have an effect."""
     config = {"r": 3, "num_vectors": 7, "vector_length": 2, "target_modules": list(targets), **fields}
+    config["fan_in_fan_out"] = targets == ("conv",)
     model = get_peft_model(base, VBLoRAConfig(**config), adapter_name=name).eval()
     randomise(model, "vblora_")
     return model

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..anatomy.all_linear import all_linear_names
-from ..anatomy.kinds import can_use_weight, gives_features, is_quantized_linear
+from ..anatomy.kinds import can_use_weight, gives_features, is_quantized_linear, stores_weight_transposed
 from ..anatomy.matching import (
     Targets,
     ends_like,
@@ -134,6 +135,7 @@ class Targeting:
         ties = config.target_modules_to_tie or {}
         names = with_ties(matched, ties)
         self._check_targets(model, config, names)
+        self._believe_layers(config, [modules[name] for name in names])
         targets = {name: modules[name] for name in self._with_parts(names, modules, all_names)}
         for name, module in targets.items():
             self._check_kind(module, name, follows=name in ties)
@@ -151,9 +153,11 @@ class Targeting:
                 f"adapter {adapter_name!r} trains the base model's biases (bias={config.bias!r}), and so does "
                 f"{bias[0]!r}; biases exist once. Use bias='none' for all adapters but one"
             )
-        allowed = dict.fromkeys(("none", "all", f"{config.peft_type.lower()}_only", f"{self.prefix}only"))
-        if getattr(config, "bias", "none") not in allowed:
-            raise PeftNotImplementedError(f"bias={config.bias!r} is not known; choose one of {', '.join(allowed)}")
+        which = getattr(config, "bias", "none")
+        # files of the released package have other names than that of the method before `_only`
+        if which not in ("none", "all") and not (isinstance(which, str) and which.endswith("_only")):
+            method = f"{config.peft_type.lower()}_only"
+            raise PeftNotImplementedError(f"bias={which!r} is not known; choose one of none, all, {method}")
 
     def _resolve_targets(self, model: nn.Module, config: PeftConfig) -> None:
         """Replace a target that was left out, or a shorthand, by the names of modules."""
@@ -378,6 +382,17 @@ class Targeting:
     def _check_targets(self, model: nn.Module, config: PeftConfig, names: list[str]) -> None:
         """Warn about or refuse targets, before anything is changed. Methods may extend it."""
         return
+
+    def _believe_layers(self, config: PeftConfig, targets: list[nn.Module]) -> None:
+        """Set `fan_in_fan_out` to what the linear targets say, where all of them say the same; others have no say."""
+        layers = map(unwrapped, targets)
+        transposed = {stores_weight_transposed(layer) for layer in layers if isinstance(layer, (nn.Linear, Conv1D))}
+        if hasattr(config, "fan_in_fan_out") and transposed == {not config.fan_in_fan_out}:
+            config.fan_in_fan_out = not config.fan_in_fan_out
+            warn(
+                f"fan_in_fan_out={not config.fan_in_fan_out} does not fit the targets, which store their weights as "
+                f"{'(in, out)' if config.fan_in_fan_out else '(out, in)'}; {config.fan_in_fan_out} is used"
+            )
 
     def _layer_class(self, target: nn.Module) -> type[BaseTunerLayer] | None:
         """Find the layer for a kind of base layer."""

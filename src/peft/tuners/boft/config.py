@@ -26,7 +26,7 @@ class BOFTConfig(TyingConfig):
             expression that must match the whole name, or "all-linear". Left out, the model type decides.
         exclude_modules: modules to leave out, as a list or a regular expression.
         boft_dropout: share of the blocks of one factor, chosen at random, that are left unturned while training.
-        fan_in_fan_out: whether the layer keeps its weight as (in, out).
+        fan_in_fan_out: whether layers keep their weights as (in, out); corrected, with a warning, where they do not.
         bias: which of the base model's biases to train: "none", "all" or "boft_only".
         modules_to_save: names of modules that are trained and saved in full.
         init_weights: True starts without a turn, False at random, for tests.

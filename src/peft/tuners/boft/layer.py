@@ -18,7 +18,7 @@ from ..base import BaseTunerLayer as BaseTunerLayer
 from ..declared.layers import with_values
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained
-from ..families.rotations import RotationModel, ScaledRotationLayer, cayley, full_precision
+from ..families.rotations import ScaledRotationLayer, cayley, full_precision
 from .config import BOFTConfig
 from .maths import Butterfly, ReleasedFunctions, check_factors, drop_blocks, number_of_factors
 from .maths import FastBlockDiag as FastBlockDiag
@@ -62,7 +62,6 @@ class ButterflyLayer(ReleasedFunctions, ScaledRotationLayer):
     targets=TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING,
     settings={"boft_block_size": "boft_block_size", "boft_block_num": "boft_block_num"},
     rule=ButterflyLayer,
-    model=RotationModel,
 )
 class BOFT:
     """A layer whose inputs are rotated and whose outputs are scaled; of convolutions the rows of the weight are."""

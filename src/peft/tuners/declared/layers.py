@@ -73,6 +73,44 @@ def with_values(config: PeftConfig, values: Mapping[str, Any]) -> PeftConfig:
     return copied
 
 
+class FrozenView(Mapping):
+    """
+    One tensor that configs tell, of all adapters of a layer that have it, by adapter name.
+
+    Args:
+        layer: the layer.
+        name: name of the tensor in the functions.
+    """
+
+    def __init__(self, layer: "DeclaredLayer", name: str) -> None:
+        self._layer, self._name = layer, name
+
+    def __getitem__(self, adapter: str) -> torch.Tensor:
+        tensor = self._layer.frozen(adapter, self._name) if adapter in self._layer.settings else None
+        if tensor is None:
+            raise KeyError(adapter)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return (adapter for adapter in self._layer.settings if adapter in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def frozen_tensor(name: str) -> property:
+    """
+    Give an attribute of layers that shows a tensor that configs tell by adapter name.
+
+    Args:
+        name: name of the tensor in the functions.
+    """
+    return property(lambda layer: FrozenView(layer, name))
+
+
 # ------------------------------------------------------------------------------------------------------------- layers
 class DeclaredLayer(BaseTunerLayer):
     """

@@ -26,6 +26,7 @@ from .layers import (
     DeclaredAdditive,
     DeclaredReplacement,
     DeclaredWeight,
+    frozen_tensor,
     setting,
 )
 from .tensors import Kept, Trained, shape_of
@@ -246,6 +247,9 @@ def _declare_tensors(layer: type[BaseTunerLayer], declared: type, attributes: di
     own = [name for name in attributes if name not in shared]
     layer.tensor_names = attributes
     layer.adapter_layer_names = tuple(attributes[name] for name in own if name not in frozen)
+    for name in own:
+        if name in frozen:
+            setattr(layer, attributes[name], frozen_tensor(name))
     layer.shared_layer_names = tuple(attributes[name] for name in attributes if name in shared)
     buffers = {
         attributes[name]: SharedBuffers if name in shared else partial(BufferDict, persistent=True)

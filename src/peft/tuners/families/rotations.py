@@ -3,22 +3,18 @@
 """What OFT, BOFT and HRA share: matrices that are multiplied from the right without being built, and their rule."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ...anatomy.kinds import stores_weight_transposed
 from ...anatomy.offload import tensor_of
-from ...anatomy.walking import unwrapped
 from ...config import PeftConfig
 from ...utils.error import PeftNotImplementedError
 from ...utils.warning import warn
 from ..declared.layers import DeclaredWeight
-from ..declared.method import DeclaredModel
 
 
 # ------------------------------------------------------------------------------------------------------------- math
@@ -269,14 +265,3 @@ class ScaledRotationLayer(RotationLayer):
     def _scale_of_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         scale = self.tensors(adapter).s.flatten()
         return scale if stores_weight_transposed(self.get_base_layer()) else scale.view(-1, *[1] * (weight.dim() - 1))
-
-
-class RotationModel(DeclaredModel):
-    """What the models of these methods share; the arguments are those of `BaseTuner`."""
-
-    def _check_targets(self, model: nn.Module, config: PeftConfig, names: Sequence[str]) -> None:
-        """Believe the layers, not the config, in how weights are stored."""
-        layers = [unwrapped(model.get_submodule(name)) for name in names]
-        if getattr(config, "fan_in_fan_out", False) and not any(isinstance(layer, Conv1D) for layer in layers):
-            config.fan_in_fan_out = False
-            warn("fan_in_fan_out=True does not fit the targets, which store their weights as (out, in); False is used")

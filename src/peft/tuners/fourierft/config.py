@@ -19,7 +19,7 @@ class FourierFTConfig(TyingConfig):
         n_frequency: number of coefficients that are trained per layer, at most the number of the weight's entries.
         scaling: what the transform is multiplied by.
         random_loc_seed: seed from which the places of the coefficients are drawn; layers of one shape have the same.
-        fan_in_fan_out: kept for files of the released package; the layers are asked how they store their weights.
+        fan_in_fan_out: whether layers keep their weights as (in, out); corrected, with a warning, where they do not.
         target_modules: names of the modules to adapt: a list of names (or their endings, from a dot on), a regular
             expression that must match the whole name, or "all-linear". Left out, the model type decides.
         exclude_modules: modules to leave out, as a list or a regular expression.

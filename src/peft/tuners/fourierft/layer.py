@@ -40,6 +40,7 @@ class SpectralLayer(DeclaredAdditive):
         "fourierft_scaling": "scaling",
         "fourierft_random_loc_seed": "random_loc_seed",
     },
+    names={"places": "indices"},
     rule=SpectralLayer,
 )
 class FourierFT:
@@ -62,10 +63,10 @@ class FourierFT:
             chosen = torch.randperm(out * inputs, generator=generator)[:n]
             return torch.stack((chosen // inputs, chosen % inputs))
 
-        return {
-            "spectrum": Trained((n,), nn.init.zeros_ if c.init_weights else nn.init.normal_),
-            "places": Frozen(places),
-        }
+        def start(spectrum: torch.Tensor) -> None:
+            nn.init.normal_(spectrum).mul_(not c.init_weights)  # what is drawn after it does not depend on the start
+
+        return {"spectrum": Trained((n,), start), "places": Frozen(places)}
 
     def delta(t: Tensors, shape: Shape, c: FourierFTConfig) -> torch.Tensor:
         """Transform the spectrum, (out, in); transforms know no half precision."""

@@ -15,7 +15,7 @@ from ..base import BaseTunerLayer as BaseTunerLayer
 from ..declared.layers import with_values
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained
-from ..families.rotations import RotationLayer, RotationModel, full_precision
+from ..families.rotations import RotationLayer, full_precision
 from .config import HRAConfig
 from .maths import Reflections, orthogonal_reflections, reflections
 
@@ -65,7 +65,6 @@ class ReflectingLayer(RotationLayer):
     targets=TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING,
     settings={"hra_r": "r", "hra_apply_GS": "apply_GS"},
     rule=ReflectingLayer,
-    model=RotationModel,
 )
 class HRA:
     """A layer whose inputs are reflected; of convolutions the rows of the weight are."""

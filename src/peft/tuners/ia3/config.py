@@ -21,7 +21,7 @@ class IA3Config(TyingConfig):
         exclude_modules: modules to leave out, as a list or a regular expression.
         feedforward_modules: those of the targets whose inputs are scaled, as a list or a regular expression; of the
             others the outputs are. Left out, the model type decides.
-        fan_in_fan_out: kept for files of the released package; the layers are asked how they store their weights.
+        fan_in_fan_out: whether layers keep their weights as (in, out); corrected, with a warning, where they do not.
         modules_to_save: names of modules that are trained and saved in full.
         init_ia3_weights: True starts with factors of 1, which change nothing; False at random, for tests.
 

@@ -264,7 +264,7 @@ class LoraConfig(PeftConfig):
         exclude_modules: modules to leave out, as a list or a regular expression.
         lora_alpha: the factors' product is scaled by lora_alpha / r.
         lora_dropout: probability of dropping an input of factor A, while training.
-        fan_in_fan_out: whether the layer keeps its weight as (in, out).
+        fan_in_fan_out: whether layers keep their weights as (in, out); corrected, with a warning, where they do not.
         bias: which of the base model's biases to train: "none", "all" or "lora_only".
         use_rslora: scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732).
         modules_to_save: names of modules that are trained and saved in full.

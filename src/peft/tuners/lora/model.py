@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ...anatomy.kinds import stores_weight_transposed
 from ...anatomy.walking import base_parameters, unwrapped
 from ...checkpoints.state_dict import collect_tensors
 from ...config import PeftConfig
@@ -21,7 +19,6 @@ from ...utils.constants import (
 )
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.integrations import changes_weights_while_loading
-from ...utils.warning import warn
 from ..base import BaseTuner
 from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig
@@ -188,16 +185,8 @@ class LoraModel(BaseTuner):
         return without_start(output_state_dict, {f"base_model.{key}": tensor for key, tensor in start.items()})
 
     def _check_targets(self, model: nn.Module, config: LoraConfig, names: list[str]) -> None:
-        """Refuse what fused kernels pass by; believe the layers, not the config, in how weights are stored."""
+        """Refuse what fused kernels pass by, and starts that the base weights do not allow."""
         self._check_fused_kernels(model, config, names)
-        layers = [unwrapped(model.get_submodule(name)) for name in names]
-        transposed = {stores_weight_transposed(layer) for layer in layers if isinstance(layer, (nn.Linear, Conv1D))}
-        if transposed == {not config.fan_in_fan_out}:
-            config.fan_in_fan_out = not config.fan_in_fan_out
-            warn(
-                f"fan_in_fan_out={not config.fan_in_fan_out} does not fit the targets, which store their weights as "
-                f"{'(in, out)' if config.fan_in_fan_out else '(out, in)'}; {config.fan_in_fan_out} is used"
-            )
         self._check_start(model, config, {name: model.get_submodule(name) for name in names})
 
     def _check_fused_kernels(self, model: nn.Module, config: LoraConfig, names: list[str]) -> None:

@@ -27,7 +27,7 @@ class OFTConfig(TyingConfig):
         module_dropout: share of the blocks that are left unturned, anew for each input, while training.
         target_modules: names of the modules to adapt: a list of names (or their endings, from a dot on), a regular
             expression that must match the whole name, or "all-linear". Left out, the model type decides.
-        fan_in_fan_out: whether the layer keeps its weight as (in, out).
+        fan_in_fan_out: whether layers keep their weights as (in, out); corrected, with a warning, where they do not.
         bias: which of the base model's biases to train: "none", "all" or "oft_only".
         exclude_modules: modules to leave out, as a list or a regular expression.
         init_weights: True starts without a turn, False at random, for tests.

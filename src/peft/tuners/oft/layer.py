@@ -17,7 +17,7 @@ from ..base import BaseTunerLayer as BaseTunerLayer
 from ..declared.layers import with_values
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, TrainedModule
-from ..families.rotations import BlockRotation, RotationLayer, RotationModel
+from ..families.rotations import BlockRotation, RotationLayer
 from .config import OFTConfig
 from .maths import MultiplicativeDropoutLayer as MultiplicativeDropoutLayer
 from .maths import OFTRotationModule, drop_blocks, nearest_divisor
@@ -60,7 +60,6 @@ class BlockRotatingLayer(RotationLayer):
     targets=TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING,
     settings={"r": "r", "oft_block_size": "oft_block_size"},
     rule=BlockRotatingLayer,
-    model=RotationModel,
 )
 class OFT:
     """A layer whose inputs are rotated in blocks; of embeddings the rows that are found."""

@@ -26,7 +26,7 @@ class VBLoRAConfig(TyingConfig):
         save_only_topk_weights: write to checkpoints only which vectors are mixed and with which weights. Files are
             much smaller, but the adapter cannot be trained on from them.
         vblora_dropout: probability of dropping an input of A, while training.
-        fan_in_fan_out: kept for files of the released package; the layers are asked how they store their weights.
+        fan_in_fan_out: whether layers keep their weights as (in, out); corrected, with a warning, where they do not.
         bias: which of the base model's biases to train: "none", "all" or "vblora_only".
         modules_to_save: names of modules that are trained and saved in full.
         init_vector_bank_bound: the bank starts with numbers between minus this and this.

@@ -25,7 +25,7 @@ class VeraConfig(TyingConfig):
             where the same seed gives the same numbers.
         vera_dropout: probability of dropping an input of A, while training.
         d_initial: what the entries of d start with.
-        fan_in_fan_out: kept for files of the released package; the layers are asked how they store their weights.
+        fan_in_fan_out: whether layers keep their weights as (in, out); corrected, with a warning, where they do not.
         bias: which of the base model's biases to train: "none", "all" or "vera_only".
         modules_to_save: names of modules that are trained and saved in full.
         init_weights: True starts with b at zero, which changes nothing; False at random, for tests.
