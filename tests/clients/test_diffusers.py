@@ -227,3 +227,13 @@ def test_pipeline_weighs_adapters(folder, tokenizer):
     assert_close(denoise(pipe.unet), denoise(unet()))
     pipe.delete_adapters("two")
     assert pipe.get_list_adapters() == {"unet": ["one"], "text_encoder": ["one"]}
+
+
+def test_pipeline_loads_after_the_last_adapter_was_deleted(folder, tokenizer):
+    pipe = pipeline(tokenizer)
+    for number, name in enumerate(("one", "two")):
+        pipe.load_lora_weights(folder / name, weight_name="pytorch_lora_weights.safetensors", adapter_name=name)
+        assert pipe.get_active_adapters() == [name]
+        assert_close(denoise(pipe.unet), denoise(adapted(unet(), name, ATTENTION, number)), atol=1e-4)
+        pipe.delete_adapters(name)
+        assert_close(denoise(pipe.unet), denoise(unet()))

@@ -98,3 +98,8 @@ def test_adapters_are_switched_and_deleted(folder, sentences):
     model.delete_adapter("one")
     assert model.active_adapters() == ["two"]
     assert_same(model.encode(sentences), outputs["two"])
+    model.save(str(folder / "two"))
+    model.delete_adapter("two")
+    model.load_adapter(str(folder / "two"), "three")
+    assert model.active_adapters() == ["three"]
+    assert_same(model.encode(sentences), outputs["two"])

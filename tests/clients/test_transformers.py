@@ -138,6 +138,19 @@ def test_adapters_are_switched_and_deleted(route, base, tmp_path):
     assert_close(logits(model, IDS), logits(llama(), IDS))
 
 
+@pytest.mark.parametrize("again", ["one", "two"])
+def test_an_adapter_comes_after_the_last_one_was_deleted(again, base, tmp_path):
+    model = read(base)
+    model.add_adapter(lora("targets"), "one")
+    randomise(model, TRAINED)
+    expected = logits(model, IDS)
+    model.save_pretrained(tmp_path / "one")
+    model.delete_adapter("one")
+    model.load_adapter(str(tmp_path / "one"), again)
+    assert model.active_adapters() == [again]
+    assert_close(logits(model, IDS), expected)
+
+
 def test_adapters_are_enabled_again(base):
     """This holds for adapter layers; transformers 5.24.0 leaves modules_to_save off, whatever peft is used."""
     model = read(base)

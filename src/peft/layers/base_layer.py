@@ -76,7 +76,7 @@ class BaseTunerLayer(MergeableLayer):
             setattr(self, name, self.container_classes.get(name, dict)())
         for name in self.shared_layer_names:
             self._modules[name] = shared[name]
-        self._active_adapter = adapter_name
+        self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, config=config, owner=owner, **arguments)
 
     def _wrap(self, base_layer: nn.Module) -> None:

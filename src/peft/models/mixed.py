@@ -71,9 +71,9 @@ class PeftMixedModel(ModelWrapper):
         return made
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        """Name or names of the active adapters."""
-        return self.base_model.active_adapter
+    def active_adapter(self) -> list[str]:
+        """Names of the active adapters."""
+        return self.base_model.active_adapters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -103,7 +103,7 @@ class PeftMixedModel(ModelWrapper):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """
-        Put another adapter beside those that the model has. It is not active at first.
+        Put another adapter beside those that the model has. It is not active at first, unless it is the only one.
 
         Args:
             adapter_name: its name.

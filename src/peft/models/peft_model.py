@@ -261,7 +261,7 @@ class PeftModel(ModelWrapper):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """
-        Put another adapter beside those that the model has. It is not active at first.
+        Put another adapter beside those that the model has. It is not active at first, unless it is the only one.
 
         Args:
             adapter_name: its name.

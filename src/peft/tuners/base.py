@@ -115,10 +115,11 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         # model too, is left alone
         self.peft_config = {**(present or {}), **{name: copy.copy(config) for name, config in new.items()}}
         self.active_adapter: str | list[str] = adapter_name
+        has_layers = next(adapter_modules(model), None) is not None
         with all_or_nothing(model):
             if new:
                 self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
-            if present and new:
+            if new and has_layers:  # those of adapters that are gone know of none that is active
                 self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
             model.peft_config = self.peft_config
 
@@ -166,6 +167,8 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         """
         Put another adapter beside those that the model has; if it is refused, the model stays as it was.
 
+        It is not active at first, unless it is the only one.
+
         Args:
             adapter_name: its name.
             peft_config: its config; it is not changed.
@@ -173,8 +176,11 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
             autocast_adapter_dtype: keep them in float32 where the base is in half precision.
         """
         with all_or_nothing(self):
+            is_only_one = not self.peft_config
             self.peft_config[adapter_name] = copy.copy(peft_config)
             self.inject_adapter(self.model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            if is_only_one:
+                self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
     @without_collecting
     def inject_adapter(

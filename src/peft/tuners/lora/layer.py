@@ -170,7 +170,7 @@ class WithAdapter:
     ) -> None:
         nn.Module.__init__(self)
         super().__init__(base_layer, **kwargs)
-        self._active_adapter = adapter_name
+        self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
 
