@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,36 @@ def test_weights_file_says_what_wrote_it(tmp_path: Path) -> None:
     with safetensors.safe_open(tmp_path / WEIGHTS, framework="pt") as file:
         assert file.metadata()["format"] == "pt"
         assert set(file.metadata()) == {"format", "sha256"}
+
+
+@dataclass
+class ConfigWithFiles(LoraConfig):
+    """A config as clients have theirs: it writes more than its fields."""
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        (folder / "additional_config.json").write_text(str(self.r))
+        (folder / "data" / "deep").mkdir(parents=True, exist_ok=True)
+        (folder / "data" / "deep" / ".state").write_text(str(self.r))
+        (folder / "empty").mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_whatever_a_config_writes_arrives(tmp_path: Path, safe: bool) -> None:
+    model = get_peft_model(stack(), ConfigWithFiles(r=2, target_modules=["up"]))
+    model.add_adapter("other", ConfigWithFiles(r=3, target_modules=["up"]))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").write_text("stays")
+    for _ in range(2):  # the second save replaces what the first one wrote
+        model.save_pretrained(tmp_path, safe_serialization=safe)
+    weights = WEIGHTS if safe else "adapter_model.bin"
+    written = {CONFIG, weights, "additional_config.json", "data/deep/.state"}
+    assert set(files_below(tmp_path)) == {*written, *(f"other/{name}" for name in written), "data/mine", CARD}
+    for folder, r in ((tmp_path, "2"), (tmp_path / "other", "3")):
+        assert (folder / "additional_config.json").read_text() == (folder / "data/deep/.state").read_text() == r
+        assert (folder / "empty").is_dir()
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
 def test_files_follow_the_umask(tmp_path: Path) -> None:

@@ -89,13 +89,14 @@ def replacing_adapter(folder: str | os.PathLike) -> Iterator[str]:
     """
     Write a config and weights that belong together, and replace those of a folder by them as one.
 
-    Whenever the process ends, the folder holds the old adapter or the new one, as `config_path` finds them.
+    Whenever the process ends, the folder holds the old adapter or the new one, as `config_path` finds them. Other
+    files and folders that were written beside them are put into the folder too, one after the other.
 
     Args:
         folder: an existing folder.
 
     Yields:
-        A folder inside, to write both files to.
+        A folder inside, to write both files to, and any others.
     """
     folder = os.fspath(folder)
     new = tempfile.mkdtemp(prefix=".saving.", dir=folder)
@@ -108,11 +109,21 @@ def replacing_adapter(folder: str | os.PathLike) -> Iterator[str]:
         if weights == WEIGHTS_NAME:  # readers would take the other format
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        _move_files(new, folder)  # whatever else a config of the user's own has written
         os.replace(waiting, os.path.join(folder, CONFIG_NAME))
         for name in filter(_WAITING.fullmatch, os.listdir(folder)):
             os.unlink(os.path.join(folder, name))
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _move_files(source: str, folder: str) -> None:
+    """Move files, also those in folders, to the same places in another folder, where they replace what is there."""
+    for path, _, names in os.walk(source):
+        there = os.path.normpath(os.path.join(folder, os.path.relpath(path, source)))
+        os.makedirs(there, exist_ok=True)
+        for name in names:
+            os.replace(os.path.join(path, name), os.path.join(there, name))
 
 
 def config_path(folder: str) -> tuple[str | None, bool]:
