@@ -100,5 +100,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".planning": ["plan_weight_tying"],
         ".tying.report": ["weight_tying_report"],
         ".utils.warning": ["PeftWarning"],
+        ".utils.constants": ["TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"],
     },
 )

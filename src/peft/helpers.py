@@ -18,6 +18,7 @@ from .models.signatures import update_forward_signature, update_generate_signatu
 from .tuners.lora.layer import LoraLayer
 from .tuners.lora.variants import dora
 from .utils.error import PeftError, PeftTypeError, PeftValueError
+from .utils.old_names import old_names
 
 
 __all__ = [
@@ -174,3 +175,6 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.cast_input_dtype_enabled = enabled
+
+
+__getattr__ = old_names(__name__)

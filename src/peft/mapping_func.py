@@ -14,6 +14,7 @@ from .surgery.slots import without_collecting
 from .surgery.transaction import all_or_nothing
 from .tuners.base import BaseTuner, BaseTunerLayer
 from .utils.error import PeftTypeError
+from .utils.old_names import old_names
 from .utils.warning import warn
 
 
@@ -93,3 +94,6 @@ def get_peft_model(
             autocast_adapter_dtype=autocast_adapter_dtype,
             low_cpu_mem_usage=low_cpu_mem_usage,
         )
+
+
+__getattr__ = old_names(__name__)

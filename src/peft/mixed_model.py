@@ -12,5 +12,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "peft.models.mixed": ["PeftMixedModel"],
         "peft.models.peft_model": ["PeftModel"],
         "peft.tuners.mixed.model": ["MixedModel"],
+        "peft.utils.constants": ["DUMMY_MODEL_CONFIG"],
     },
 )

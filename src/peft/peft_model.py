@@ -30,6 +30,17 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "TaskType",
         ],
         "peft.tuners.base": ["BaseTuner"],
-        "peft.utils.constants": ["DUMMY_MODEL_CONFIG", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME"],
+        "peft.utils.constants": [
+            "DUMMY_MODEL_CONFIG",
+            "SAFETENSORS_WEIGHTS_NAME",
+            "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+            "WEIGHTS_NAME",
+        ],
+        "peft.layers.token_wrapper": ["TrainableTokensWrapper"],
+        "peft.checkpoints.state_dict": ["get_peft_model_state_dict", "set_peft_model_state_dict"],
+        "peft.utils.devices": ["infer_device"],
+        "peft.utils.integrations": ["init_empty_weights"],
+        "peft.surgery.saved_modules": ["set_additional_trainable_modules"],
+        "peft.utils.labels": ["shift_tokens_right"],
     },
 )

@@ -4,12 +4,14 @@
 
 import ast
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
 import peft
+from peft.utils import old_names
 
 
 PACKAGE = Path(peft.__file__).parent
@@ -24,6 +26,12 @@ IMPORT_PATHS: dict[str, list[str]] = json.loads((Path(__file__).parent / "import
 def name_of(file: Path) -> str:
     """The path inside the package, as one reads it."""
     return file.relative_to(PACKAGE).as_posix()
+
+
+def is_here(module: str) -> bool:
+    """Whether a module exists; packages of methods to come do not."""
+    parent = module.rpartition(".")[0]
+    return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(module) is not None
 
 
 def calls_lazy_exports(node: ast.AST) -> bool:
@@ -77,3 +85,20 @@ def test_import_path_works(path: str) -> None:
         for part in name.split("."):
             assert hasattr(found, part), f"{path} has no {name}"
             found = getattr(found, part)
+
+
+class TestOldNames:
+    def test_every_row_resolves(self) -> None:
+        seen = set()
+        for home, names, modules in old_names._ROWS:
+            for module in filter(is_here, (f"peft.{module}" for module in modules.split())):
+                seen.add(module)
+                for name in names.split():
+                    expected = getattr(importlib.import_module(home), name)
+                    assert getattr(importlib.import_module(module), name, None) == expected, f"{module} has no {name}"
+        assert {"peft.tuners.lora.model", "peft.tuners.vera.layer", "peft.tuners.boft", "peft.helpers"} <= seen
+
+    def test_other_names_are_no_attributes(self) -> None:
+        with pytest.raises(AttributeError, match=r"module 'peft.tuners.vera.layer' has no attribute 'nothing'"):
+            importlib.import_module("peft.tuners.vera.layer").nothing  # noqa: B018
+        assert not hasattr(importlib.import_module("peft.tuners.vera"), "nothing")

@@ -10,5 +10,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "peft.tuners.base": ["BaseTuner"],
         "peft.tuners.families.lycoris": ["LycorisConfig", "LycorisLayer", "LycorisTuner"],
+        "peft.layers.base_layer": ["BaseTunerLayer"],
+        "peft.config": ["PeftConfig"],
+        "peft.layers.merging.checks": ["check_adapters_to_merge"],
     },
 )

@@ -8,7 +8,7 @@ from ..utils.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "peft.anatomy.matching": ["check_target_module_exists"],
+        "peft.anatomy.matching": ["check_target_module_exists", "match_target_against_key"],
         "peft.config": ["PeftConfig"],
         "peft.layers.activation": ["ActivationLayer"],
         "peft.layers.additive": ["AdditiveLayer"],
@@ -33,5 +33,10 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "UPCAST_DTYPES",
         ],
         "peft.utils.error": ["NoMatchingPeftModuleError"],
+        "peft.layers.buffer_dict": ["BufferDict"],
+        "peft.registry": ["PEFT_TYPE_TO_PREFIX_MAPPING", "PeftType", "TaskType"],
+        "peft.utils.warning": ["PeftWarning"],
+        "peft.utils.quantization_utils": ["QuantizationBackend", "is_gptqmodel_quant_linear"],
+        "peft.utils.integrations": ["init_empty_weights"],
     },
 )

@@ -19,7 +19,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "prepare_model_for_compiled_hotswap",
         ],
         "peft.tuners.lora.config": ["LoraConfig"],
-        "peft.tuners.lora.layer": ["LoraLayer"],
-        "peft.registry": ["PeftType"],
+        "peft.tuners.lora.layer": ["Conv2d", "Linear", "LoraLayer"],
+        "peft.registry": ["PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PeftType"],
+        "peft.layers.base_layer": ["BaseTunerLayer"],
+        "peft.utils.devices": ["infer_device"],
     },
 )

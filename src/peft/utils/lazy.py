@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from .old_names import find_old_name
+
 
 def lazy_exports(
     package: str, exports: Mapping[str, Iterable[str]]
@@ -34,7 +36,7 @@ def lazy_exports(
         is_package = "__path__" in vars(sys.modules[package])
         if is_package and not name.startswith("__") and importlib.util.find_spec(f"{package}.{name}") is not None:
             return importlib.import_module(f"{package}.{name}")
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return find_old_name(package, name)
 
     def __dir__() -> list[str]:
         return sorted({*vars(sys.modules[package]), *home})

@@ -20,5 +20,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "SAFETENSORS_WEIGHTS_NAME",
             "WEIGHTS_NAME",
         ],
+        "peft.registry": ["PEFT_TYPE_TO_TUNER_MAPPING", "PeftType"],
+        "peft.utils.warning": ["PeftWarning"],
+        "peft.utils.hub": ["check_file_exists_on_hf_hub"],
+        "peft.anatomy.matching": ["match_target_against_key"],
     },
 )

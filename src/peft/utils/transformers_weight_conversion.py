@@ -18,5 +18,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "peft.utils.constants": ["INCLUDE_LINEAR_LAYERS_SHORTHAND"],
         "peft.registry": ["PeftType"],
         "transformers.conversion_mapping": ["get_model_conversion_mapping"],
+        "peft.anatomy.matching": ["check_target_module_exists"],
     },
 )

@@ -13,6 +13,7 @@ from ...layers.additive import AdditiveLayer
 from ...layers.base_layer import BaseTunerLayer
 from ...layers.merging.changes import changes_adapter
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..lora.layer import LoraLayer, OnLinear, WithAdapter, make_dropout
 from .allocation import RankAllocator
 from .config import AdaLoraConfig
@@ -210,3 +211,6 @@ class SVDConv2d(WithAdapter, AdaLoraLayer, nn.Module):
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Convolve with the delta."""
         return AdditiveLayer.delta_forward(self, adapter, self.lora_dropout[adapter](x))
+
+
+__getattr__ = old_names(__name__)

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftTypeError, PeftValueError
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 from ..lora.model import LoraModel
 from .config import AdaLoraConfig
@@ -236,3 +237,6 @@ class AdaLoraModel(LoraModel):
 def _module_of(name: str, adapter_name: str) -> str:
     """Give the name of the layer that a key of a rank pattern belongs to."""
     return name.removeprefix("base_model.model.").removesuffix(f".{adapter_name}").removesuffix(".lora_E")
+
+
+__getattr__ = old_names(__name__)

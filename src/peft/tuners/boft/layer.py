@@ -14,6 +14,7 @@ from ...layers.merging.checks import check_adapters_to_merge as check_adapters_t
 from ...layers.merging.layer import take_adapter_out
 from ...utils.constants import TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..base import BaseTunerLayer as BaseTunerLayer
 from ..declared.layers import with_values
 from ..declared.method import method
@@ -100,3 +101,6 @@ class BOFT:
 
 
 BOFTLayer, Linear, Conv2d = BOFT.Layer, BOFT.Linear, BOFT.Conv2d
+
+
+__getattr__ = old_names(__name__)

@@ -10,6 +10,7 @@ from torch import nn
 from ...layers.merging.changes import changes_adapter
 from ...utils.constants import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..declared.layers import DeclaredAdditive, with_values
 from ..declared.method import method
 from ..declared.tensors import Frozen, Shape, Tensors, Trained
@@ -75,3 +76,6 @@ class FourierFT:
 
 
 FourierFTLayer, FourierFTLinear = FourierFT.Layer, FourierFT.FourierFTLinear
+
+
+__getattr__ = old_names(__name__)

@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """HRA on a whole model."""
 
+from ...utils.old_names import old_names
 from .layer import HRA
 
 
@@ -24,3 +25,6 @@ class HRAModel(HRA.Model):
         >>> HRAModel(net, HRAConfig(r=2, target_modules=["0"]), "default").targeted_module_names
         ['0']
     """
+
+
+__getattr__ = old_names(__name__)

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...anatomy.matching import matching_entry
 from ...utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+from ...utils.old_names import old_names
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained
 from .config import IA3Config
@@ -49,3 +50,6 @@ class IA3:
 
 
 IA3Layer, Linear, Conv2d, Conv3d = IA3.Layer, IA3.Linear, IA3.Conv2d, IA3.Conv3d
+
+
+__getattr__ = old_names(__name__)

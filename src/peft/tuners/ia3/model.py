@@ -11,6 +11,7 @@ from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 from .config import IA3Config
 from .layer import IA3, IA3Layer
@@ -115,3 +116,6 @@ def _joined(values: list[Any], field: str) -> Any:
             "expressions, can be combined"
         )
     return values[0]
+
+
+__getattr__ = old_names(__name__)

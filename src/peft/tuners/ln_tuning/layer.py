@@ -5,6 +5,7 @@
 from torch import nn
 
 from ...layers.replacement import ReplacementLayer
+from ...utils.old_names import old_names
 
 
 class LNTuningLayer(ReplacementLayer, nn.Module):
@@ -17,3 +18,6 @@ class LNTuningLayer(ReplacementLayer, nn.Module):
 
     adapter_layer_names = ("ln_tuning_layers",)
     container_classes = {"ln_tuning_layers": nn.ModuleDict}
+
+
+__getattr__ = old_names(__name__)

@@ -7,6 +7,7 @@ from torch import nn
 from ...anatomy.walking import unwrapped
 from ...tying.record import ReachedTie
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
+from ...utils.old_names import old_names
 from ..base import BaseTuner
 from ..targets import UnsupportedLayerError
 from .config import LNTuningConfig
@@ -54,3 +55,6 @@ class LNTuningModel(BaseTuner):
 
     def _check_ties_of_targets(self, model: nn.Module, config: LNTuningConfig, ties: list[ReachedTie]) -> None:
         """Refuse nothing: a copy can be tied to another one, whatever the modules are."""
+
+
+__getattr__ = old_names(__name__)

@@ -33,9 +33,10 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "MontecloraConfig",
             "VeloraConfig",
         ],
-        ".layer": ["Embedding", "Linear", "LoraLayer"],
+        ".layer": ["Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "ParamWrapper"],
         ".model": ["LoraModel"],
         ".starts": ["Start", "register_start"],
         ".variants": ["LoraVariant", "register_variant"],
+        "peft.registry": ["register_peft_method"],
     },
 )

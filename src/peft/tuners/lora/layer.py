@@ -16,6 +16,7 @@ from ...layers.base_layer import BaseTunerLayer
 from ...layers.merging.changes import changes_adapter
 from ...layers.merging.checks import check_adapters_to_merge
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from .config import LoraConfig
 from .conv import OnConvolution
 from .mixed_batch import MixedBatches
@@ -389,3 +390,6 @@ def dispatch_default(
     base = unwrapped(target)
     layer_cls = next((layer_cls for kind, layer_cls in LAYER_CLASSES.items() if isinstance(base, kind)), None)
     return None if layer_cls is None else layer_cls(target, adapter_name, config=config, **kwargs)
+
+
+__getattr__ = old_names(__name__)

@@ -19,6 +19,7 @@ from ...utils.constants import (
 )
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.integrations import changes_weights_while_loading
+from ...utils.old_names import old_names
 from ..base import BaseTuner
 from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig
@@ -226,3 +227,6 @@ class LoraModel(BaseTuner):
         """Create and place the layers, with a bar for what the initialisation computes."""
         with showing_progress(config.init_lora_weights, len(targets[0])):
             super()._place_layers(model, adapter_name, config, *targets)
+
+
+__getattr__ = old_names(__name__)

@@ -15,6 +15,7 @@ from ...surgery.transaction import all_or_nothing
 from ...tying.record import find_followers, keep_ties
 from ...tying.settle import one_object_each
 from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...utils.old_names import old_names
 from ..base import BaseTuner, BaseTunerLayer
 
 
@@ -179,3 +180,6 @@ class MixedModel(BaseTuner):
             kwargs: likewise.
         """
         return self.model.generate(*args, **kwargs)
+
+
+__getattr__ = old_names(__name__)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...checkpoints.read_file import load_peft_weights, torch_load
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..prompt_tuning.model import PromptEmbedding
 from .config import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 
@@ -131,3 +132,6 @@ def _read_source(config: MultitaskPromptTuningConfig) -> dict[str, torch.Tensor]
     if missing:
         raise PeftValueError(f"{path!r} lacks {', '.join(sorted(missing))}; it is no adapter of this method")
     return source
+
+
+__getattr__ = old_names(__name__)

@@ -12,6 +12,7 @@ from ...layers.merging.changes import changes_adapter
 from ...layers.merging.checks import check_adapters_to_merge as check_adapters_to_merge
 from ...utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 from ..base import BaseTunerLayer as BaseTunerLayer
 from ..declared.layers import with_values
@@ -101,3 +102,6 @@ class OFT:
 
 
 OFTLayer, Linear, Conv2d, Embedding = OFT.Layer, OFT.Linear, OFT.Conv2d, OFT.Embedding
+
+
+__getattr__ = old_names(__name__)

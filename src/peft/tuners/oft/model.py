@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """OFT on a whole model."""
 
+from ...utils.old_names import old_names
 from .layer import OFT
 
 
@@ -24,3 +25,6 @@ class OFTModel(OFT.Model):
         >>> OFTModel(net, OFTConfig(oft_block_size=4, target_modules=["0"]), "default").targeted_module_names
         ['0']
     """
+
+
+__getattr__ = old_names(__name__)

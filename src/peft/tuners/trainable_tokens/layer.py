@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "peft.layers.trainable_tokens": ["TrainableTokensLayer"],
         "peft.tuners._buffer_dict": ["BufferDict"],
         "peft.tuners.trainable_tokens.config": ["TrainableTokensConfig"],
-        "peft.utils.integrations": ["gather_params_ctx"],
+        "peft.utils.integrations": ["check_deepspeed_zero3_enabled", "gather_params_ctx"],
+        "peft.layers.merging.checks": ["check_adapters_to_merge"],
     },
 )

@@ -9,6 +9,7 @@ from torch import nn
 from ...anatomy.kinds import stores_weight_transposed
 from ...layers.additive import AdditiveLayer
 from ...utils.error import PeftRuntimeError, PeftValueError
+from ...utils.old_names import old_names
 from .config import VBLoRAConfig
 from .topk import NOT_SAVED, TopkForm
 
@@ -98,3 +99,6 @@ class VBLoRALayer(AdditiveLayer):
 
 class Linear(VBLoRALayer, nn.Module):
     """VB-LoRA on `nn.Linear` and on the `Conv1D` of transformers."""
+
+
+__getattr__ = old_names(__name__)

@@ -10,6 +10,7 @@ from ...anatomy.offload import computing_device
 from ...layers.new_tensors import check_size, new_parameter
 from ...utils.constants import TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ...utils.quantization_utils import stored_weight
 from ..base import BaseTuner
 from .config import VBLoRAConfig
@@ -110,3 +111,6 @@ class VBLoRAModel(BaseTuner):
         for adapter in self.active_adapters:
             own, other = self.get_nb_savable_parameters(adapter)
             print(f"VB-LoRA parameters to save (as float32): {own:,} || all parameters to save: {own + other:,}")
+
+
+__getattr__ = old_names(__name__)

@@ -9,6 +9,7 @@ from torch import nn
 from ...anatomy.kinds import stores_weight_transposed
 from ...layers.additive import AdditiveLayer
 from ...layers.shared_tensors import SharedBuffers
+from ...utils.old_names import old_names
 from .config import VeraConfig
 
 
@@ -71,3 +72,6 @@ class VeraLayer(AdditiveLayer):
 
 class Linear(VeraLayer, nn.Module):
     """VeRA on `nn.Linear` and on the `Conv1D` of transformers."""
+
+
+__getattr__ = old_names(__name__)

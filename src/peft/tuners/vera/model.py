@@ -13,6 +13,7 @@ from ...anatomy.offload import computing_device
 from ...layers.new_tensors import check_size, new_parameter
 from ...utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ...utils.quantization_utils import stored_weight
 from ..base import BaseTuner
 from .config import VeraConfig
@@ -99,3 +100,6 @@ def draw_projection(shape: tuple[int, int], weight: torch.Tensor, generator: tor
     matrix = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
     dtype = new_parameter(weight, 0).dtype
     return (matrix.to(weight.dtype) if weight.dtype.itemsize > 1 else matrix).to(dtype)
+
+
+__getattr__ = old_names(__name__)

@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """What an adapter of LoRA may do otherwise: strategies, by what in the config asks for them, a file for each."""
 
+from ....utils.old_names import old_names
 from .alora import ActivatedLora, calculate_alora_offsets
 from .base import LoraVariant
 from .dora import Dora
@@ -27,3 +28,6 @@ __all__ = [
     "names_asked_for",
     "register_variant",
 ]
+
+
+__getattr__ = old_names(__name__)

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ....anatomy.kinds import along_features, can_use_weight, feature_axis
 from ....utils.error import PeftRuntimeError, PeftValueError
 from ....utils.integrations import gather_params_ctx
+from ....utils.old_names import old_names
 from ..config import LoraConfig
 from ..low_rank import LowRankLayer
 from ..starts import Start
@@ -319,3 +320,6 @@ def _squares_added(layer: LowRankLayer, adapter: str, weight: torch.Tensor, dtyp
     met = (rows @ a.mT.to(rows.dtype)).to(dtype)
     added = ((2 * scaling * met + scaling * scaling * (b @ gram)) * b).sum(-1)
     return added if groups == 1 else added.T.flatten()
+
+
+__getattr__ = old_names(__name__)
