@@ -14,7 +14,9 @@ from peft.tuners.tuners_utils import BaseTuner, ReplacementLayer
 OPTIONS: dict[str, dict[str, Any]] = {
     "ADALORA": {"init_r": 2, "target_r": 1, "total_step": 10},
     "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 4, "init_weights": True},
     "FOURIERFT": {"n_frequency": 24, "init_weights": True},
+    "GRALORA": {"r": 4},
     "HRA": {"r": 2},
     "IA3": {"feedforward_modules": []},
     "LOHA": {"r": 2},

@@ -15,13 +15,16 @@ from ..utils.patterns import compiled
 LAYER_FIELDS = ("layers_to_transform", "layers_pattern")
 
 
-def check_layer_selection(config: Any, refused_with_pattern: Iterable[str] = LAYER_FIELDS) -> None:
+def check_layer_selection(
+    config: Any, refused_with_pattern: Iterable[str] = LAYER_FIELDS, *, pattern_needs_indices: bool = True
+) -> None:
     """
     Check the fields that choose layers by index, and turn lists of names into sets.
 
     Args:
         config: a config with `target_modules`, `layers_to_transform` and `layers_pattern`.
         refused_with_pattern: fields that the method does not allow where `target_modules` is a regular expression.
+        pattern_needs_indices: whether `layers_pattern`, which alone does nothing, is refused alone.
 
     Raises:
         ValueError: if the fields contradict each other, or a pattern is not a regular expression.
@@ -41,7 +44,7 @@ def check_layer_selection(config: Any, refused_with_pattern: Iterable[str] = LAY
                     f"{name} has no effect where target_modules is a regular expression; choose the layers in "
                     "target_modules itself, or give target_modules as a list"
                 )
-    if config.layers_pattern and config.layers_to_transform is None:
+    if pattern_needs_indices and config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("layers_pattern was given without layers_to_transform; give the indices of the layers too")
 
 

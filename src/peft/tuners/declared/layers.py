@@ -164,7 +164,8 @@ class DeclaredLayer(BaseTunerLayer):
             elif isinstance(spec, TrainedModule):
                 module = container[adapter_name] = spec.make()
                 for key, parameter in module._parameters.items():
-                    module._parameters[key] = self.new_parameter(*parameter.shape)
+                    if parameter is not None:
+                        module._parameters[key] = self.new_parameter(*parameter.shape)
             elif isinstance(spec, Kept):
                 made = spec.make().to(computing_device(self.get_base_layer(), self.stored_weight()))
                 container[adapter_name] = made.to(self.new_parameter(0).dtype) if made.is_floating_point() else made

@@ -5,6 +5,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,6 +135,19 @@ class TrainedModule:
     def fill(self, module: nn.Module) -> None:
         """Give the module's parameters the values that they start with."""
         self.start(module)
+
+
+def trained_linear(inputs: int, outputs: int, start: Callable[[torch.Tensor], Any]) -> TrainedModule:
+    """
+    Tell a trained matrix that is kept as a linear layer, so that its key ends in `.weight`.
+
+    Args:
+        inputs: columns.
+        outputs: rows.
+        start: writes into the matrix what it starts with.
+    """
+    make = partial(nn.Linear, inputs, outputs, bias=False, device="meta")
+    return TrainedModule(make, lambda module: start(module.weight))
 
 
 @dataclass(frozen=True)
