@@ -243,6 +243,54 @@ def test_single_layers_merge_in_the_order_of_the_forward_pass() -> None:
     assert_close(model(IDS), expected)
 
 
+def test_what_is_merged_while_adapters_are_off_is_in_order_when_they_are_back() -> None:
+    model = mixed("lora", "oft")
+    expected = model(IDS)
+    model.base_model.disable_adapter_layers()
+    with pytest.warns(PeftWarning, match="'oft' works on what 'lora' leaves"):
+        model.merge_adapter(["oft"])
+    model.base_model.enable_adapter_layers()
+    assert_close(model(IDS), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        model.merge_adapter(["lora"])
+    assert all(layer.merged for _, layer in adapter_modules(model))
+    assert_close(model(IDS), expected)
+
+
+def test_layers_that_are_switched_while_merged_keep_the_order() -> None:
+    model = mixed("lora", "oft")
+    expected = model(IDS)
+    outer, inner = [layer for _, layer in adapter_modules(model)]
+    model.set_adapter(["oft"])
+    model.merge_adapter()
+    with warned("'oft' works on what 'lora' leaves"):
+        inner.set_adapter(["lora"])
+    assert not outer.merged
+    outer.set_adapter(["oft"])
+    assert_close(model(IDS), expected)
+    inner.set_adapter([])
+    assert outer.merged
+
+
+def test_adapters_of_a_layer_are_in_the_order_of_the_last_activation() -> None:
+    with seeded():
+        config = OFTConfig(oft_block_size=4, target_modules=["hidden"])
+        model = get_peft_model(tied(), config, "one")
+        model.add_adapter("two", config)
+    (layer,) = [layer for _, layer in adapter_modules(moved(model))]
+    outputs = {}
+    for names in (["one", "two"], ["two", "one"]):
+        layer.set_adapter(names)
+        outputs[names[0]] = model(IDS)
+    layer.merge()
+    assert layer.merged_adapters == ["two", "one"]
+    layer.set_adapter(["one", "two"])
+    assert layer.merged_adapters == ["one", "two"]
+    assert_close(model(IDS), outputs["one"])
+    assert not torch.allclose(outputs["one"], outputs["two"], atol=1e-3)
+
+
 def test_only_the_named_adapter_is_merged_for_good() -> None:
     model = mixed("oft", "lora")
     model.set_adapter(["lora"])

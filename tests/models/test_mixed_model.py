@@ -24,6 +24,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
+    set_peft_model_state_dict,
     weight_tying_report,
 )
 from peft.tuners import MixedModel
@@ -137,6 +138,31 @@ class TestAdapters:
             model.delete_adapter(["lora", "nobody"])
         model.delete_adapter(["lora"])
         assert list(model.peft_config) == model.active_adapters == ["loha"]
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_a_method_that_was_gone_comes_last(self, tied: bool) -> None:
+        targets = ["q_proj", "lm_head"]
+        options = {"target_modules": targets, "ensure_weight_tying": tied}
+        model, ids = mixed(("oft", "lora"), llama(tied=tied), **options), token_ids()
+        model.delete_adapter("oft")
+        assert not any("oft_" in name or "OFT" in type(module).__name__ for name, module in model.named_modules())
+        model.add_adapter("again", configs(**options)["oft"])
+        model.set_adapter(["lora", "again"])
+        randomise(model, ADAPTERS)
+        fresh = mixed(("lora", "oft"), llama(tied=tied), **options)
+        for name in ("lora", "again"):
+            state = get_peft_model_state_dict(model, adapter_name=name)
+            set_peft_model_state_dict(fresh, state, adapter_name="oft" if name == "again" else name)
+        assert_close(logits(model, ids), logits(fresh, ids))
+
+    def test_a_method_keeps_its_place_while_an_adapter_of_it_is_left(self) -> None:
+        model, ids = mixed(("oft", "lora")), token_ids()
+        model.add_adapter("second", configs()["oft"])
+        randomise(model, "second")
+        model.set_adapter(["second", "lora"])
+        expected = logits(model, ids)
+        model.delete_adapter("oft")
+        assert_equal(logits(model, ids), expected)
 
     def test_names_that_are_not_there(self) -> None:
         model = mixed(("lora",))

@@ -5,6 +5,7 @@
 import copy
 import pickle
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.anatomy.walking import adapter_modules
 from peft.functional import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
 from peft.layers.modules_to_save import ModulesToSaveWrapper
 from peft.tuners.lora.layer import LoraLayer
@@ -318,6 +320,25 @@ def test_switching_while_disabled() -> None:
         assert_equal(logits(model, X), base)
     assert_equal(logits(model, X), expected)
     assert adapters_of(trainable(model)) == {"b"}
+
+
+@pytest.mark.parametrize("for_a_while", [False, True])
+def test_layers_that_are_added_while_adapters_are_off_are_off_too(for_a_while: bool) -> None:
+    model, base = model_with("a"), logits(stack(), X)
+    off = model.disable_adapter() if for_a_while else nullcontext()
+    with off:
+        if not for_a_while:
+            model.base_model.disable_adapter_layers()
+        model.add_adapter("b", config("up", "layers.0.down", "head", modules_to_save=["layers.1.down"]))
+        randomise(model, r"\.b\b")
+        model.set_adapter("b")
+        assert_equal(logits(model, X), base)
+    if not for_a_while:
+        model.base_model.enable_adapter_layers()
+    assert differs(logits(model, X), base)
+    assert not any(module.disable_adapters for _, module in adapter_modules(model))
+    assert adapters_of(trainable(model)) == {"b"}
+    assert all(p.requires_grad for _, module in adapter_modules(model) for p in module.adapter_parameters("b"))
 
 
 def test_gradients_do_not_reach_a_disabled_adapter() -> None:

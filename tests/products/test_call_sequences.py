@@ -127,9 +127,13 @@ class Cell:
         """Whether adapters of several methods meet."""
         return len(set(self.methods)) > 1
 
+    def method(self, name: str) -> str:
+        """Give the method of an adapter."""
+        return self.methods[name == "b"]
+
     def config(self, name: str) -> Any:
         """Make the config of an adapter."""
-        method, _, variant = self.methods[name == "b"].partition("+")
+        method, _, variant = self.method(name).partition("+")
         values = {**OPTIONS.get(method, {}), **(SECOND.get(method, {}) if name != "a" else {})}
         values["ensure_weight_tying"] = self.tied
         kinds = tuple(PEFT_TYPE_TO_TUNER_MAPPING[method].layer_classes)
@@ -219,7 +223,7 @@ class CallSequences(RuleBasedStateMachine):
         self.saved: dict[str, tuple[Path, dict[str, torch.Tensor]]] = {}
         self.folder = tempfile.TemporaryDirectory()
         self.known: dict[Any, torch.Tensor] = {}
-        self.order = ["a"]  # in which methods came to layers that several are around
+        self.order = [self.cell.method("a")]  # in which methods came to layers that several are around
         self.active, self.trained, self.disabled = ["a"], {"a"}, False
         self.moved("a")
         self.add("b")
@@ -264,7 +268,7 @@ class CallSequences(RuleBasedStateMachine):
         model = copy.deepcopy(base(self.cell.tied))
         if self.rows != VOCABULARY:
             resize(model, self.rows)
-        names = sorted(self.tensors, key=self.order.index)
+        names = sorted(self.tensors, key=lambda name: (self.order.index(self.cell.method(name)), name))
         made = self.cell.start(model, names[0])
         for name in names[1:]:
             made.add_adapter(name, self.cell.config(name))
@@ -310,8 +314,8 @@ class CallSequences(RuleBasedStateMachine):
         if not new:
             assert not accepted, "an adapter that is there was replaced"
         elif accepted:
-            if name not in self.order:
-                self.order.append(name)
+            if self.cell.method(name) not in self.order:
+                self.order.append(self.cell.method(name))
             self.moved(name)
 
     @rule(names=st.permutations(NAMES), count=st.integers(1, 2))
@@ -327,6 +331,7 @@ class CallSequences(RuleBasedStateMachine):
         if len(self.tensors) == 1 or not self.attempt(lambda: self.model.delete_adapter(name)):
             return
         del self.tensors[name]
+        self.order = [method for method in self.order if method in map(self.cell.method, self.tensors)]
         self.known.clear()
         if self.active == [name]:
             self.active = list(self.model.active_adapters)
@@ -404,8 +409,6 @@ class CallSequences(RuleBasedStateMachine):
             return
         folder, tensors = self.saved[source]
         if self.attempt(lambda: self.model.load_adapter(folder, name)):
-            if name not in self.order:
-                self.order.append(name)
             self.remember(name, tensors)
 
     @precondition(lambda self: not self.cell.mixed)

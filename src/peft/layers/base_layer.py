@@ -23,7 +23,7 @@ from ..utils.warning import warn
 from .call_context import names_of_rows
 from .containers import keys_in, parameters_in
 from .merging.checks import check_adapters_to_merge
-from .merging.layer import merge_layer, take_adapter_out, unmerge_layer
+from .merging.layer import keep_order, merge_layer, take_adapter_out, unmerge_layer
 from .merging.mergeable_layer import MergeableLayer
 from .merging.state import MergeState, original_weights
 from .merging.tensors import undo_merge
@@ -295,6 +295,8 @@ class BaseTunerLayer(MergeableLayer):
             self.set_requires_grad(others, False)
         self.set_requires_grad(names, not inference_mode)
         self._active_adapter = names
+        if self._merge_state.contributions or self._merge_state.waiting:
+            keep_order(self)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..anatomy.walking import adapter_modules
+from ..layers.adapter_module import AdapterModule
 from ..layers.base_layer import BaseTunerLayer
 from ..layers.merging.layer import unmerge_layers
 from ..layers.training_wrapper import AuxiliaryTrainingWrapper
@@ -120,12 +121,27 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     if not modules:
         return
     _unmerge(model, adapter_name)
-    slots = Slots(model)
     for module in modules:
         module.remove_adapter(adapter_name)
-    for module in modules:  # outermost first
-        if not module.available_adapters:
-            slots.replace(module, module._modules[module._base_names[0]])
+    _take_off_empty(model, modules)
+
+
+def remove_empty_layers(model: nn.Module) -> None:
+    """
+    Let adapter layers that no adapter is left in give way to what they are around.
+
+    Args:
+        model: a model with adapter layers.
+    """
+    _take_off_empty(model, [module for _, module in adapter_modules(model) if isinstance(module, BaseTunerLayer)])
+
+
+def _take_off_empty(model: nn.Module, modules: Iterable[AdapterModule]) -> None:
+    """Do so for modules that are given outermost first."""
+    empty = [module for module in modules if not module.available_adapters]
+    slots = Slots(model) if empty else None
+    for module in empty:
+        slots.replace(module, module._modules[module._base_names[0]])
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -290,14 +290,18 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
         """Switch the adapters off inside a context; what was off before stays off afterwards."""
-        on = [module for _, module in adapter_modules(self.model) if not module.disable_adapters]
-        if on:
-            self.disable_adapter_layers()
+        modules = [module for _, module in adapter_modules(self.model)]
+        off = {id(module) for module in modules if module.disable_adapters}
+        if len(off) == len(modules):
+            yield
+            return
+        self.disable_adapter_layers()
         try:
             yield
         finally:
-            for module in on:
-                module.enable_adapters(True)
+            for _, module in adapter_modules(self.model):  # those that have been added meanwhile too
+                if id(module) not in off:
+                    module.enable_adapters(True)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """

@@ -10,7 +10,7 @@ from torch import nn
 from ..anatomy.matching import (
     pattern_lookup,
 )
-from ..anatomy.walking import base_modules, base_parameters, stack_of, unwrapped
+from ..anatomy.walking import adapter_modules, base_modules, base_parameters, stack_of, unwrapped
 from ..config import PeftConfig
 from ..layers.base_layer import BaseTunerLayer
 from ..layers.merging.sharing import note_sharing
@@ -47,6 +47,7 @@ class Placing:
             low_cpu_mem_usage: make the tensors on the meta device.
         """
         model, config, name = self.model, plan.config, plan.adapter_name
+        present = [module for _, module in adapter_modules(model)]
         making = making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype)
         with one_object_each(model), making:
             targets = {**plan.modules, **plan.parameters}
@@ -56,6 +57,10 @@ class Placing:
                 model, config, self.get_model_config(model), name, name in self.active_adapters
             )
         self._finish(name, config)
+        if any(module.disable_adapters for module in present):
+            known = set(map(id, present))
+            for module in [module for _, module in adapter_modules(model) if id(module) not in known]:
+                module.enable_adapters(False)  # as the others are
 
     def _place_layers(
         self,

@@ -71,3 +71,14 @@ def take_adapter_out(layer: MergeableLayer, adapter_name: str) -> None:
         warn_of_waiting(
             take(layers, holders, lambda merged: merged[1] == adapter_name and merged[0].source(merged[1]) is source)
         )
+
+
+def keep_order(layer: MergeableLayer) -> None:
+    """
+    Let what is merged wait for adapters that have become active, and be merged that has waited for others.
+
+    Args:
+        layer: the adapter layer.
+    """
+    layers, holders = sharing_layers(layer)
+    warn_of_waiting(take(layers, holders, lambda merged: False))

@@ -55,11 +55,14 @@ def _waits_for(contribution: Contribution, merged: Collection[Contribution]) -> 
 
 
 def _before(contribution: Contribution) -> Iterator[Contribution]:
-    """Yield the adapters whose part of the forward pass comes before that of an adapter."""
+    """
+    Yield the adapters whose part of the forward pass comes before that of an adapter.
+
+    Those that are switched off count too: what was merged meanwhile would be too early when they are back.
+    """
     layer, name = contribution
     for inner in layer.layers_inside():
-        if not inner.disable_adapters:
-            yield from ((inner, other) for other in inner.active_adapters if inner.has_adapter(other))
+        yield from ((inner, other) for other in inner.active_adapters if inner.has_adapter(other))
     if name in layer.active_adapters:
         earlier = layer.active_adapters[: layer.active_adapters.index(name)]
         yield from ((layer, other) for other in earlier if layer.has_adapter(other))

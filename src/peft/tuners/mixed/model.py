@@ -11,6 +11,7 @@ from torch import nn
 from ...config import PeftConfig
 from ...registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from ...surgery.saved_modules import check_additional_trainable_modules, set_additional_trainable_modules
+from ...surgery.switching import remove_empty_layers
 from ...surgery.transaction import all_or_nothing
 from ...tying.record import find_followers, keep_ties
 from ...tying.settle import one_object_each
@@ -137,6 +138,9 @@ class MixedModel(BaseTuner):
         """
         Remove adapters. If all that were active are gone, another one becomes active, with a warning.
 
+        A method of which no adapter is left gives up its place among the others around a module: if it is added
+        again, it comes after those that are there, as in a model that it was never in.
+
         Args:
             adapter_name: one name or several.
 
@@ -150,6 +154,7 @@ class MixedModel(BaseTuner):
             tuner = self._tuner_of(self.peft_config[name])
             tuner.delete_adapter(name)
             self.active_adapter = tuner.active_adapter
+        remove_empty_layers(self.model)
 
     def _unload(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         # a method that does more than to take its layers off, such as LoRA, says so in its tuner
