@@ -23,7 +23,6 @@ EXCEPTIONS = {
     "MULTITASK_PROMPT_TUNING": (80, "prompts of several tasks"),
     "OFT": (65, "public names of the released package"),
     "VBLORA": (150, "checkpoints in two forms, and counting what they hold"),
-    "VERA": (90, "projections that all layers share"),
 }
 
 

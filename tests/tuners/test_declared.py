@@ -163,8 +163,8 @@ def test_shared_tensors_are_one_object() -> None:
             "trained": ("a", "bank"),
             "frozen": ("basis",),
             "shared": ("bank", "basis"),
-            "shared_tensors": lambda shapes, c: {
-                "bank": Trained((max(s[1] for s in shapes),), 1.0),
+            "shared_tensors": lambda targets, c: {
+                "bank": Trained((max(shape[1] for shape in targets.values()),), 1.0),
                 "basis": Frozen(lambda: torch.ones(1)),
             },
             "tensors": lambda shape, c: {"a": Trained((shape[0], 1), 1.0)},

@@ -60,6 +60,9 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:
         for saved, live in module.shared_keys(adapter_name):
             keys.setdefault(tuner + saved, Place(prefixes[id(module)] + live))
     for _, module in modules:
+        repeated = module.repeated_keys(adapter_name)
+        keys.update((saved_prefixes[id(module)] + saved, keys[tuner + saved]) for saved in repeated)
+    for _, module in modules:
         for saved, live, transposed in module.adapter_aliases(adapter_name):
             owner = prefixes[id(module.source(adapter_name))]
             keys[saved_prefixes[id(module)] + saved] = Place(owner + live, transposed)

@@ -231,7 +231,11 @@ class AdapterModule:
         return keys_in(self._containers(), adapter_name)
 
     def shared_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
-        """Yield the same for the tensors that all layers share, which a checkpoint holds once."""
+        """Yield the same for the tensors that layers share, which a checkpoint holds once."""
+        yield from ()
+
+    def repeated_keys(self, adapter_name: str) -> Iterator[str]:
+        """Yield those of their keys in a checkpoint that stand there under this module too."""
         yield from ()
 
     def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:

@@ -47,12 +47,14 @@ class BaseTunerLayer(MergeableLayer):
         arguments: for `make_adapter`.
 
     Attributes:
-        shared_layer_names: attributes that hold, by adapter name, tensors that all layers of a model share.
+        shared_layer_names: attributes that hold, by adapter name, tensors that layers of a model share.
+        repeated_layer_names: those of them that stand in checkpoints under each layer too.
         container_classes: class of a container, where it is not `nn.ParameterDict` for tensors or `dict` for settings.
         supports_mixed_batch: whether each sample of a batch can have an adapter of its own.
     """
 
     shared_layer_names: tuple[str, ...] = ()
+    repeated_layer_names: tuple[str, ...] = ()
     container_classes: Mapping[str, Callable[[], Any]] = {}
     supports_mixed_batch: bool = True
 
@@ -196,6 +198,12 @@ class BaseTunerLayer(MergeableLayer):
     def shared_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Yield the same for the tensors that all layers share, which a checkpoint holds once."""
         return keys_in(self.shared_containers(), adapter_name)
+
+    def repeated_keys(self, adapter_name: str) -> Iterator[str]:
+        """Yield those of their keys in a checkpoint that stand there under this layer too."""
+        if adapter_name not in self._owners and self.has_adapter(adapter_name):
+            repeated = ((name, self._modules[name]) for name in self.repeated_layer_names)
+            yield from (saved for saved, _ in keys_in(repeated, adapter_name))
 
     def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
         """

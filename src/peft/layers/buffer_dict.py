@@ -14,7 +14,7 @@ class BufferDict(nn.Module):
 
     Args:
         buffers: name -> tensor.
-        persistent: whether the tensors are part of the state dict.
+        persistent: whether the tensors are part of the state dict; `put` says it of a single one.
 
     Example:
 
@@ -33,7 +33,7 @@ class BufferDict(nn.Module):
         return self._buffers[key]
 
     def __setitem__(self, key: str, buffer: torch.Tensor) -> None:
-        self.register_buffer(key, buffer, persistent=self.persistent)
+        self.put(key, buffer, self.is_persistent(key) if key in self else self.persistent)
 
     def __delitem__(self, key: str) -> None:
         del self._buffers[key]
@@ -47,6 +47,21 @@ class BufferDict(nn.Module):
 
     def __contains__(self, key: object) -> bool:
         return key in self._buffers
+
+    def put(self, key: str, buffer: torch.Tensor, persistent: bool) -> None:
+        """
+        Add a tensor, replacing one of the same name.
+
+        Args:
+            key: its name.
+            buffer: the tensor.
+            persistent: whether this one is part of the state dict, whatever holds for the others.
+        """
+        self.register_buffer(key, buffer, persistent=persistent)
+
+    def is_persistent(self, key: str) -> bool:
+        """Say whether a tensor is part of the state dict."""
+        return key not in self._non_persistent_buffers_set
 
     def clear(self) -> None:
         """Remove every tensor."""

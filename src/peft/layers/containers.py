@@ -23,7 +23,7 @@ def keys_in(containers: Iterable[tuple[str, Any]], adapter_name: str) -> Iterato
             continue
         value = container[adapter_name]
         if not isinstance(value, nn.Module):
-            if not (isinstance(container, BufferDict) and not container.persistent):
+            if not isinstance(container, BufferDict) or container.is_persistent(adapter_name):
                 yield name, f"{name}.{adapter_name}"
             continue
         for key in value.state_dict():

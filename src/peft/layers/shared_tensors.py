@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""Containers of tensors that all layers of a model share: one module that stands on the tuner and on each layer."""
+"""Containers of tensors that layers of a model share: one module that stands on the tuner and on each layer."""
 
 from collections.abc import Iterator
 
@@ -20,11 +20,8 @@ class SeenOnce:
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the module itself, unless the walk has met it; see `torch.nn.Module.named_modules`."""
-        memo = set() if memo is None else memo
-        if self not in memo:
-            memo.add(self)
-            yield prefix, self
+        """Yield the module and those inside, unless the walk has met it; see `torch.nn.Module.named_modules`."""
+        return super().named_modules(memo, prefix)
 
 
 class SharedParameters(SeenOnce, nn.ParameterDict):
@@ -33,3 +30,7 @@ class SharedParameters(SeenOnce, nn.ParameterDict):
 
 class SharedBuffers(SeenOnce, BufferDict):
     """Buffers by adapter name."""
+
+
+class SharedGroups(SeenOnce, nn.ModuleDict):
+    """By adapter name, the tensors that groups of layers share: `SharedParameters` or `SharedBuffers` by group."""

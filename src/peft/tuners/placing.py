@@ -81,17 +81,22 @@ class Placing:
         layers: dict[str, BaseTunerLayer] = {}
         created: list[tuple[nn.Module, BaseTunerLayer]] = []
         shared = self._shared_containers()
+        # what follows another one counts for nothing by itself; the order is the model's, whatever is tied
+        order = {number: place for place, number in enumerate(all_names)}
+        own = sorted((name for name in targets if name not in ties), key=lambda name: order[id(targets[name])])
+        layers_of_base = {name: unwrapped(targets[name]) for name in own}
+        from_all = self._arguments_from_all(config, layers_of_base)
 
         def names_of(target: str) -> list[str]:
             names = all_names[id(targets[target])]
             return [f"{name}.{target.rpartition('.')[2]}" for name in names] if target in parameters else names
 
         if shared:
-            self.make_shared(adapter_name, config, {name: unwrapped(module) for name, module in targets.items()})
+            self.make_shared(adapter_name, config, layers_of_base)
         outermost: dict[int, nn.Module] = {}
         for name, module in targets.items():
             key = name.rpartition(".")[2] if name in parameters else None
-            arguments = arguments_for(names_of(ties.get(name, name)))
+            arguments = {**arguments_for(names_of(ties.get(name, name))), **from_all.get(name, {})}
             if name in ties:  # owners come first, so it is there
                 arguments["owner"] = layers[ties[name]]
             present = self._present_layer(module, key)
@@ -132,18 +137,31 @@ class Placing:
         }
         return lambda names: {field: lookup(names, default) for field, (default, lookup) in lookups.items()}
 
+    def _arguments_from_all(self, config: PeftConfig, targets: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
+        """
+        Give what single layers are made with that depends on all of them. Supplied by methods that have some.
+
+        Args:
+            config: the adapter's config.
+            targets: full name -> layer of the base model, in the model's order and without followers.
+
+        Returns:
+            Full name -> arguments.
+        """
+        return {}
+
     def make_shared(self, adapter_name: str, config: PeftConfig, targets: dict[str, nn.Module]) -> None:
         """
-        Make the tensors of an adapter that all of its layers share. Supplied by methods that have some.
+        Make the tensors of an adapter that its layers share. Supplied by methods that have some.
 
         Args:
             adapter_name: name.
             config: the adapter's config.
-            targets: full name -> layer of the base model.
+            targets: full name -> layer of the base model, in the model's order and without followers.
         """
 
     def _shared_containers(self) -> dict[str, nn.Module]:
-        """Give the containers of what all layers share; they stand on the tuner and on each layer."""
+        """Give the containers of what layers share; they stand on the tuner and on each layer."""
         names = self.tuner_layer_cls.shared_layer_names
         if not names:
             return {}

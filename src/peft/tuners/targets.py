@@ -254,7 +254,8 @@ class Targeting:
     def _modules_in_state_dict(self, state_dict: dict[str, torch.Tensor]) -> set[str]:
         """Give the names, without adapters, of the modules whose adapters a state dict holds."""
         marker = f".{self.prefix}"
-        keys = [plain_name(k) for k in state_dict if not k.endswith(self.tuner_layer_cls.shared_layer_names)]
+        shared = set(self.tuner_layer_cls.shared_layer_names)
+        keys = [plain_name(key) for key in state_dict if shared.isdisjoint(key.split("."))]
         layers = {key.partition(marker)[0].removeprefix("base_model.model.") for key in keys if marker in key}
         return {".".join(part for part in layer.split(".") if part != "base_layer") for layer in layers}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from ...anatomy.kinds import CONVOLUTIONS, apply_weight, has_outputs_last, is_linear
 from ...anatomy.offload import computing_device
@@ -14,6 +14,7 @@ from ...config import PeftConfig
 from ...layers.activation import ActivationLayer
 from ...layers.additive import AdditiveLayer
 from ...layers.base_layer import BaseTunerLayer
+from ...layers.new_tensors import check_size
 from ...layers.replacement import ReplacementLayer
 from ...layers.weight import WeightLayer
 from .tensors import Frozen, Kept, Shape, Tensors, Trained, TrainedModule, _matrix_shape
@@ -111,7 +112,6 @@ def frozen_tensor(name: str) -> property:
     return property(lambda layer: FrozenView(layer, name))
 
 
-# ------------------------------------------------------------------------------------------------------------- layers
 class DeclaredLayer(BaseTunerLayer):
     """
     A layer whose tensors and math are declared.
@@ -119,13 +119,16 @@ class DeclaredLayer(BaseTunerLayer):
     Attributes:
         declared: the class of functions.
         tensor_names: name in the functions -> attribute.
-        dropout_field: field of the config that says how much of the input is dropped; None for no such dropout.
+        group_fields: name of a tensor that a group of layers shares -> value of the settings that names the group.
+        dropout_field: field of the config that says how much of the input is dropped, and attribute with the modules
+            that do so by adapter name; None for no such dropout.
         settings: adapter name -> config with the values that hold for this layer.
         made: adapter name -> tensors that the config tells.
     """
 
     declared: ClassVar[type]
     tensor_names: ClassVar[Mapping[str, str]] = {}
+    group_fields: ClassVar[Mapping[str, str]] = {}
     dropout_field: ClassVar[str | None] = None
     other_param_names = ("settings", "made")
 
@@ -157,6 +160,9 @@ class DeclaredLayer(BaseTunerLayer):
         if hasattr(self.declared, "values"):
             c.__dict__.update(self.declared.values(c, names, self.shape))
         self.settings[adapter_name] = c
+        if self.dropout_field is not None:
+            p = getattr(c, self.dropout_field)
+            self._modules[self.dropout_field][adapter_name] = nn.Dropout(p) if p else nn.Identity()
         for name, spec in self.specified(c):
             container = self._modules.get(self.tensor_names[name])
             if isinstance(spec, Trained):
@@ -166,12 +172,19 @@ class DeclaredLayer(BaseTunerLayer):
                 for key, parameter in module._parameters.items():
                     if parameter is not None:
                         module._parameters[key] = self.new_parameter(*parameter.shape)
-            elif isinstance(spec, Kept):
-                made = spec.make().to(computing_device(self.get_base_layer(), self.stored_weight()))
-                container[adapter_name] = made.to(self.new_parameter(0).dtype) if made.is_floating_point() else made
+            elif container is not None:
+                container.put(adapter_name, self._made(spec), isinstance(spec, Kept))
         for name in getattr(self.declared, "frozen", ()):
             if name not in getattr(self.declared, "shared", ()):
                 self.frozen(adapter_name, name)
+
+    def _made(self, spec: Frozen) -> torch.Tensor:
+        """Make a tensor that is not trained, where and in the type that the base weight calls for."""
+        weight = self.stored_weight()
+        device, dtype = computing_device(self.get_base_layer(), weight), self.new_parameter(0).dtype
+        if spec.shape is not None:
+            check_size(spec.shape, weight, dtype, device)
+        return spec.made(weight, device, dtype)
 
     def frozen(self, adapter: str, name: str) -> torch.Tensor | None:
         """
@@ -194,8 +207,7 @@ class DeclaredLayer(BaseTunerLayer):
             if spec is None:
                 return None
             with torch.inference_mode(False), torch.no_grad():
-                tensor = spec.make()
-                tensor = tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+                tensor = spec.made(self.stored_weight(), like.device, like.dtype)
             made[name] = tensor
         return tensor
 
@@ -282,15 +294,17 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
             x: the layer's input.
         """
         source = self.source(adapter)
-        c = source.settings[adapter]
-        p = getattr(c, self.dropout_field) if self.dropout_field is not None and self.training else 0.0
+        drop = None if self.dropout_field is None else source._modules[self.dropout_field]._modules[adapter]
+        if drop is not None and not drop.training:
+            drop = None
         if self.builds_delta(adapter, x):
             delta = source.get_delta_weight(adapter)
             if x.is_floating_point():
-                x = F.dropout(x.to(delta.dtype), p) if p else x.to(delta.dtype)
+                x = x.to(delta.dtype) if drop is None else drop(x.to(delta.dtype))
             return apply_weight(self.get_base_layer(), x, delta)
         x = x.to(next(source.adapter_parameters(adapter)).dtype)
-        return self.declared.apply(Tensors(source, adapter), F.dropout(x, p) if p else x, source.shape, c)
+        x = x if drop is None else drop(x)
+        return self.declared.apply(Tensors(source, adapter), x, source.shape, source.settings[adapter])
 
     def adds_delta(self, adapter: str) -> bool:
         """Say whether the delta is the same whatever else is done to the weight."""
@@ -358,7 +372,5 @@ class DeclaredReplacement(ReplacementLayer):
 
     declared: ClassVar[type]
     tensor_names: ClassVar[Mapping[str, str]] = {}
+    group_fields: ClassVar[Mapping[str, str]] = {}
     dropout_field: ClassVar[str | None] = None
-
-
-# -------------------------------------------------------------------------------------------------------------- model

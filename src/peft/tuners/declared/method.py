@@ -3,7 +3,7 @@
 """`@method`, which makes the classes of layers and of the model."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,10 +15,10 @@ from ...anatomy.offload import computing_device
 from ...config import PeftConfig
 from ...layers.base_layer import BaseTunerLayer
 from ...layers.buffer_dict import BufferDict
-from ...layers.new_tensors import check_size, new_parameter
 from ...layers.replacement import ReplacementLayer
-from ...layers.shared_tensors import SharedBuffers
+from ...layers.shared_tensors import SharedBuffers, SharedGroups, SharedParameters
 from ...registry import register_peft_method
+from ...utils.error import PeftValueError
 from ...utils.quantization_utils import stored_weight
 from ..base import BaseTuner
 from .layers import (
@@ -29,7 +29,8 @@ from .layers import (
     frozen_tensor,
     setting,
 )
-from .tensors import Kept, Trained, shape_of
+from .shared import SharedPlace
+from .tensors import Shape, shape_of
 
 
 OWN_METHODS = f"{__package__.rpartition('.')[0]}."
@@ -41,12 +42,20 @@ class DeclaredModel(BaseTuner):
 
     Attributes:
         declared: the class of functions.
+        fields_in_common: fields of the config that all adapters of the method agree in.
     """
 
     declared: ClassVar[type]
+    fields_in_common: ClassVar[tuple[str, ...]] = ()
 
     def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
         super()._check_new_adapter_config(adapter_name, config)
+        for field in self.fields_in_common:
+            values = {name: getattr(c, field) for name, c in self.peft_config.items() if type(c) is type(config)}
+            if any(value != values[adapter_name] for value in values.values()):
+                raise PeftValueError(
+                    f"{field} must be the same for all {config.peft_type} adapters of a model, found {values}"
+                )
         if hasattr(self.declared, "check"):
             others = [c for name, c in self.peft_config.items() if name != adapter_name and type(c) is type(config)]
             self.declared.check(config, others)
@@ -54,6 +63,16 @@ class DeclaredModel(BaseTuner):
     def _layer_arguments_for(self, config: PeftConfig) -> Callable[[list[str]], dict[str, Any]]:
         values_for = super()._layer_arguments_for(config)
         return lambda names: {"names": names, **values_for(names)}
+
+    def _shapes(self, targets: dict[str, nn.Module]) -> dict[str, Shape]:
+        """Give the shapes of the targets that can be adapted; others are refused when their turn comes."""
+        return {name: shape_of(layer) for name, layer in targets.items() if self._layer_class(layer) is not None}
+
+    def _arguments_from_all(self, config: PeftConfig, targets: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
+        """Give the values for single targets that depend on all of them."""
+        if not hasattr(self.declared, "values_of_all"):
+            return super()._arguments_from_all(config, targets)
+        return dict(self.declared.values_of_all(self._shapes(targets), config))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -92,32 +111,31 @@ class DeclaredModel(BaseTuner):
     @torch.no_grad()
     def make_shared(self, adapter_name: str, config: PeftConfig, targets: dict[str, nn.Module]) -> None:
         """
-        Make the tensors of an adapter that all of its layers share.
+        Make the tensors of an adapter that its layers share.
 
         Args:
             adapter_name: name.
             config: the adapter's config.
             targets: full name -> layer of the base model.
         """
-        layers = [layer for layer in targets.values() if self._layer_class(layer) is not None]
-        if not layers:  # a target that cannot be adapted is refused when its turn comes
+        shapes = self._shapes(targets)
+        if not shapes:
             return
-        largest = max(map(stored_weight, layers), key=torch.Tensor.numel)
-        first = stored_weight(layers[0])
-        device, dtype = computing_device(layers[0], first), new_parameter(first, 0).dtype
-        shapes = [shape_of(layer) for layer in layers]
-        for name, spec in self.declared.shared_tensors(shapes, config).items():
+        weights = [stored_weight(shape.layer) for shape in shapes.values()]
+        place = SharedPlace(
+            weights[0],
+            max(weights, key=torch.Tensor.numel),
+            computing_device(next(iter(shapes.values())).layer, weights[0]),
+        )
+        for name, specs in self.declared.shared_tensors(shapes, config).items():
             container = self._modules[self.tuner_layer_cls.tensor_names[name]]
-            if isinstance(spec, Trained):  # made for real always: a checkpoint may lack what all layers share
-                check_size(spec.shape, largest, dtype, device)
-                parameter = nn.Parameter(torch.empty(*spec.shape, dtype=dtype, device=device))
-                spec.fill(parameter)
-                container[adapter_name] = parameter
-            else:
-                container.persistent = isinstance(spec, Kept)
-                made = spec.make()
-                check_size(tuple(made.shape), largest, made.dtype, device)
-                container[adapter_name] = made.to(device, dtype if made.is_floating_point() else made.dtype)
+            if name not in self.tuner_layer_cls.group_fields:
+                place.put(container, adapter_name, specs)
+                continue
+            trained = name in getattr(self.declared, "trained", ())
+            container[adapter_name] = SharedParameters() if trained else SharedBuffers()
+            for group, spec in specs.items():
+                place.put(container[adapter_name], str(group), spec)
 
 
 # ---------------------------------------------------------------------------------------------------------- declaring
@@ -139,6 +157,7 @@ def method(
     dropout: str | None = None,
     settings: Mapping[str, str] | None = None,
     names: Mapping[str, str] | None = None,
+    in_common: Sequence[str] = (),
     rule: type[BaseTunerLayer] | None = None,
     model: type[DeclaredModel] = DeclaredModel,
     is_mixed_compatible: bool = False,
@@ -146,8 +165,8 @@ def method(
     """
     Make a method out of a class of pure functions.
 
-    The class says the names of its tensors, `trained`, `frozen`, `kept` and `modules` (of tensors), and those of them
-    that all layers of a model share in `shared`. Its functions take no `self`:
+    The class says the names of its tensors, `trained`, `frozen`, `kept` and `modules` (of tensors). Its functions take
+    no `self`:
 
         tensors(shape, c)               name -> `Trained`, `Frozen`, `Kept`, `TrainedModule`; None if not needed
         delta(t, shape, c)              W + delta: (out, in); `delta(t, shape, c, w)` is given the base weight as well
@@ -155,12 +174,23 @@ def method(
         scale(t, shape, c)              factors of the outputs, or of the inputs where `of_input(c)` says so
         apply(t, x, shape, c)           optional: what the delta adds to the output of a linear layer, without it
         values(c, names, shape)         optional: more values for a target of these names, put into `c`
-        shared_tensors(shapes, c)       what all layers share, from the shapes of all targets
+        values_of_all(targets, c)       optional: name of a target -> such values that depend on all targets
+        shared_tensors(targets, c)      tensors that layers share, in the order in which they are made
         penalty(t, c)                   optional: what is added to the model's loss, for each layer
         after_step(model, c, step)      optional: what `model.after_step(step)` does for each active adapter
         check(c, others)                optional: refuse a config, alone or beside those of other adapters
 
     `shape` is the `Shape` of the weight, `c` the config with the values that hold for this layer, `t` the `Tensors`.
+    `targets` maps the full names of the adapter's own targets to their shapes, in the model's order: no other adapter
+    and no layer that follows a tied one counts.
+
+    Tensors that layers share are named in `shared` too. A name in `groups` (name of the tensor -> value of `c`) is
+    shared by those layers alone for which that value is the same, and `shared_tensors` gives a dictionary for it,
+    group -> tensor; `t.v` is the one of the layer's group. Checkpoints hold them once, `base_model.toy_v` or
+    `base_model.toy_v.GROUP`; those in `repeated` under each layer too. Tensors that are shared and not trained, and
+    those in `kept`, are buffers, and it is saved what is `Kept`: `(Kept if c.save_them else Frozen)(make)` lets the
+    config decide. In half precision they are rounded like the base weight where they are `rounded`.
+
     A class without `delta`, `weight` and `scale` trains a copy of the layer, which stands in its one trained name.
 
     Args:
@@ -173,6 +203,7 @@ def method(
         dropout: field of the config that says how much of the input is dropped while training.
         settings: attribute of layers -> value of `c` that it shows by adapter name.
         names: name of a tensor -> its attribute, where that is not the prefix and the name.
+        in_common: fields of the config that all adapters of the method in a model have to agree in.
         rule: class of layers to derive from, where it is not one of those that the functions tell.
         model: class of models to derive from.
         is_mixed_compatible: whether its adapters may be active beside those of other methods.
@@ -186,7 +217,8 @@ def method(
         declared.Layer, layers = _layer_classes(declared, kinds or _linear_kinds(declared), rule)
         own = {tensor: (names or {}).get(tensor, prefix + tensor) for tensor in _tensor_names(declared)}
         _declare_tensors(declared.Layer, declared, own)
-        declared.Layer.dropout_field = dropout
+        if dropout is not None:
+            _declare_dropout(declared.Layer, dropout)
         for attribute, field in (settings or {}).items():
             setattr(declared.Layer, attribute, setting(field))
         attributes = {
@@ -196,6 +228,7 @@ def method(
             "layer_classes": layers,
             "target_module_mapping": targets or {},
             "pattern_fields": dict(patterns or {}),
+            "fields_in_common": tuple(in_common),
         }
         declared.Model = _make_class(declared, "Model", f"{declared.__name__}Model", (model,), attributes)
         if not declared.__module__.startswith(OWN_METHODS):  # they enter themselves, without loading torch
@@ -209,6 +242,13 @@ def method(
         return declared
 
     return declare
+
+
+def _declare_dropout(layer: type[BaseTunerLayer], field: str) -> None:
+    """Note on the class of layers that modules drop the input; trainers look for such to switch them off."""
+    layer.dropout_field = field
+    layer.other_param_names = (*layer.other_param_names, field)
+    layer.container_classes = {**layer.container_classes, field: nn.ModuleDict}
 
 
 def _tensor_names(declared: type) -> tuple[str, ...]:
@@ -251,11 +291,14 @@ def _declare_tensors(layer: type[BaseTunerLayer], declared: type, attributes: di
         if name in frozen:
             setattr(layer, attributes[name], frozen_tensor(name))
     layer.shared_layer_names = tuple(attributes[name] for name in attributes if name in shared)
+    layer.repeated_layer_names = tuple(attributes[name] for name in getattr(declared, "repeated", ()))
+    layer.group_fields = dict(getattr(declared, "groups", {}))
     buffers = {
         attributes[name]: SharedBuffers if name in shared else partial(BufferDict, persistent=True)
         for name in attributes
         if name not in trained and (name in shared or name not in frozen)
     }
+    buffers.update({attributes[name]: SharedGroups for name in layer.group_fields})
     buffers.update({attributes[name]: nn.ModuleDict for name in getattr(declared, "modules", ())})
     copies = dict.fromkeys(layer.adapter_layer_names, nn.ModuleDict) if issubclass(layer, ReplacementLayer) else {}
     layer.container_classes = {**layer.container_classes, **buffers, **copies}

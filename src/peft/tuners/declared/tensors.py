@@ -98,7 +98,11 @@ class Tensors:
         found = container._parameters.get(adapter)
         if found is None:
             found = container._buffers.get(adapter)
-        return container._modules.get(adapter) if found is None else found
+        if found is None:
+            found = container._modules.get(adapter)
+            if found is not None and name in layer.group_fields:
+                return found[str(getattr(layer.settings[adapter], layer.group_fields[name]))]
+        return found
 
 
 @dataclass(frozen=True)
@@ -157,14 +161,31 @@ class Frozen:
 
     Attributes:
         make: gives the tensor, on the CPU. What is a floating point number gets the type of the adapter.
+        shape: its shape, where the config decides about it; sizes that cannot be meant are refused before it is made.
+        rounded: whether it has no more digits than the base weight, although the adapter may have more.
     """
 
     make: Callable[[], torch.Tensor]
+    shape: tuple[int, ...] | None = None
+    rounded: bool = False
+
+    def made(self, weight: torch.Tensor, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+        """
+        Make the tensor.
+
+        Args:
+            weight: base weight that it belongs to.
+            device: where it is to be.
+            dtype: its type, if it is a floating point number.
+        """
+        tensor = self.make()
+        if not tensor.is_floating_point():
+            return tensor.to(device)
+        if self.rounded and weight.is_floating_point() and weight.dtype.itemsize > 1:
+            tensor = tensor.to(weight.dtype)
+        return tensor.to(device, dtype)
 
 
 @dataclass(frozen=True)
 class Kept(Frozen):
     """A tensor that is saved, but not trained."""
-
-
-# ----------------------------------------------------------------------------------------------------------- settings

@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""LayerNorm tuning's layer: a trained copy of the base layer per adapter."""
+"""LayerNorm tuning: a trained copy of the base layer per adapter."""
 
 from torch import nn
 
-from ...layers.replacement import ReplacementLayer
+from ...utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from ...utils.old_names import old_names
+from ..declared.method import method
+from .config import LNTuningConfig
 
 
-class LNTuningLayer(ReplacementLayer, nn.Module):
-    """
-    A layer of any class with trained copies of it; buffers such as running statistics belong to the copy too.
+@method(
+    "LN_TUNING",
+    LNTuningConfig,
+    kinds={nn.Module: "LNTuningLayer"},
+    targets=TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING,
+)
+class LNTuning:
+    """A layer of any class with trained copies of it; buffers such as running statistics belong to the copy too."""
 
-    Attributes:
-        ln_tuning_layers: copies by adapter name.
-    """
+    trained = ("layers",)
 
-    adapter_layer_names = ("ln_tuning_layers",)
-    container_classes = {"ln_tuning_layers": nn.ModuleDict}
+
+LNTuningLayer = LNTuning.Layer
 
 
 __getattr__ = old_names(__name__)

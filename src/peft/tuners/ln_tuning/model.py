@@ -6,15 +6,13 @@ from torch import nn
 
 from ...anatomy.walking import unwrapped
 from ...tying.record import ReachedTie
-from ...utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from ...utils.old_names import old_names
-from ..base import BaseTuner
 from ..targets import UnsupportedLayerError
 from .config import LNTuningConfig
-from .layer import LNTuningLayer
+from .layer import LNTuning
 
 
-class LNTuningModel(BaseTuner):
+class LNTuningModel(LNTuning.Model):
     """
     A model with trained normalisation layers (Zhao et al. 2023, arXiv:2312.11420).
 
@@ -37,11 +35,6 @@ class LNTuningModel(BaseTuner):
         >>> [name for name, parameter in net.named_parameters() if parameter.requires_grad]
         ['1.ln_tuning_layers.default.weight', '1.ln_tuning_layers.default.bias']
     """
-
-    prefix = "ln_tuning_"
-    tuner_layer_cls = LNTuningLayer
-    layer_classes = {nn.Module: LNTuningLayer}
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 
     def _check_targets(self, model: nn.Module, config: LNTuningConfig, names: list[str]) -> None:
         """Refuse modules without parameters."""

@@ -1,77 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""VeRA's layer: two trained vectors around projections that all layers share."""
+"""VeRA: two trained vectors around projections that all layers share."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from ...anatomy.kinds import stores_weight_transposed
-from ...layers.additive import AdditiveLayer
-from ...layers.shared_tensors import SharedBuffers
+from ...utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
+from ..declared.method import method
+from ..declared.tensors import Frozen, Kept, Shape, Tensors, Trained
 from .config import VeraConfig
 
 
-class VeraLayer(AdditiveLayer):
-    """
-    What VeRA's layers share: W + diag(b) B diag(d) A.
+@method(
+    "VERA",
+    VeraConfig,
+    prefix="vera_lambda_",
+    kinds={nn.Linear: "Linear", Conv1D: "Linear"},
+    targets=TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
+    dropout="vera_dropout",
+    settings={"r": "r"},
+    names={"A": "vera_A", "B": "vera_B"},
+    in_common=("projection_prng_key", "save_projection"),
+)
+class Vera:
+    """W + diag(b) B diag(d) A. A and B fit the largest layer; a smaller one uses the corner that it needs."""
 
-    The shared projections fit the largest layer; a smaller one uses the first columns of A and the first rows of B.
+    trained, kept, shared = ("b", "d"), ("A", "B"), ("A", "B")
 
-    Attributes:
-        vera_lambda_b: b (out_features,) by adapter name.
-        vera_lambda_d: d (r,) by adapter name.
-        vera_A: A (r, most inputs) by adapter name, one object for all layers.
-        vera_B: B (most outputs, r) by adapter name, one object for all layers.
-    """
+    def check(c: VeraConfig, others: list[VeraConfig]) -> None:
+        """Refuse what is no rank."""
+        if not isinstance(c.r, int) or c.r <= 0:
+            raise PeftValueError(f"the rank r must be a positive integer, found {c.r!r}")
 
-    adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
-    other_param_names = ("r", "vera_dropout")
-    shared_layer_names = ("vera_A", "vera_B")
-    container_classes = {"vera_dropout": nn.ModuleDict, "vera_A": SharedBuffers, "vera_B": SharedBuffers}
+    def shared_tensors(targets: Mapping[str, Shape], c: VeraConfig) -> dict[str, Frozen]:
+        """Tell the projections, A (r, most inputs) and B (most outputs, r); from a seed, first A and then B."""
+        outputs, inputs = (max(sizes) for sizes in zip(*targets.values(), strict=True))
+        generator = torch.Generator().manual_seed(c.projection_prng_key)
 
-    def make_adapter(self, adapter_name: str, config: VeraConfig) -> None:
-        """Make the two vectors of an adapter."""
-        self.r[adapter_name] = config.r
-        self.vera_dropout[adapter_name] = nn.Dropout(config.vera_dropout) if config.vera_dropout else nn.Identity()
-        self.vera_lambda_b[adapter_name] = self.new_parameter(self.out_features)
-        self.vera_lambda_d[adapter_name] = self.new_parameter(config.r)
+        def projection(*shape: int) -> Frozen:
+            bound = math.sqrt(6 / shape[1])  # products with a vector of unit variance have variance 2
+            spec = Kept if c.save_projection else Frozen
+            return spec(
+                lambda: torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator),
+                shape,
+                rounded=True,
+            )
 
-    def reset_adapter(self, adapter_name: str, config: VeraConfig) -> None:
-        """Start with b at zero, or with vectors that have an effect."""
-        if config.init_weights:
-            nn.init.zeros_(self.vera_lambda_b[adapter_name])
-            nn.init.constant_(self.vera_lambda_d[adapter_name], config.d_initial)
-        else:
-            nn.init.ones_(self.vera_lambda_b[adapter_name])
-            nn.init.normal_(self.vera_lambda_d[adapter_name])
+        return {"A": projection(c.r, inputs), "B": projection(outputs, c.r)}
 
-    def projections(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the parts of A and B that belong to this layer, (r, in_features) and (out_features, r)."""
-        like = self.vera_lambda_d[adapter]
-        a = self.vera_A[adapter][:, : self.in_features].to(like)
-        return a, self.vera_B[adapter][: self.out_features].to(like)
+    def tensors(shape: Shape, c: VeraConfig) -> dict[str, Any]:
+        """Tell the vectors, b (out,) and d (r,)."""
+        b, d = (0.0, c.d_initial) if c.init_weights else (1.0, nn.init.normal_)
+        return {"b": Trained((shape[0],), b), "d": Trained((c.r,), d)}
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """Compute diag(b) B diag(d) A, in the layout of the base weight."""
-        a, b = self.projections(adapter)
-        delta = (self.vera_lambda_b[adapter].unsqueeze(1) * b) @ (self.vera_lambda_d[adapter].unsqueeze(1) * a)
-        return delta.T if stores_weight_transposed(self.get_base_layer()) else delta
+    def delta(t: Tensors, shape: Shape, c: VeraConfig) -> torch.Tensor:
+        """Compute diag(b) B diag(d) A, (out, in)."""
+        a, b = _corners(t, shape)
+        return (t.b.unsqueeze(1) * b) @ (t.d.unsqueeze(1) * a)
 
-    def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    def apply(t: Tensors, x: torch.Tensor, shape: Shape, c: VeraConfig) -> torch.Tensor:
         """Compute b * B (d * A x)."""
-        a, b = self.projections(adapter)
-        x = self.vera_dropout[adapter](x.to(a.dtype))
-        return F.linear(F.linear(x, a) * self.vera_lambda_d[adapter], b) * self.vera_lambda_b[adapter]
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Say yes: the delta is a matrix."""
-        return True
+        a, b = _corners(t, shape)
+        return F.linear(F.linear(x, a) * t.d, b) * t.b
 
 
-class Linear(VeraLayer, nn.Module):
-    """VeRA on `nn.Linear` and on the `Conv1D` of transformers."""
+def _corners(t: Tensors, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the parts of A and B that belong to a layer, (r, in) and (out, r)."""
+    like = t.d
+    return t.A[:, : shape[1]].to(like), t.B[: shape[0]].to(like)
+
+
+VeraLayer, Linear = Vera.Layer, Vera.Linear
 
 
 __getattr__ = old_names(__name__)

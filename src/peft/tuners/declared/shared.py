@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Making the declared tensors that layers share."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ...layers.buffer_dict import BufferDict
+from ...layers.new_tensors import check_size, new_parameter
+from .tensors import Frozen, Kept, Trained
+
+
+class SharedPlace(NamedTuple):
+    """
+    Where and in which type tensors are that layers share.
+
+    Attributes:
+        first: weight of the first of these layers, which decides about the type.
+        largest: the largest of their weights, which says what sizes can be meant.
+        device: where they are.
+    """
+
+    first: torch.Tensor
+    largest: torch.Tensor
+    device: torch.device
+
+    def put(self, container: nn.ParameterDict | BufferDict, key: str, spec: Trained | Frozen) -> None:
+        """
+        Make a tensor, for real always: a checkpoint may lack what layers share.
+
+        Args:
+            container: where it goes.
+            key: its name there.
+            spec: what it is.
+        """
+        dtype = new_parameter(self.first, 0).dtype
+        if spec.shape is not None:
+            check_size(spec.shape, self.largest, dtype, self.device)
+        if isinstance(spec, Trained):
+            parameter = nn.Parameter(torch.empty(*spec.shape, dtype=dtype, device=self.device))
+            spec.fill(parameter)
+            container[key] = parameter
+        else:
+            container.put(key, spec.made(self.first, self.device, dtype), isinstance(spec, Kept))
