@@ -243,6 +243,8 @@ def test_dropout_is_a_module() -> None:
     assert differs(model(x), model(x))
     drop.p = 0.0
     assert_equal(model(x), model(x))
+    model.delete_adapter("default")
+    assert not model.get_base_model()[0].groups_dropout
 
 
 def test_adapters_agree_in_what_they_share() -> None:

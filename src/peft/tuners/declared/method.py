@@ -200,7 +200,8 @@ def method(
         kinds: kind of base layer -> name of the class for it; linear layers if left out.
         patterns: field of the config -> field with the values for modules where it differs.
         targets: model type -> default targets.
-        dropout: field of the config that says how much of the input is dropped while training.
+        dropout: field of the config that says how much of the input is dropped while training; the attribute of layers
+            with that name has the modules that do so by adapter name, so it is none of `settings`.
         settings: attribute of layers -> value of `c` that it shows by adapter name.
         names: name of a tensor -> its attribute, where that is not the prefix and the name.
         in_common: fields of the config that all adapters of the method in a model have to agree in.

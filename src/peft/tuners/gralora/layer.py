@@ -26,7 +26,7 @@ uniform_ = partial(nn.init.kaiming_uniform_, a=5**0.5)  # within 1 / sqrt(column
     kinds={nn.Linear: "Linear", Conv1D: "Linear"},
     targets=TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING,
     dropout="gralora_dropout",
-    settings={name: name for name in ("r", "hybrid_r", "alpha", "scaling", "gralora_dropout", "gralora_k")},
+    settings={name: name for name in ("r", "hybrid_r", "alpha", "scaling", "gralora_k")},
 )
 class Gralora:
     """A layer with a low-rank update in each block of a grid added to its weight."""
