@@ -50,6 +50,8 @@ SHARED = {
     "prompts/inputs.py": "prompt learning: putting prompts in front of inputs, for all tasks",
 }
 
+OLD_NAMES = re.compile(r"^(from .* import|__getattr__ =) old_names\b")
+
 NO_CODE = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -72,7 +74,7 @@ class MethodSize:
         lines: lines of code beside its config, its registration and its maths.
         maths: those of `maths.py`, which has functions of tensors that know nothing of layers.
         config: those of its config.
-        registration: those of `__init__.py`, which lists names.
+        registration: those of `__init__.py`, which lists names, and those elsewhere that give old names.
         kinds: names of the kinds of layers that it adapts.
     """
 
@@ -124,7 +126,12 @@ def _measure(name: str, model_cls: type) -> MethodSize:
     registration = {path for path in files if path.name == "__init__.py"}
     maths = {path for path in files if path.name == "maths.py"}
     rest = files - config - registration - maths
-    counts = (count_files(group) for group in (rest, maths, config, registration))
+    counts = [count_files(group) for group in (rest, maths, config, registration)]
+    old_names = sum(
+        OLD_NAMES.search(line) is not None for path in rest for line in path.read_text("utf-8").splitlines()
+    )
+    counts[0] -= old_names
+    counts[3] += old_names
     return MethodSize(name, rule_of(model_cls), *counts, kinds_of(model_cls))
 
 

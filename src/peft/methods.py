@@ -4,11 +4,12 @@
 
 from .anatomy.kinds import apply_weight
 from .config import TyingConfig
-from .configs.checks import check_layer_selection
+from .configs.checks import check_counts, check_layer_selection, check_magnitudes
 from .configs.fields import Indices, Names, option, shared_field
 from .layers.activation import ActivationLayer
 from .layers.additive import AdditiveLayer
 from .layers.replacement import ReplacementLayer
+from .layers.saved_form import SavedForm
 from .layers.scaling import Scaled
 from .layers.weight import WeightLayer
 from .registry import register_peft_method
@@ -46,6 +47,7 @@ __all__ = [
     "Names",
     "PeftValueError",
     "ReplacementLayer",
+    "SavedForm",
     "Scaled",
     "Shape",
     "Start",
@@ -56,7 +58,9 @@ __all__ = [
     "UnsupportedLayerError",
     "WeightLayer",
     "apply_weight",
+    "check_counts",
     "check_layer_selection",
+    "check_magnitudes",
     "method",
     "option",
     "register_peft_method",

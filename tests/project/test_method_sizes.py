@@ -22,7 +22,6 @@ EXCEPTIONS = {
     "IA3": (90, "adapters can be combined"),
     "MULTITASK_PROMPT_TUNING": (80, "prompts of several tasks"),
     "OFT": (65, "public names of the released package"),
-    "VBLORA": (150, "checkpoints in two forms, and counting what they hold"),
 }
 
 

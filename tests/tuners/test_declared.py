@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,8 +15,18 @@ from support.registry import methods_put_back
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.methods import Frozen, Kept, PeftValueError, Shape, Trained, TyingConfig, method
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.methods import (
+    Frozen,
+    Kept,
+    PeftValueError,
+    Shape,
+    Trained,
+    TyingConfig,
+    check_counts,
+    check_magnitudes,
+    method,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +203,86 @@ def test_input_is_dropped_for_apply() -> None:
     x = torch.randn(3, 6)
     torch.testing.assert_close(model.train()(x), layer.base_layer(x))
     merges_alike(model, x)
+
+
+@pytest.mark.parametrize("base", [nn.Linear(6, 4), Conv1D(4, 6), nn.Conv2d(3, 4, 2)])
+def test_factors_are_multiplied_one_by_one(base: nn.Module) -> None:
+    toy = declare(
+        {
+            "trained": ("a", "b"),
+            "tensors": lambda shape, c: {
+                "a": Trained((2, shape[1]), nn.init.normal_),
+                "b": Trained((shape[0], 2), nn.init.normal_),
+            },
+            "factors": lambda t, shape, c: (t.b, t.a),
+        },
+        kinds=dict.fromkeys((nn.Linear, Conv1D, nn.Conv2d), "Toy"),
+    )
+    model, layer = adapted(toy, copy.deepcopy(base))
+    assert layer.builds_delta("default", None) == isinstance(base, nn.Conv2d)
+    merges_alike(model, torch.randn(2, 3, 5, 5) if isinstance(base, nn.Conv2d) else torch.randn(3, 6))
+    assert torch.equal(
+        layer.as_rows(layer.get_delta_weight("default")), layer.toy_b["default"] @ layer.toy_a["default"]
+    )
+
+
+class Doubled(NamedTuple):
+    """A tensor that is written as its double and the number of its entries."""
+
+    is_used: bool
+    endings = ("_doubled", "_count")
+
+    def write(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return 2 * tensor, torch.tensor(tensor.numel())
+
+    def read(self, doubled: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        return doubled / 2
+
+
+def test_tensors_are_saved_in_a_form_that_is_declared() -> None:
+    toy = declare(
+        {
+            "trained": ("a",),
+            "tensors": lambda shape, c: {"a": Trained(shape, nn.init.normal_)},
+            "saved_forms": lambda c: {"a": Doubled(c.size == 3)},
+            "delta": lambda t, shape, c: t.a,
+        }
+    )
+    model, layer = adapted(toy, size=3)
+    saved = get_peft_model_state_dict(model)
+    assert saved.keys() == {"base_model.model.0.toy_a_doubled", "base_model.model.0.toy_a_count"}
+    plain, other = adapted(toy)
+    other.toy_a["default"].data.zero_()
+    assert not set_peft_model_state_dict(plain, saved).unexpected_keys
+    assert torch.equal(other.toy_a["default"], layer.toy_a["default"])
+    assert [m.get_nb_savable_parameters() for m in (model, plain)] == [(24 + 2, 0), (24, 0)]  # a long counts as two
+
+
+def test_parameters_in_a_checkpoint_are_counted(capsys: pytest.CaptureFixture) -> None:
+    declare(
+        {
+            "trained": ("a",),
+            "tensors": lambda shape, c: {"a": Trained(shape)},
+            "delta": lambda t, shape, c: t.a,
+        }
+    )
+    net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    model = get_peft_model(net, ToyConfig(target_modules=["0"], modules_to_save=["1"]))
+    assert model.get_nb_savable_parameters() == (24, 10)
+    model.print_savable_parameters()
+    assert capsys.readouterr().out == "TOY parameters to save (as float32): 24 || all parameters to save: 34\n"
+    with pytest.raises(ValueError, match="'other'"):
+        model.get_nb_savable_parameters("other")
+
+
+def test_numbers_of_a_config_are_checked() -> None:
+    check_counts(ToyConfig(), "size")
+    check_magnitudes(ToyConfig(), "size", "toy_dropout")
+    for value in (0, -1, 2.0, None):
+        with pytest.raises(ValueError, match=f"size must be a positive integer, found {value}"):
+            check_counts(ToyConfig(size=value), "size")
+    with pytest.raises(ValueError, match="size=-2 and toy_dropout=0.0 are magnitudes"):
+        check_magnitudes(ToyConfig(size=-2), "size", "toy_dropout")
 
 
 def test_penalty_joins_the_loss_and_steps_are_told() -> None:

@@ -37,7 +37,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.tuners.vblora.topk import NOT_SAVED, TopkForm
+from peft.tuners.vblora.maths import NOT_SAVED, TopkForm
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")

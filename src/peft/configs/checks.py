@@ -72,6 +72,40 @@ def check_types(config: Any, expected: dict[str, tuple[type, ...]]) -> None:
             raise TypeError(f"{name} must be {names}, found {value!r}")
 
 
+def check_counts(config: Any, *names: str) -> None:
+    """
+    Check that fields hold integers from 1 on.
+
+    Args:
+        config: a config.
+        names: the fields.
+
+    Raises:
+        PeftValueError: for the first that does not.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value <= 0:
+            raise PeftValueError(f"{name} must be a positive integer, found {value!r}")
+
+
+def check_magnitudes(config: Any, *names: str) -> None:
+    """
+    Check that fields hold numbers from 0 on.
+
+    Args:
+        config: a config.
+        names: the fields.
+
+    Raises:
+        PeftValueError: if one does not.
+    """
+    values = {name: getattr(config, name) for name in names}
+    if min(values.values()) < 0:
+        found = " and ".join(f"{name}={value}" for name, value in values.items())
+        raise PeftValueError(f"{found} are magnitudes and cannot be negative")
+
+
 def check_pattern(name: str, pattern: str) -> None:
     """Check that a field holds a regular expression that compiles, and that can be matched in bounded time."""
     try:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..anatomy.view import view_of, viewing
 from ..anatomy.walking import adapter_modules
+from ..checkpoints.sizes import count_saved
 from ..config import PeftConfig
 from ..layers.base_layer import BaseTunerLayer
 from ..layers.merging.layer import unmerge_layers
@@ -408,6 +409,27 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         self.model.__dict__.pop("peft_config", None)
         unshield_tie_weights(self.model)
         return self.model
+
+    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
+        """
+        Count what a checkpoint of an adapter holds, in units of 4 bytes.
+
+        Args:
+            adapter: name.
+
+        Returns:
+            Number of the method's own parameters (integers count as the bytes that they take), and number of other
+            parameters that are trained, such as biases and modules of `modules_to_save`.
+        """
+        self._config_of(adapter)
+        return count_saved(self, adapter, self.prefix)
+
+    def print_savable_parameters(self) -> None:
+        """Print what a checkpoint of each active adapter holds; see `get_nb_savable_parameters`."""
+        for adapter in self.active_adapters:
+            own, other = self.get_nb_savable_parameters(adapter)
+            method = self.peft_config[adapter].peft_type
+            print(f"{method} parameters to save (as float32): {own:,} || all parameters to save: {own + other:,}")
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether an adapter can be converted to LoRA."""

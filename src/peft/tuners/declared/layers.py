@@ -16,6 +16,7 @@ from ...layers.additive import AdditiveLayer
 from ...layers.base_layer import BaseTunerLayer
 from ...layers.new_tensors import check_size
 from ...layers.replacement import ReplacementLayer
+from ...layers.saved_form import SavedForm
 from ...layers.weight import WeightLayer
 from .tensors import Frozen, Kept, Shape, Tensors, Trained, TrainedModule, _matrix_shape
 
@@ -218,6 +219,13 @@ class DeclaredLayer(BaseTunerLayer):
     def specified(self, c: PeftConfig) -> Iterator[tuple[str, Trained | TrainedModule | Frozen]]:
         """Yield the tensors that an adapter has, by name."""
         return ((name, spec) for name, spec in self.declared.tensors(self.shape, c).items() if spec is not None)
+
+    def saved_forms(self, adapter_name: str) -> dict[str, SavedForm]:
+        """Give the forms, of tensors in checkpoints, that are declared."""
+        if not hasattr(self.declared, "saved_forms"):
+            return {}
+        forms = self.declared.saved_forms(self.source(adapter_name).settings[adapter_name])
+        return {self.tensor_names[name]: form for name, form in forms.items()}
 
     def reset_adapter(self, adapter_name: str, config: PeftConfig) -> None:
         """Give the trained tensors the values that they start with."""

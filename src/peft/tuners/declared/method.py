@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -30,7 +31,7 @@ from .layers import (
     setting,
 )
 from .shared import SharedPlace
-from .tensors import Shape, shape_of
+from .tensors import Shape, Tensors, shape_of
 
 
 OWN_METHODS = f"{__package__.rpartition('.')[0]}."
@@ -170,12 +171,14 @@ def method(
 
         tensors(shape, c)               name -> `Trained`, `Frozen`, `Kept`, `TrainedModule`; None if not needed
         delta(t, shape, c)              W + delta: (out, in); `delta(t, shape, c, w)` is given the base weight as well
+        factors(t, shape, c)            W + B A: B (out, r) and A (r, in), in place of `delta` and `apply`
         weight(t, w, c)                 f(W): (out, in); `inverse(t, w, c)` where there is one
         scale(t, shape, c)              factors of the outputs, or of the inputs where `of_input(c)` says so
         apply(t, x, shape, c)           optional: what the delta adds to the output of a linear layer, without it
         values(c, names, shape)         optional: more values for a target of these names, put into `c`
         values_of_all(targets, c)       optional: name of a target -> such values that depend on all targets
         shared_tensors(targets, c)      tensors that layers share, in the order in which they are made
+        saved_forms(c)                  optional: name -> `SavedForm`, of tensors that checkpoints hold in another form
         penalty(t, c)                   optional: what is added to the model's loss, for each layer
         after_step(model, c, step)      optional: what `model.after_step(step)` does for each active adapter
         check(c, others)                optional: refuse a config, alone or beside those of other adapters
@@ -191,7 +194,8 @@ def method(
     those in `kept`, are buffers, and it is saved what is `Kept`: `(Kept if c.save_them else Frozen)(make)` lets the
     config decide. In half precision they are rounded like the base weight where they are `rounded`.
 
-    A class without `delta`, `weight` and `scale` trains a copy of the layer, which stands in its one trained name.
+    A class without `delta`, `factors`, `weight` and `scale` trains a copy of the layer, which stands in its one
+    trained name.
 
     Args:
         name: name of the method; in upper case it is the value of `peft_type`.
@@ -215,6 +219,8 @@ def method(
     prefix = f"{name.lower()}_" if prefix is None else prefix
 
     def declare(declared: type) -> type:
+        if hasattr(declared, "factors"):
+            _use_factors(declared)
         declared.Layer, layers = _layer_classes(declared, kinds or _linear_kinds(declared), rule)
         own = {tensor: (names or {}).get(tensor, prefix + tensor) for tensor in _tensor_names(declared)}
         _declare_tensors(declared.Layer, declared, own)
@@ -250,6 +256,20 @@ def _declare_dropout(layer: type[BaseTunerLayer], field: str) -> None:
     layer.dropout_field = field
     layer.other_param_names = (*layer.other_param_names, field)
     layer.container_classes = {**layer.container_classes, field: nn.ModuleDict}
+
+
+def _use_factors(declared: type) -> None:
+    """Add what follows from `factors`: the delta, and the way around it."""
+
+    def delta(t: Tensors, shape: Shape, c: PeftConfig) -> torch.Tensor:
+        b, a = declared.factors(t, shape, c)
+        return b @ a
+
+    def apply(t: Tensors, x: torch.Tensor, shape: Shape, c: PeftConfig) -> torch.Tensor:
+        b, a = declared.factors(t, shape, c)
+        return F.linear(F.linear(x, a), b)
+
+    declared.delta, declared.apply = delta, apply
 
 
 def _tensor_names(declared: type) -> tuple[str, ...]:

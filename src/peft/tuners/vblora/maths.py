@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""Logits of VB-LoRA in the short form: which vectors are mixed, and with which weights."""
+"""Pieces of factors as mixtures of vectors, and their logits in the short form of checkpoints."""
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ...utils.error import PeftRuntimeError, PeftValueError
 
@@ -12,6 +13,40 @@ from ...utils.error import PeftRuntimeError, PeftValueError
 # Logit of a vector that is not mixed, where only the mixed ones were saved: it has no weight, and gets no gradient.
 # It is a number, not minus infinity, so that such logits can be saved and loaded like others.
 NOT_SAVED = -1e30
+
+
+def mixtures(logits: torch.Tensor, bank: torch.Tensor, topk: int) -> torch.Tensor:
+    """
+    Mix the vectors of the greatest logits, by the softmax of these.
+
+    Args:
+        logits: (m, n, num_vectors).
+        bank: (num_vectors, vector_length).
+        topk: vectors that are mixed.
+
+    Returns:
+        (m, n, vector_length)
+    """
+    values, indices = logits.topk(topk, dim=-1)
+    return (values.softmax(dim=-1).unsqueeze(-2) @ F.embedding(indices, bank)).squeeze(-2)
+
+
+def check_trainable(adapter: str, logits: torch.Tensor) -> None:
+    """
+    Refuse logits that were read from the short form, which lacks those that training needs.
+
+    Args:
+        adapter: name of the adapter.
+        logits: (m, n, num_vectors); all pieces are alike.
+
+    Raises:
+        PeftRuntimeError: for such logits.
+    """
+    if (logits[0, 0] <= NOT_SAVED).any():
+        raise PeftRuntimeError(
+            f"adapter {adapter!r} comes from a checkpoint with save_only_topk_weights=True, which lacks what training "
+            "needs; train on from a checkpoint with all logits, or call eval()"
+        )
 
 
 class TopkForm(NamedTuple):
