@@ -104,6 +104,23 @@ def test_functions_see_every_kind_as_out_and_in(base: nn.Module) -> None:
     merges_alike(model, x)
 
 
+@pytest.mark.parametrize("base", [nn.Linear(6, 4), Conv1D(4, 6), nn.Conv2d(3, 4, (1, 2)), nn.Embedding(6, 4)])
+def test_tensors_can_come_from_the_weight(base: nn.Module) -> None:
+    toy = declare(
+        {
+            "trained": ("a",),
+            "kept": ("w",),
+            "tensors": lambda shape, c: {"a": Trained((), -1.0), "w": Kept(lambda: shape.weight.clone())},
+            "delta": lambda t, shape, c: t.a * t.w,
+        },
+        kinds={type(base): "ToyLayerOfAKind"},
+    )
+    model, layer = adapted(toy, base)
+    assert layer.toy_w["default"].shape == (4, 6) and not layer.toy_w["default"].requires_grad
+    model.merge_adapter()
+    assert not layer.get_base_layer().weight.any()
+
+
 def test_delta_of_the_base_weight_is_that_of_the_unmerged_one() -> None:
     toy = declare(
         {

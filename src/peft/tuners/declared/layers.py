@@ -18,7 +18,7 @@ from ...layers.new_tensors import check_size
 from ...layers.replacement import ReplacementLayer
 from ...layers.saved_form import SavedForm
 from ...layers.weight import WeightLayer
-from .tensors import Frozen, Kept, Shape, Tensors, Trained, TrainedModule, _matrix_shape
+from .tensors import Frozen, Kept, Shape, Tensors, Trained, TrainedModule, _matrix_shape, as_rows
 
 
 class SettingsView(MutableMapping):
@@ -246,9 +246,7 @@ class DeclaredLayer(BaseTunerLayer):
 
     def as_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """Give a weight of the base layer's layout as a matrix, (out, in)."""
-        return (
-            weight.T if has_outputs_last(self.get_base_layer()) else weight.flatten(1) if weight.dim() > 2 else weight
-        )
+        return as_rows(self.get_base_layer(), weight)
 
     def from_rows(self, matrix: torch.Tensor) -> torch.Tensor:
         """Give a matrix, (out, in), in the base layer's layout."""

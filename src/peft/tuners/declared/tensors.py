@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...anatomy.kinds import CONVOLUTIONS, features
-from ...utils.quantization_utils import stored_weight
+from ...anatomy.kinds import CONVOLUTIONS, features, has_outputs_last
+from ...anatomy.offload import tensor_of
+from ...utils.quantization_utils import resolve_quantization_backend, stored_weight
 
 
 class Shape(tuple):
@@ -54,6 +55,24 @@ class Shape(tuple):
     def dtype(self) -> torch.dtype:
         """Type in which the base layer stores its weight."""
         return stored_weight(self.layer).dtype
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight itself, (out, in), without gradients; dense if the layer is quantised."""
+        backend = resolve_quantization_backend(self.layer)
+        weight = tensor_of(self.layer, "weight") if backend is None else backend.get_base_weight(self.layer)
+        return as_rows(self.layer, weight.detach())
+
+
+def as_rows(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """
+    Give a weight of a layer's layout as a matrix, (out, in).
+
+    Args:
+        layer: a layer of the base model.
+        weight: its weight, or another tensor of that shape.
+    """
+    return weight.T if has_outputs_last(layer) else weight.flatten(1) if weight.dim() > 2 else weight
 
 
 def shape_of(layer: nn.Module) -> Shape:
