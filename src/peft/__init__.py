@@ -105,5 +105,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tying.report": ["weight_tying_report"],
         ".utils.warning": ["PeftWarning"],
         ".utils.constants": ["TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"],
+        ".utils.old_cache_layouts": ["bloom_model_postprocess_past_key_value"],
     },
 )

@@ -38,9 +38,11 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ],
         "peft.layers.token_wrapper": ["TrainableTokensWrapper"],
         "peft.checkpoints.state_dict": ["get_peft_model_state_dict", "set_peft_model_state_dict"],
-        "peft.utils.devices": ["infer_device"],
+        "peft.utils.devices": ["infer_device", "map_cache_to_layer_device_map"],
         "peft.utils.integrations": ["init_empty_weights"],
         "peft.surgery.saved_modules": ["set_additional_trainable_modules"],
         "peft.utils.labels": ["shift_tokens_right"],
+        "peft.utils.model_inputs": ["create_attention_mask"],
+        "transformers.pytorch_utils": ["id_tensor_storage"],
     },
 )

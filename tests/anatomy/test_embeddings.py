@@ -20,6 +20,8 @@ from peft import (
     weight_tying_report,
 )
 from peft.anatomy.embeddings import input_embedding, output_embedding
+from peft.utils import _get_input_embeddings_name
+from peft.utils.save_and_load import get_embedding_layer_name, has_valid_embedding_base_layer
 
 
 class Says(nn.Module):
@@ -121,3 +123,19 @@ def test_vision_models_of_transformers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     pictures = torch.ones(1, 3, 32, 32)
     assert_close(logits(PeftModel.from_pretrained(vision(), tmp_path), pictures), logits(model, pictures))
+
+
+def test_names_of_embeddings() -> None:
+    model = made(Says)
+    assert _get_input_embeddings_name(model) == "words"
+    assert _get_input_embeddings_name(nn.Linear(1, 1)) is None
+    assert _get_input_embeddings_name(nn.Linear(1, 1), "wte") == "wte"
+    words = model.words
+    assert get_embedding_layer_name(model, words, False) == "words"
+    assert get_embedding_layer_name(model, words, True) is None
+    assert not has_valid_embedding_base_layer(words)
+    get_peft_model(model, LoraConfig(target_modules=["words"]))
+    assert get_embedding_layer_name(model, model.words, False) == "words"
+    assert get_embedding_layer_name(model, model.words, True) == "words.base_layer"
+    assert get_embedding_layer_name(model, nn.Linear(1, 1), False) is None
+    assert has_valid_embedding_base_layer(model.words)

@@ -20,6 +20,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from peft import LoraConfig, get_peft_model
 from peft.anatomy.kinds import gives_features
 from peft.anatomy.matching import (
+    _ExcludedModule,
     check_target_module_exists,
     dotted_endings,
     ends_like,
@@ -32,6 +33,13 @@ from peft.anatomy.matching import (
     pattern_lookup,
 )
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import (
+    _maybe_include_all_linear_layers,
+    find_parameter_name_by_module,
+    get_device_map,
+    inspect_matched_modules,
+)
+from peft.utils import _is_valid_match
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
@@ -327,3 +335,34 @@ def test_linear_layers_of_other_classes_are_linear() -> None:
 
     assert gives_features(FalconLinear(4, 3)) and gives_features(Raising(4, 3)) and gives_features(nn.ReLU())
     assert not gives_features(phimoe().model.layers[0].mlp.router)
+
+
+def test_what_is_excluded_is_told_from_what_is_not_targeted() -> None:
+    config = LoraConfig(target_modules=["q", "v"], exclude_modules=["v"])
+    assert check_target_module_exists(config, "a.q")
+    for name, is_excluded in {"a.v": True, "a.k": False}.items():
+        found = check_target_module_exists(config, name)
+        assert not found and isinstance(found, _ExcludedModule) == is_excluded
+    assert _is_valid_match("a.b", "b") and _is_valid_match("b", "b") and not _is_valid_match("ab", "b")
+
+
+def test_names_in_the_place_of_all_linear() -> None:
+    model = llama()
+    config = LoraConfig(target_modules="ALL-linear")
+    assert _maybe_include_all_linear_layers(config, model) is config
+    assert "model.layers.0.self_attn.q_proj" in config.target_modules and "lm_head" not in config.target_modules
+    other = LoraConfig(target_modules="q.*")
+    assert _maybe_include_all_linear_layers(other, model).target_modules == "q.*"
+
+
+def test_names_of_parts_of_a_model() -> None:
+    net = get_peft_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+    found = inspect_matched_modules(net.base_model)
+    assert found["matched"] == ["0"] and {"", "1", "0.base_layer"} <= set(found["unmatched"])
+    with pytest.raises(ValueError, match="no adapter named 'x'|'x'"):
+        inspect_matched_modules(net.base_model, "x")
+    assert find_parameter_name_by_module(net, net.base_model.model[1]) == "base_model.model.1"
+    assert find_parameter_name_by_module(net, nn.Linear(1, 1)) == ""
+    assert get_device_map(net) == {"": torch.device("cpu")}
+    net.hf_device_map = {"base_model": 0}
+    assert get_device_map(net) == {"base_model": 0}

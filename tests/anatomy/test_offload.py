@@ -13,6 +13,7 @@ from torch import nn
 
 from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import onload_layer
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
@@ -163,3 +164,27 @@ def test_tokens_of_a_tied_embedding_are_refused(tokens: object, offload: str, tm
     reached = "lm_head" if "lm_head" in tokens else "embed_tokens"
     with refused(base, ValueError, reached, "trainable_token_indices"):
         get_peft_model(base, lora(trainable_token_indices=tokens, target_modules=["q_proj"])())
+
+
+@offloads
+def test_a_layer_that_is_brought_here_is_merged_for_good(offload: str, tmp_path: object) -> None:
+    plain, model = adapted(make_base(), lora()()), adapted(offloaded(offload, tmp_path), lora()())
+    with torch.no_grad():
+        expected = plain(IDS)
+        for name in ("hidden", "head"):
+            layer = getattr(model.get_base_model(), name)
+            with onload_layer(layer):
+                assert not layer.base_layer.weight.is_meta
+                layer.merge(safe_merge=True)
+                getattr(plain.get_base_model(), name).merge()
+                assert_close(layer.base_layer.weight, getattr(plain.get_base_model(), name).base_layer.weight)
+            assert layer.base_layer.weight.is_meta
+        assert_close(model(IDS), expected)
+        model.unmerge_adapter()
+        assert_close(model(IDS), expected)
+        with model.disable_adapter():
+            assert_close(model(IDS), make_base()(IDS))
+        with onload_layer(model.get_base_model().norm):  # changed by hand
+            model.get_base_model().norm.weight.data += 1
+            plain.get_base_model().norm.weight.data += 1
+        assert_close(model(IDS), plain(IDS))

@@ -60,6 +60,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.utils import _prepare_prompt_learning_config
 
 
 TOKENS = 3
@@ -816,3 +817,14 @@ class TestRefusals:
         for name in ("merge_and_unload", "merge_adapter", "unload"):
             with pytest.raises(AttributeError):
                 getattr(model, name)
+
+
+def test_sizes_are_filled_in_from_the_fields_of_a_model() -> None:
+    config = PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = llama()
+    assert _prepare_prompt_learning_config(config, model.config.to_dict()) is config
+    expected = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    for name in ("num_layers", "num_attention_heads", "token_dim", "num_transformer_submodules"):
+        assert getattr(config, name) == getattr(expected.peft_config["default"], name), name
+    with pytest.raises(ValueError, match="does not tell token_dim"):
+        _prepare_prompt_learning_config(PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), {})

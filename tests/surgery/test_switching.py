@@ -9,6 +9,7 @@ from torch import nn
 
 from peft import LoHaConfig, LoraConfig, PeftConfig, PeftMixedModel, get_peft_model, inject_adapter_in_model
 from peft.functional import delete_adapter, set_adapter
+from peft.utils import _freeze_adapter, _set_adapter
 
 
 X = torch.arange(16.0).reshape(2, 8) / 8
@@ -90,3 +91,19 @@ def test_what_is_active_is_a_list_in_every_layer() -> None:
     made = type(layer)(nn.Linear(8, 8), "default", LoraConfig(), r=2)
     assert made.active_adapter == ["default"]
     assert PeftMixedModel(linears(8, 8), config("0")).active_adapter == ["default"]
+
+
+def test_wrappers_are_switched_and_adapters_frozen_by_themselves() -> None:
+    model = get_peft_model(linears(8, 8, 8), config("0", modules_to_save=["1"]), adapter_name="a")
+    model.add_adapter("b", config("0", modules_to_save=["1"]))
+    layer, wrapper = model.get_base_model()[0], model.get_base_model()[1]
+    _set_adapter(model, "b")
+    assert wrapper.active_adapters == ["b"] and layer.active_adapters == ["a"]
+    assert wrapper.modules_to_save["b"].weight.requires_grad and not wrapper.modules_to_save["a"].weight.requires_grad
+    _set_adapter(model, "a", inference_mode=True)
+    assert wrapper.active_adapters == ["a"] and not wrapper.modules_to_save["a"].weight.requires_grad
+    assert layer.lora_A["a"].weight.requires_grad
+    _freeze_adapter(model, "b")
+    assert layer.lora_A["a"].weight.requires_grad
+    _freeze_adapter(model, "a")
+    assert not trainable(model)

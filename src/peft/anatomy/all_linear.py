@@ -6,7 +6,7 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..registry import TaskType
-from ..utils.constants import SEQ_CLS_HEAD_NAMES
+from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from .embeddings import output_embedding
 from .kinds import gives_features, is_linear
 from .matching import ends_like
@@ -38,3 +38,20 @@ def all_linear_names(model: nn.Module, config: PeftConfig) -> set[str]:
     if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
         heads |= {name for name in names if name.rpartition(".")[2] in SEQ_CLS_HEAD_NAMES}
     return names - heads
+
+
+def _maybe_include_all_linear_layers(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """
+    Put the names of layers in the place of target_modules="all-linear".
+
+    Args:
+        peft_config: a config, which is changed; with other targets it stays as it is.
+        model: the base model, or one with adapters.
+
+    Returns:
+        The config.
+    """
+    targets = getattr(peft_config, "target_modules", None)
+    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        peft_config.target_modules = all_linear_names(model, peft_config)
+    return peft_config

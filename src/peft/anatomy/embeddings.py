@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..utils.wrapped_names import WRAPPED
-from .walking import is_adapter_module
+from .walking import find_parameter_name_by_module, is_adapter_module
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
@@ -77,3 +77,42 @@ def checkpoints_activations(model: nn.Module) -> bool:
     # transformers 5 has renamed the property; each is read once, since it asks every module of the model
     found = getattr(model, "is_activation_checkpointing", None)
     return bool(getattr(model, "is_gradient_checkpointing", False) if found is None else found)
+
+
+# ------------------------------------------------------------ names of embeddings, as the released package asks them
+def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
+    """
+    Give the full name of a model's input embedding.
+
+    Args:
+        model: any model.
+        default: what to give if it has none, or does not say.
+    """
+    embedding = input_embedding(model)
+    return default if embedding is None else find_parameter_name_by_module(model, embedding)
+
+
+def has_valid_embedding_base_layer(layer: nn.Module) -> bool:
+    """
+    Say whether a layer adapts an embedding or an output head.
+
+    Args:
+        layer: any module.
+    """
+    return isinstance(getattr(layer, "base_layer", None), (nn.Linear, nn.Embedding))
+
+
+def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool) -> str | None:
+    """
+    Give the full name of an embedding, or of the base layer inside one that is adapted.
+
+    Args:
+        model: a model.
+        layer: a part of it.
+        is_embedding_in_target_modules: give the name of the base layer.
+
+    Returns:
+        The name; None if there is no such module.
+    """
+    wanted = getattr(layer, "base_layer", None) if is_embedding_in_target_modules else layer
+    return None if wanted is None else find_parameter_name_by_module(model, wanted) or None

@@ -132,7 +132,19 @@ def _layer_is_chosen(config: Any, key: str) -> bool:
     return index is not None and (index == chosen if isinstance(chosen, int) else index in chosen)
 
 
-def check_target_module_exists(config: Any, key: str) -> bool:
+class _ExcludedModule:
+    """The answer for a module that `exclude_modules` leaves out: false, and known from that for no target at all."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def _is_valid_match(key: str, target_key: str) -> bool:
+    """Say whether a name is another one, or ends with it after a dot."""
+    return key == target_key or key.endswith(f".{target_key}")
+
+
+def check_target_module_exists(config: Any, key: str) -> bool | _ExcludedModule:
     """
     Say whether a config targets the module of that name.
 
@@ -142,7 +154,7 @@ def check_target_module_exists(config: Any, key: str) -> bool:
         key: full name of a module.
     """
     if matching_entry(getattr(config, "exclude_modules", None), key) is not None:
-        return False
+        return _ExcludedModule()
     return matching_entry(config.target_modules, key) is not None and _layer_is_chosen(config, key)
 
 

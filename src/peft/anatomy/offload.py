@@ -10,7 +10,7 @@ refused, because it would go wrong without a word: copies would compute with the
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -76,6 +76,35 @@ def onloaded(module: nn.Module) -> Iterator[None]:
         module.__dict__["forward"] = forward
         module._parameters.update(parameters)
         module._buffers.update(buffers)
+
+
+@contextmanager
+def onload_layer(layer: nn.Module) -> Iterator[None]:
+    """
+    Bring what accelerate keeps elsewhere of an adapter layer to where it computes, inside a context.
+
+    What is changed meanwhile, as by merging, is kept in main memory afterwards; the files of weights on disk stay as
+    they are. The layers of this package read offloaded weights without it.
+
+    Args:
+        layer: a layer, or any part of a model.
+    """
+    offloaded = [module for module in layer.modules() if is_offloaded(module)]
+    with ExitStack() as stack:
+        for module in offloaded:
+            stack.enter_context(onloaded(module))
+        before = [{name: tensor.clone() for name, tensor in held.items()} for held in map(_tensors_in, offloaded)]
+        yield
+        after = [_tensors_in(module) for module in offloaded]
+    for module, old, new in zip(offloaded, before, after, strict=True):
+        for name, tensor in new.items():
+            if name in old and not torch.equal(tensor, old[name]):
+                Replacements(module)[name] = tensor
+
+
+def _tensors_in(module: nn.Module) -> dict[str, torch.Tensor]:
+    held = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in held.items() if tensor is not None}
 
 
 class _Changed(Mapping):

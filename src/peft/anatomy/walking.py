@@ -224,3 +224,17 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     """Give the parent of a module, the module, and its name in the parent."""
     parent, _, name = key.rpartition(".")
     return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
+    """
+    Give the name that a module has in a model.
+
+    Args:
+        model: any model.
+        reference_module: a part of it.
+
+    Returns:
+        The first of its full names; `""` if it is no part of the model, or the model itself.
+    """
+    return next((name for name, module in model.named_modules() if module is reference_module), "")

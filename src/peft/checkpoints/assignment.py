@@ -11,6 +11,7 @@ from ..anatomy.offload import computing_device, is_offloaded
 from ..anatomy.walking import adapter_modules, innermost_module
 from ..layers.base_layer import BaseTunerLayer
 from ..layers.undo import keep_values
+from ..utils.tensor_parallel import divide_like
 from .keys import Place
 
 
@@ -105,3 +106,15 @@ def _homes(model: nn.Module) -> dict[int | None, torch.device]:
 def _materialised(tensor: torch.Tensor, value: torch.Tensor, device: torch.device | None) -> torch.Tensor:
     value = value.detach().to(device=device, dtype=tensor.dtype, copy=True)
     return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _maybe_shard_state_dict_for_tp(model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """
+    Divide the tensors of a checkpoint among processes where the model's are divided, before they are put into it.
+
+    Args:
+        model: the model.
+        state_dict: key in the model's state dict -> whole tensor; those that are to be divided are replaced.
+        adapter_name: kept for clients that replace the function, of which several do not want tensors divided.
+    """
+    divide_like(state_dict, live_tensors(model, set(state_dict)))

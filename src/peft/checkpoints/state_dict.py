@@ -21,6 +21,7 @@ from ..layers.merging.changes import taken_out
 from ..layers.merging.sharing import merging_layers
 from ..surgery.slots import without_collecting
 from ..surgery.transaction import all_or_nothing
+from ..utils import save_and_load
 from ..utils.error import PeftKeyError
 from ..utils.integrations import changes_weights_while_loading
 from ..utils.near_names import explain_unknown_adapters
@@ -238,6 +239,7 @@ def _load_tensors(
     report.warn(quiet)
     present = model.state_dict(keep_vars=True)
     missing = [plain_name(key) for key, tensor in present.items() if id(tensor) not in filled]
+    save_and_load._maybe_shard_state_dict_for_tp(model, values, adapter_name)  # clients replace it at that path
     with taken_out(merging_layers(model), adapter_name):
         assign(model, live, values)
     if hasattr(model, "load_reports"):

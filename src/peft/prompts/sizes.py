@@ -3,10 +3,9 @@
 """The sizes that a config of prompt learning leaves to the base model."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
-
-from torch import nn
 
 from ..config import PromptLearningConfig
 from ..registry import PEFT_TYPE_TO_TUNER_MAPPING, TaskType
@@ -23,13 +22,13 @@ _KEY_HEADS = ("num_key_value_heads",)
 _HEAD_WIDTH = ("head_dim", "d_kv")
 
 
-def complete_config(config: PromptLearningConfig, model: nn.Module) -> PromptLearningConfig:
+def complete_config(config: PromptLearningConfig, model: Any) -> PromptLearningConfig:
     """
     Copy a config and fill in the sizes that it leaves to the base model.
 
     Args:
         config: a config of prompt learning.
-        model: the base model.
+        model: the base model; its `config` is read.
 
     Raises:
         PeftKeyError: if there is no task type.
@@ -70,6 +69,28 @@ def complete_config(config: PromptLearningConfig, model: nn.Module) -> PromptLea
     if getattr(config, "encoder_hidden_size", 0) is None:
         config.encoder_hidden_size = config.token_dim
     return config
+
+
+def _prepare_prompt_learning_config(
+    peft_config: PromptLearningConfig, model_config: Mapping[str, Any]
+) -> PromptLearningConfig:
+    """
+    Fill in the sizes that a config leaves to the base model, in the config itself.
+
+    Args:
+        peft_config: a config of prompt learning, which is changed.
+        model_config: the fields of the base model's config.
+
+    Returns:
+        The config.
+
+    Raises:
+        PeftValueError: if a size is not given, and not told by the model either.
+    """
+    inner = model_config.get("text_config")
+    told = SimpleNamespace(**{**(inner if isinstance(inner, Mapping) else {}), **model_config})
+    peft_config.__dict__.update(complete_config(peft_config, SimpleNamespace(config=told)).__dict__)
+    return peft_config
 
 
 def _size(model_config: Any, names: Sequence[str]) -> int | None:

@@ -43,6 +43,35 @@ def set_adapter(
         module.set_adapter(adapter_name, inference_mode=inference_mode)
 
 
+def _set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    """
+    Choose the adapters of modules and tokens that are trained in full; adapter layers stay as they are.
+
+    Args:
+        model: a model with such modules.
+        adapter_name: one name or several.
+        inference_mode: freeze the chosen ones too.
+    """
+    wrappers = [module for _, module in adapter_modules(model) if isinstance(module, AuxiliaryTrainingWrapper)]
+    for wrapper in wrappers:
+        wrapper.check_set_adapter(adapter_name)
+    for wrapper in wrappers:
+        wrapper.set_adapter(adapter_name, inference_mode=inference_mode)
+
+
+def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
+    """
+    Freeze every parameter in whose name an adapter's name stands, those of prompts among them.
+
+    Args:
+        model: a model with the adapter in it.
+        adapter_name: its name.
+    """
+    for name, parameter in model.named_parameters():
+        if f".{adapter_name}." in f".{name}.":
+            parameter.requires_grad_(False)
+
+
 def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
     """
     Freeze adapters or let them be trained.

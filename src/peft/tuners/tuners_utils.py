@@ -8,7 +8,7 @@ from ..utils.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "peft.anatomy.matching": ["check_target_module_exists", "match_target_against_key"],
+        "peft.anatomy.matching": ["_ExcludedModule", "check_target_module_exists", "match_target_against_key"],
         "peft.config": ["PeftConfig"],
         "peft.layers.activation": ["ActivationLayer"],
         "peft.layers.additive": ["AdditiveLayer"],
@@ -38,5 +38,10 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "peft.utils.warning": ["PeftWarning"],
         "peft.utils.quantization_utils": ["QuantizationBackend", "is_gptqmodel_quant_linear"],
         "peft.utils.integrations": ["init_empty_weights"],
+        "peft.anatomy.walking": ["find_parameter_name_by_module"],
+        "peft.utils.devices": ["get_device_map"],
+        "peft.tuners.inspection": ["inspect_matched_modules"],
+        "peft.anatomy.offload": ["onload_layer"],
+        "peft.anatomy.all_linear": ["_maybe_include_all_linear_layers"],
     },
 )

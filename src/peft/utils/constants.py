@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .old_names import find_old_name
+
 
 WEIGHTS_NAME = "adapter_model.bin"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -46,8 +48,5 @@ def __getattr__(name: str) -> Any:
         import torch
 
         return (torch.float16, torch.bfloat16, torch.float32)
-    if name.startswith("TRANSFORMERS_MODELS_TO_"):
-        tables = _target_module_tables()
-        if name in tables:
-            return tables[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    tables = _target_module_tables() if name.startswith("TRANSFORMERS_MODELS_TO_") else {}
+    return tables[name] if name in tables else find_old_name(__name__, name)

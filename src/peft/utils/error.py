@@ -36,6 +36,10 @@ class PeftRuntimeError(PeftError, RuntimeError):
     """Something that was asked for cannot be done with this model or file."""
 
 
+class PeftImportError(PeftError, ImportError):
+    """A package that is needed is missing, or too old."""
+
+
 class PeftNotImplementedError(PeftError, NotImplementedError):
     """A feature that this version does not have."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .old_names import old_names
 from .quantization_utils import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 
 
@@ -74,3 +75,6 @@ def skip_init_on_device(func: Any) -> Any:
     """Mark a function so that accelerate's meta-device contexts do not reach into it."""
     func._skip_init_on_device = True
     return func
+
+
+__getattr__ = old_names(__name__)

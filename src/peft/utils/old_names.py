@@ -96,6 +96,18 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", "tuners.mixed.model"),
     ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING", "tuners.oft.model"),
     ("peft.utils.integrations", "gather_params_ctx", "tuners.adalora.model tuners.lora.layer tuners.lora.variants"),
+    ("peft.utils.devices", "get_device_map", "tuners.adalora.model tuners.lora.model"),
+    ("peft.utils.devices", "get_layer_device_map map_cache_to_layer_device_map", "utils.integrations"),
+    (
+        "peft.utils.old_cache_layouts",
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value "
+        "starcoder_model_postprocess_past_key_value",
+        "utils.constants",
+    ),
+    ("peft.utils.quantization_utils", "get_gptqmodel_quant_linear", "tuners.adalora.model"),
+    ("peft.utils.tensor_parallel", "TpInfo", "tuners.lora.model utils.integrations"),
+    ("peft.utils.tensor_parallel", "dtensor_from_local_like", "utils.integrations"),
+    ("peft.anatomy.walking", "find_parameter_name_by_module", "tuners.lora.model"),
     ("peft.utils.integrations", "skip_init_on_device", "tuners.lora.layer"),
     ("peft.utils.merge_utils", "dare_linear dare_ties magnitude_prune task_arithmetic ties", "tuners.lora.model"),
     ("peft.utils.quantization_utils", "get_quantization_config", "tuners.adalora.model tuners.lora.model"),

@@ -8,7 +8,7 @@ from .lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "peft.anatomy.matching": ["get_pattern_key", "match_target_against_key"],
+        "peft.anatomy.matching": ["_is_valid_match", "get_pattern_key", "match_target_against_key"],
         "peft.layers.modules_to_save": ["ModulesToSaveWrapper"],
         "peft.layers.token_wrapper": ["TrainableTokensWrapper"],
         "peft.layers.training_wrapper": ["AuxiliaryTrainingWrapper"],
@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "peft.anatomy.walking": ["_get_submodules"],
         "peft.utils.labels": ["shift_tokens_right"],
         "peft.surgery.saved_modules": ["_set_trainable", "set_additional_trainable_modules"],
-        "peft.surgery.switching": ["cast_mixed_precision_params"],
+        "peft.surgery.switching": ["_freeze_adapter", "_set_adapter", "cast_mixed_precision_params"],
         "peft.utils.devices": ["infer_device"],
         "peft.utils.hub": ["check_file_exists_on_hf_hub"],
         "peft.utils.constants": [
@@ -66,9 +66,19 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ],
         "peft.utils.fsdp": ["fsdp_auto_wrap_policy"],
         "peft.utils.quantization_utils": [
+            "get_gptqmodel_quant_linear",
             "get_quantization_config",
             "is_gptqmodel_awq_layer",
             "is_gptqmodel_quant_linear",
         ],
+        "peft.utils.old_cache_layouts": [
+            "bloom_model_postprocess_past_key_value",
+            "starcoder_model_postprocess_past_key_value",
+        ],
+        "transformers.pytorch_utils": ["id_tensor_storage"],
+        "accelerate.utils": ["str_to_bool"],
+        "peft.utils.model_inputs": ["_get_batch_size", "create_attention_mask"],
+        "peft.anatomy.embeddings": ["_get_input_embeddings_name"],
+        "peft.prompts.sizes": ["_prepare_prompt_learning_config"],
     },
 )

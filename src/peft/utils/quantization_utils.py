@@ -450,6 +450,27 @@ def is_gptqmodel_awq_layer(module: nn.Module | None) -> bool:
     return _is_of(module, "awq")
 
 
+def get_gptqmodel_quant_linear(gptq_quantization_config: Any, device_map: Any = None) -> type[nn.Module] | None:
+    """
+    Find the class that gptqmodel has for the linear layers of a model that is quantised by GPTQ.
+
+    Args:
+        gptq_quantization_config: the model's config of quantisation (transformers' `GPTQConfig`).
+        device_map: device of the layers, or name of a module -> device.
+
+    Returns:
+        The class; None without a config.
+    """
+    if gptq_quantization_config is None:
+        return None
+    from optimum.gptq import GPTQQuantizer
+
+    # what transformers asks, too, when it loads such a model
+    quantizer = GPTQQuantizer.from_dict(gptq_quantization_config.to_dict_optimum())
+    quantizer.select_quant_linear(device_map=device_map)
+    return quantizer.quant_linear
+
+
 def _is_of(module: nn.Module | None, *names: str) -> bool:
     """Say whether the class of a module comes from gptqmodel and belongs to a backend of one of these names."""
     backend = _backend_of_class(type(module))

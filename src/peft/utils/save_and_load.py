@@ -24,5 +24,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "peft.utils.warning": ["PeftWarning"],
         "peft.utils.hub": ["check_file_exists_on_hf_hub"],
         "peft.anatomy.matching": ["match_target_against_key"],
+        "peft.utils.tensor_parallel": ["TpInfo", "dtensor_from_local_like"],
+        "peft.anatomy.embeddings": ["get_embedding_layer_name", "has_valid_embedding_base_layer"],
+        "peft.checkpoints.assignment": ["_maybe_shard_state_dict_for_tp"],
     },
 )
