@@ -18,10 +18,8 @@ LIMIT = 60
 EXCEPTIONS = {
     "LORA": (2050, "seven kinds of layers, parameters as targets, registered starts and variants, and combinations"),
     "ADALORA": (350, "it hands out ranks while training, which no other method does"),
-    "BOFT": (75, "the number of factors depends on the machine, and public names of the released package"),
     "IA3": (90, "adapters can be combined"),
     "MULTITASK_PROMPT_TUNING": (80, "prompts of several tasks"),
-    "OFT": (65, "public names of the released package"),
 }
 
 

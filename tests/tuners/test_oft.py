@@ -13,7 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft import OFTConfig, PeftModel, get_peft_model
-from peft.tuners.oft.layer import MultiplicativeDropoutLayer, OFTRotationModule, cayley_neumann
+from peft.tuners.oft.layer import MultiplicativeDropoutLayer, OFTRotationModule
+from peft.tuners.oft.maths import cayley_neumann
 from peft.utils.error import PeftNotImplementedError, PeftValueError
 
 

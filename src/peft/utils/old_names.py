@@ -32,9 +32,10 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "peft.layers.base_layer",
         "BaseTunerLayer",
         (
-            "tuners.adalora.model tuners.boft.model tuners.fourierft.layer tuners.fourierft.model "
+            "tuners.adalora.model tuners.boft.layer tuners.boft.model tuners.fourierft.layer tuners.fourierft.model "
             "tuners.hra.model tuners.ia3.layer tuners.ia3.model tuners.ln_tuning.layer tuners.lora.model "
-            "tuners.oft.model tuners.vblora.layer tuners.vblora.model tuners.vera.layer tuners.vera.model"
+            "tuners.oft.layer tuners.oft.model tuners.vblora.layer tuners.vblora.model tuners.vera.layer "
+            "tuners.vera.model"
         ),
     ),
     (
@@ -46,8 +47,8 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "peft.layers.merging.checks",
         "check_adapters_to_merge",
         (
-            "tuners.adalora.layer tuners.fourierft.layer tuners.ia3.layer tuners.ln_tuning.layer "
-            "tuners.vblora.layer tuners.vera.layer"
+            "tuners.adalora.layer tuners.boft.layer tuners.fourierft.layer tuners.ia3.layer "
+            "tuners.ln_tuning.layer tuners.oft.layer tuners.vblora.layer tuners.vera.layer"
         ),
     ),
     ("peft.layers.modules_to_save", "ModulesToSaveWrapper", "tuners.ia3.model tuners.lora.model tuners.mixed.model"),
@@ -73,6 +74,11 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "tuners.boft.model tuners.fourierft.model tuners.hra.model tuners.ia3.model tuners.oft.model",
     ),
     ("peft.tuners.boft.layer", "BOFTLayer Conv2d Linear", "tuners.boft.model"),
+    (
+        "peft.tuners.boft.maths",
+        "FastBlockDiag MultiplicativeDropoutLayer get_fbd_cuda patch_environment",
+        "tuners.boft.layer",
+    ),
     ("peft.tuners.families.lycoris", "LycorisConfig LycorisTuner", "tuners.loha.model tuners.lokr.model"),
     ("peft.tuners.fourierft.layer", "FourierFTLayer FourierFTLinear", "tuners.fourierft.model"),
     ("peft.tuners.hra.layer", "HRAConv2d HRALayer HRALinear", "tuners.hra.model"),
@@ -86,6 +92,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("peft.tuners.lora.layer", "Conv1d Conv2d Conv3d Embedding Linear LoraLayer", "tuners.lora.variants"),
     ("peft.tuners.lora.model", "LoraModel", "helpers"),
     ("peft.tuners.oft.layer", "Conv2d Embedding Linear OFTLayer", "tuners.oft.model"),
+    ("peft.tuners.oft.maths", "MultiplicativeDropoutLayer", "tuners.oft.layer"),
     ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING", "tuners.boft.model"),
     ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING", "tuners.fourierft.model"),
     ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING", "tuners.hra.model"),

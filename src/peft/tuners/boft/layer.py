@@ -9,29 +9,19 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...layers.merging.changes import changes_adapter
-from ...layers.merging.checks import check_adapters_to_merge as check_adapters_to_merge
-from ...layers.merging.layer import take_adapter_out
 from ...utils.constants import TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
-from ..base import BaseTunerLayer as BaseTunerLayer
-from ..declared.layers import with_values
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained
-from ..families.rotations import ScaledRotationLayer, cayley, full_precision
+from ..families.rotations import ScaledRotationLayer, cayley, check_start, full_precision
 from .config import BOFTConfig
 from .maths import Butterfly, ReleasedFunctions, check_factors, drop_blocks, number_of_factors
-from .maths import FastBlockDiag as FastBlockDiag
-from .maths import MultiplicativeDropoutLayer as MultiplicativeDropoutLayer
-from .maths import get_fbd_cuda as get_fbd_cuda
-from .maths import patch_environment as patch_environment
 
 
 class ButterflyLayer(ReleasedFunctions, ScaledRotationLayer):
     """A layer whose number of factors can be that of a checkpoint, with what the released package lets do with it."""
 
-    @changes_adapter
     def reset_boft_parameters(self, adapter_name: str, init_weights: bool) -> None:
         """
         Start an adapter anew.
@@ -40,7 +30,7 @@ class ButterflyLayer(ReleasedFunctions, ScaledRotationLayer):
             adapter_name: name.
             init_weights: True for the identity, False for a random rotation and scale.
         """
-        self.start(adapter_name, with_values(self.settings[adapter_name], {"init_weights": init_weights}))
+        self.restart(adapter_name, init_weights=init_weights)
 
     def prepare_to_load(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Make as many factors as a checkpoint has, since their number depends on the machine that wrote it."""
@@ -50,9 +40,7 @@ class ButterflyLayer(ReleasedFunctions, ScaledRotationLayer):
         present, factors = self.boft_R[adapter_name], found.pop()
         if factors != len(present):
             check_factors(factors, self.rows_to_rotate(), present.shape[-1])
-            take_adapter_out(self, adapter_name)  # which takes the factors that were merged
-            data = present.data.new_empty(factors, *present.shape[1:])
-            self.boft_R[adapter_name] = nn.Parameter(data, requires_grad=present.requires_grad)
+            self.resize(adapter_name, "R", factors, *present.shape[1:])
             self.settings[adapter_name].factors = factors
 
 
@@ -71,8 +59,7 @@ class BOFT:
 
     def values(c: BOFTConfig, names: Sequence[str], shape: Shape) -> dict[str, Any]:
         """Give the size and the number of the blocks of the layer, and that of the factors on this machine."""
-        if not isinstance(c.init_weights, bool):
-            raise PeftValueError(f"init_weights must be True or False, found {c.init_weights!r}")
+        check_start(c)
         features, factors = shape[1], number_of_factors(c.boft_n_butterfly_factor)
         size = c.boft_block_size or features // c.boft_block_num
         count = features // max(size, 1)

@@ -14,6 +14,8 @@ from ...config import PeftConfig
 from ...layers.activation import ActivationLayer
 from ...layers.additive import AdditiveLayer
 from ...layers.base_layer import BaseTunerLayer
+from ...layers.merging.changes import changes_adapter
+from ...layers.merging.layer import take_adapter_out
 from ...layers.new_tensors import check_size
 from ...layers.replacement import ReplacementLayer
 from ...layers.saved_form import SavedForm
@@ -243,6 +245,31 @@ class DeclaredLayer(BaseTunerLayer):
         for name, spec in self.specified(c):
             if isinstance(spec, (Trained, TrainedModule)):
                 spec.fill(self._modules[self.tensor_names[name]][adapter])
+
+    @changes_adapter
+    def restart(self, adapter: str, **values: Any) -> None:
+        """
+        Start an adapter anew, from other values than its config has.
+
+        Args:
+            adapter: name.
+            values: the other values.
+        """
+        self.start(adapter, with_values(self.settings[adapter], values))
+
+    def resize(self, adapter: str, name: str, *shape: int) -> None:
+        """
+        Make room for a tensor of another shape, such as one in a checkpoint. What is merged is taken out before.
+
+        Args:
+            adapter: name.
+            name: name of the tensor in the functions.
+            shape: the new shape.
+        """
+        container = self._modules[self.tensor_names[name]]
+        present = container[adapter]
+        take_adapter_out(self, adapter)
+        container[adapter] = nn.Parameter(present.data.new_empty(shape), requires_grad=present.requires_grad)
 
     def as_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """Give a weight of the base layer's layout as a matrix, (out, in)."""

@@ -12,7 +12,7 @@ from torch import nn
 from ...anatomy.kinds import stores_weight_transposed
 from ...anatomy.offload import tensor_of
 from ...config import PeftConfig
-from ...utils.error import PeftNotImplementedError
+from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
 from ..declared.layers import DeclaredWeight
 
@@ -85,6 +85,12 @@ class BlockRotation(Rotation):
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
+def check_start(config: PeftConfig) -> None:
+    """Refuse a start that is neither without a turn nor at random."""
+    if not isinstance(config.init_weights, bool):
+        raise PeftValueError(f"init_weights must be True or False, found {config.init_weights!r}")
+
+
 class RotationLayer(DeclaredWeight):
     """
     Rule for methods that rotate the input of a layer: f(W) x = W g(x), where g multiplies rows of inputs by a matrix.

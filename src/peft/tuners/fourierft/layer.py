@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...layers.merging.changes import changes_adapter
 from ...utils.constants import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
-from ..declared.layers import DeclaredAdditive, with_values
+from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Frozen, Shape, Tensors, Trained
 from .config import FourierFTConfig
@@ -20,7 +19,6 @@ from .config import FourierFTConfig
 class SpectralLayer(DeclaredAdditive):
     """A layer with a spectrum, with what the released package lets do with it."""
 
-    @changes_adapter
     def reset_fourier_parameters(self, adapter_name: str) -> None:
         """
         Start an adapter anew, with coefficients of zero.
@@ -28,7 +26,7 @@ class SpectralLayer(DeclaredAdditive):
         Args:
             adapter_name: name.
         """
-        self.start(adapter_name, with_values(self.settings[adapter_name], {"init_weights": True}))
+        self.restart(adapter_name, init_weights=True)
 
 
 @method(

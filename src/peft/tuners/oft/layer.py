@@ -8,28 +8,19 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...layers.merging.changes import changes_adapter
-from ...layers.merging.checks import check_adapters_to_merge as check_adapters_to_merge
 from ...utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
-from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
 from ...utils.warning import warn
-from ..base import BaseTunerLayer as BaseTunerLayer
-from ..declared.layers import with_values
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, TrainedModule
-from ..families.rotations import BlockRotation, RotationLayer
+from ..families.rotations import BlockRotation, RotationLayer, check_start
 from .config import OFTConfig
-from .maths import MultiplicativeDropoutLayer as MultiplicativeDropoutLayer
 from .maths import OFTRotationModule, drop_blocks, nearest_divisor
-from .maths import cayley_neumann as cayley_neumann
-from .maths import skew_symmetric as skew_symmetric
 
 
 class BlockRotatingLayer(RotationLayer):
     """A layer whose inputs are rotated in blocks, with what the released package lets do with it."""
 
-    @changes_adapter
     def reset_oft_parameters(self, adapter_name: str, init_weights: bool) -> None:
         """
         Start an adapter anew.
@@ -38,7 +29,7 @@ class BlockRotatingLayer(RotationLayer):
             adapter_name: name.
             init_weights: True for no turn, False for a random one.
         """
-        self.start(adapter_name, with_values(self.settings[adapter_name], {"init_weights": init_weights}))
+        self.restart(adapter_name, init_weights=init_weights)
 
     def adjust_oft_parameters(self, in_features: int, params: int) -> int:
         """
@@ -69,8 +60,7 @@ class OFT:
 
     def values(c: OFTConfig, names: Sequence[str], shape: Shape) -> dict[str, Any]:
         """Give the size and the number of the blocks that fit the layer."""
-        if not isinstance(c.init_weights, bool):
-            raise PeftValueError(f"init_weights must be True or False, found {c.init_weights!r}")
+        check_start(c)
         features = shape[not isinstance(shape.layer, nn.Embedding)]
         name = "oft_block_size" if c.oft_block_size else "r"
         wanted = getattr(c, name)
