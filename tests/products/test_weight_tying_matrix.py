@@ -12,7 +12,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -36,6 +36,7 @@ from peft.layers.modules_to_save import ModulesToSaveWrapper
 from peft.models import saving
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import targets
+from peft.tuners.plan import AdapterPlan
 from peft.tuners.tuners_utils import BaseTuner, UnsupportedLayerError
 from peft.utils.error import PeftError
 
@@ -435,10 +436,8 @@ def copy_the_follower(patch: pytest.MonkeyPatch) -> None:
 
 
 def _placing_without_ties(place: Callable) -> Callable:
-    def place_alone(self: BaseTuner, model: nn.Module, adapter_name: str, config: Any, *args: Any) -> None:
-        recorded, config.target_modules_to_tie = config.target_modules_to_tie, {}
-        place(self, model, adapter_name, config, *args)
-        config.target_modules_to_tie = recorded
+    def place_alone(self: BaseTuner, plan: AdapterPlan) -> None:
+        place(self, replace(plan, targets=tuple(target._replace(owner=None) for target in plan.targets)))
 
     return place_alone
 

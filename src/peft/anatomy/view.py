@@ -34,9 +34,12 @@ class ModelView:
     def _look(self) -> None:
         """Walk the model."""
         self.modules: list[tuple[str, nn.Module]] = []
+        # id of a module -> what it holds, which stays true while modules are replaced
+        self._children: dict[int, walking.Children] = {}
         self._places: dict[int, list[tuple[nn.Module, str]]] = {}
         for name, module, children in walking.walk_with_children(self.model, into_bases=True):
             self.modules.append((name, module))
+            self._children[id(module)] = children
             for key, child in children.items():
                 if child is not None:
                     self._places.setdefault(id(child), []).append((module, key))
@@ -69,7 +72,13 @@ class ModelView:
         """The modules, without those inside of adapter modules."""
         if not any(walking.is_adapter_module(module) for _, module in self.modules):
             return self.modules
-        return [(name, module) for name, module, _ in walking.walk_with_children(self.model, into_bases=False)]
+        seen = walking.walk_with_children(self.model, into_bases=False, children_of=self._children_of)
+        return [(name, module) for name, module, _ in seen]
+
+    def _children_of(self, module: nn.Module) -> walking.Children:
+        """Give what a module holds; only what was put in since has not been seen."""
+        children = self._children.get(id(module))
+        return walking.children_of(module) if children is None else children
 
     @cached_property
     def base(self) -> list[nn.Module]:
@@ -84,7 +93,7 @@ class ModelView:
     @cached_property
     def names(self) -> dict[str, nn.Module]:
         """Every name of every module."""
-        return walking.list_names(self.model)
+        return walking.list_names(self.model, self._children_of)
 
     def names_of_modules(self) -> dict[str, nn.Module]:
         """Give what `walking.names_of_modules` does."""

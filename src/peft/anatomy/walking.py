@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """Walking a model around its adapters."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -74,10 +74,25 @@ def walk(model: nn.Module, into_bases: bool = False) -> Iterator[tuple[str, nn.M
     return ((name, module) for name, module, _ in walk_with_children(model, into_bases))
 
 
+Children = Mapping[str, nn.Module | None]
+
+
+def children_of(module: nn.Module) -> Children:
+    """Give what a module holds: name in it -> module."""
+    return module._modules
+
+
 def walk_with_children(
-    model: nn.Module, into_bases: bool
-) -> Iterator[tuple[str, nn.Module, Mapping[str, nn.Module | None]]]:
-    """Yield name, module and all children of what `walk` yields, by a walk through the model as it is now."""
+    model: nn.Module, into_bases: bool, children_of: Callable[[nn.Module], Children] = children_of
+) -> Iterator[tuple[str, nn.Module, Children]]:
+    """
+    Yield name, module and all children of what `walk` yields, by a walk through the model as it is now.
+
+    Args:
+        model: the model.
+        into_bases: see `walk`.
+        children_of: gives what a module holds, for those who have looked already.
+    """
     seen = set()
     stack = [("", model)]
     while stack:
@@ -85,7 +100,7 @@ def walk_with_children(
         if id(module) in seen:
             continue
         seen.add(id(module))
-        children = module._modules
+        children = children_of(module)
         yield name, module, children
         if not children:
             continue
@@ -133,8 +148,14 @@ def names_of_modules(model: nn.Module) -> dict[str, nn.Module]:
     return list_names(model) if view is None else view.names_of_modules()
 
 
-def list_names(model: nn.Module) -> dict[str, nn.Module]:
-    """Do what `names_of_modules` does, by a walk through the model as it is now."""
+def list_names(model: nn.Module, children_of: Callable[[nn.Module], Children] = children_of) -> dict[str, nn.Module]:
+    """
+    Do what `names_of_modules` does, by a walk through the model as it is now.
+
+    Args:
+        model: the model.
+        children_of: see `walk_with_children`.
+    """
     names = {}
     stack = [("", model)]
     while stack:
@@ -143,7 +164,7 @@ def list_names(model: nn.Module) -> dict[str, nn.Module]:
         while is_adapter_layer(module):
             module = module._modules["base_layer"]
         # what computes a layer's weight is no layer, whatever its name ends with
-        children = {} if isinstance(module, ParametrizationList) else module._modules
+        children = {} if isinstance(module, ParametrizationList) else children_of(module)
         if children and not is_adapter_module(module):
             prefix = f"{name}." if name else ""
             stack.extend(

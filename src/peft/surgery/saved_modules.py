@@ -3,7 +3,8 @@
 """What a config trains beside the adapter layers: which modules are wrapped, and how they are tied."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -31,6 +32,35 @@ from ..utils.near_names import FEW, did_you_mean
 from ..utils.same_tensor import identity_of
 from ..utils.warning import warn
 from .slots import Slots
+
+
+class AdditionalModules(NamedTuple):
+    """
+    What a config trains beside the adapter layers, without what follows it.
+
+    Attributes:
+        saved: full names of the modules that are trained in full.
+        tokens: full name of a module of which single tokens are trained -> the tokens.
+    """
+
+    saved: tuple[str, ...]
+    tokens: Mapping[str, tuple[int, ...]]
+
+
+def find_additional_modules(model: nn.Module, peft_config: PeftConfig) -> AdditionalModules:
+    """
+    Find what a config trains beside the adapter layers.
+
+    Args:
+        model: the model, not changed yet.
+        peft_config: a config.
+    """
+    saved = getattr(peft_config, "modules_to_save", None) or ()
+    tokens = find_token_modules(model, getattr(peft_config, "trainable_token_indices", None))
+    return AdditionalModules(
+        tuple(outermost(_modules_named(model, saved))) if saved else (),
+        MappingProxyType({name: tuple(ids) for name, ids in tokens.items() if not lies_in(saved, name)}),
+    )
 
 
 def _modules_named(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
@@ -115,9 +145,11 @@ def _set_trainable(
     Raises:
         PeftValueError: with `strict_module_check`, if no module matches.
     """
-    modules = _modules_named(model, module_names)
     if full_names:
-        modules = {name: modules[name] for name in module_names}
+        everything = names_of_modules(model)
+        modules = {name: everything[name] for name in module_names}
+    else:
+        modules = _modules_named(model, module_names)
     if tied_module is not None:
         wrapper_kwargs["tied_module"] = tied_module
     names = outermost(modules)
@@ -142,13 +174,16 @@ def _set_trainable(
     return names
 
 
-def check_additional_trainable_modules(model: nn.Module, peft_config: PeftConfig) -> None:
+def check_additional_trainable_modules(model: nn.Module, peft_config: PeftConfig) -> AdditionalModules:
     """
     Refuse what `set_additional_trainable_modules` could not do, and warn about names that match nothing.
 
     Args:
         model: the model, not changed yet.
         peft_config: a config.
+
+    Returns:
+        What is trained beside the adapter layers.
 
     Raises:
         PeftTypeError: for a module that cannot be wrapped.
@@ -180,6 +215,7 @@ def check_additional_trainable_modules(model: nn.Module, peft_config: PeftConfig
             f"{type(model).__name__} has no module named {' or '.join(unmatched)}, so no head is trained and saved; "
             "name the head in modules_to_save, or use a model that has one for the task"
         )
+    return find_additional_modules(model, peft_config)
 
 
 def _check_followers(model: nn.Module, peft_config: PeftConfig) -> None:
@@ -237,6 +273,7 @@ def set_additional_trainable_modules(
     model_config: Mapping[str, Any],
     adapter_name: str,
     activate_adapter: bool = True,
+    additional: AdditionalModules | None = None,
 ) -> None:
     """
     Wrap what a config trains beside the adapter layers.
@@ -247,22 +284,26 @@ def set_additional_trainable_modules(
         model_config: the base model's config.
         adapter_name: name of the adapter.
         activate_adapter: use what is made at once.
+        additional: what that is, for those who have found it already.
     """
+    if additional is None:
+        additional = find_additional_modules(model, peft_config)
     options = {
         "inference_mode": peft_config.inference_mode,
         "activate_adapter": activate_adapter,
         "full_names": True,
     }
-    if getattr(peft_config, "modules_to_save", None):
-        _train_in_full(model, peft_config, adapter_name, options)
-    if getattr(peft_config, "trainable_token_indices", None):
-        _train_tokens(model, peft_config, adapter_name, options)
+    if additional.saved:
+        _train_in_full(model, peft_config, adapter_name, additional.saved, options)
+    if additional.tokens:
+        _train_tokens(model, peft_config, adapter_name, additional.tokens, options)
 
 
-def _train_in_full(model: nn.Module, peft_config: PeftConfig, adapter_name: str, options: dict[str, Any]) -> None:
+def _train_in_full(
+    model: nn.Module, peft_config: PeftConfig, adapter_name: str, named: Sequence[str], options: dict[str, Any]
+) -> None:
     """Wrap the modules of `modules_to_save`, and those that follow them."""
     ties = peft_config.modules_to_tie or {}
-    named = outermost(_modules_named(model, peft_config.modules_to_save))
     _set_trainable(model, adapter_name, [name for name in named if name not in ties], **options)
     # Second stage. Everything that has to follow was recorded before the first module was replaced, so the order in
     # which modules were named does not matter: owners come first.
@@ -277,15 +318,16 @@ def _train_in_full(model: nn.Module, peft_config: PeftConfig, adapter_name: str,
             _set_trainable(model, adapter_name, [follower], tied_module=tied_module, only=only, **options)
 
 
-def _train_tokens(model: nn.Module, peft_config: PeftConfig, adapter_name: str, options: dict[str, Any]) -> None:
+def _train_tokens(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str,
+    tokens: Mapping[str, Sequence[int]],
+    options: dict[str, Any],
+) -> None:
     """Wrap the modules of which tokens are trained, and those that follow them."""
     ties = peft_config.token_modules_to_tie or {}
     options = {**options, "wrapper_cls": TrainableTokensWrapper}
-    tokens = {
-        name: indices
-        for name, indices in find_token_modules(model, peft_config.trainable_token_indices).items()
-        if not isinstance(model.get_submodule(name), ModulesToSaveWrapper)
-    }
     for name in dict.fromkeys([*tokens, *ties.values()]):
         if name not in ties:
             # members beside the named one follow too, so only some of the followers have tokens

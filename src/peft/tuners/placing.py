@@ -2,15 +2,11 @@
 # peft: the fork in which tied weights stay tied
 """Carrying out a plan: making the layers of an adapter, putting them into the model, and tying what has to follow."""
 
-from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
 
-from ..anatomy.matching import (
-    pattern_lookup,
-)
-from ..anatomy.walking import adapter_modules, base_modules, base_parameters, stack_of, unwrapped
+from ..anatomy.walking import adapter_modules, base_modules, base_parameters, stack_of
 from ..config import PeftConfig
 from ..layers.base_layer import BaseTunerLayer
 from ..layers.merging.sharing import note_sharing
@@ -27,7 +23,7 @@ from ..tying.record import (
 )
 from ..tying.settle import one_object_each
 from ..utils.quantization_utils import accompany_layer, get_quantization_kwargs, resolve_quantization_backend
-from .targets import AdapterPlan
+from .plan import AdapterPlan, Target
 
 
 class Placing:
@@ -50,11 +46,10 @@ class Placing:
         present = [module for _, module in adapter_modules(model)]
         making = making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype)
         with one_object_each(model), making:
-            targets = {**plan.modules, **plan.parameters}
-            self._place_layers(model, name, config, targets, plan.all_names, set(plan.parameters))
+            self._place_layers(plan)
             # the second stage: followers are given what their owners have
             set_additional_trainable_modules(
-                model, config, self.get_model_config(model), name, name in self.active_adapters
+                model, config, self.get_model_config(model), name, name in self.active_adapters, plan.additional
             )
         self._finish(name, config)
         if any(module.disable_adapters for module in present):
@@ -62,59 +57,35 @@ class Placing:
             for module in [module for _, module in adapter_modules(model) if id(module) not in known]:
                 module.enable_adapters(False)  # as the others are
 
-    def _place_layers(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        config: PeftConfig,
-        targets: dict[str, nn.Module],
-        all_names: dict[int, list[str]],
-        parameters: Collection[str] = (),
-    ) -> None:
-        """
-        Create the layers for all targets, then put them into the model.
-
-        Targets are modules by their full names, or their parameters by the names in `parameters`.
-        """
-        arguments_for = self._layer_arguments_for(config)
-        ties = {**(config.target_modules_to_tie or {}), **(config.target_parameters_to_tie or {})}
+    def _place_layers(self, plan: AdapterPlan) -> None:
+        """Create the layers for all targets, then put them into the model."""
+        name, config = plan.adapter_name, plan.config
+        owners = {target.name: target.owner for target in plan.targets if target.owner is not None}
         layers: dict[str, BaseTunerLayer] = {}
         created: list[tuple[nn.Module, BaseTunerLayer]] = []
         shared = self._shared_containers()
-        # what follows another one counts for nothing by itself; the order is the model's, whatever is tied
-        order = {number: place for place, number in enumerate(all_names)}
-        own = sorted((name for name in targets if name not in ties), key=lambda name: order[id(targets[name])])
-        layers_of_base = {name: unwrapped(targets[name]) for name in own}
-        from_all = self._arguments_from_all(config, layers_of_base)
-
-        def names_of(target: str) -> list[str]:
-            names = all_names[id(targets[target])]
-            return [f"{name}.{target.rpartition('.')[2]}" for name in names] if target in parameters else names
-
         if shared:
-            self.make_shared(adapter_name, config, layers_of_base)
+            self.make_shared(name, config, plan.own_layers)
         outermost: dict[int, nn.Module] = {}
-        for name, module in targets.items():
-            key = name.rpartition(".")[2] if name in parameters else None
-            arguments = {**arguments_for(names_of(ties.get(name, name))), **from_all.get(name, {})}
-            if name in ties:  # owners come first, so it is there
-                arguments["owner"] = layers[ties[name]]
-            present = self._present_layer(module, key)
-            if present is not None:
-                with explaining_tie(name, ties, config):
-                    present.update_layer(adapter_name, config=config, **arguments)
+        for target in plan.targets:
+            module, arguments = target.module, dict(target.arguments)
+            if target.owner is not None:  # owners come first, so it is there
+                arguments["owner"] = layers[target.owner]
+            layer = self._present_layer(module, target.parameter)
+            if layer is not None:
+                with explaining_tie(target.name, owners, config):
+                    layer.update_layer(name, config=config, **arguments)
                 if not module.training:
                     module.train(False)
-                layers[name] = present
             else:
                 arguments.update({"shared": shared} if shared else {})
-                arguments.update({"parameter_name": key} if key is not None else {})
                 inner = outermost.get(id(module), module)
-                with explaining_tie(name, ties, config):
-                    layers[name] = self._create_layer(inner, name, adapter_name, config, arguments)
-                created.append((inner, layers[name]))
-                outermost[id(module)] = layers[name]
-        slots = Slots(model) if created else None
+                with explaining_tie(target.name, owners, config):
+                    layer = self._create_layer(inner, target, name, config, arguments)
+                created.append((inner, layer))
+                outermost[id(module)] = layer
+            layers[target.name] = layer
+        slots = Slots(self.model) if created else None
         for module, layer in created:
             if not module.training:
                 layer.train(False)
@@ -128,27 +99,6 @@ class Placing:
         # one method's layers may derive from another's, as AdaLoRA's do from LoRA's
         kinds = tuple(self.layer_classes.values()) or self.tuner_layer_cls
         return next((layer for layer in stack_of(module) if isinstance(layer, kinds)), None)
-
-    def _layer_arguments_for(self, config: PeftConfig) -> Callable[[list[str]], dict[str, Any]]:
-        """Give a function from the names of a target to what its layer is made with beside the config."""
-        lookups = {
-            field: (getattr(config, field), pattern_lookup(getattr(config, patterns)))
-            for field, patterns in self.pattern_fields.items()
-        }
-        return lambda names: {field: lookup(names, default) for field, (default, lookup) in lookups.items()}
-
-    def _arguments_from_all(self, config: PeftConfig, targets: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
-        """
-        Give what single layers are made with that depends on all of them. Supplied by methods that have some.
-
-        Args:
-            config: the adapter's config.
-            targets: full name -> layer of the base model, in the model's order and without followers.
-
-        Returns:
-            Full name -> arguments.
-        """
-        return {}
 
     def make_shared(self, adapter_name: str, config: PeftConfig, targets: dict[str, nn.Module]) -> None:
         """
@@ -174,14 +124,21 @@ class Placing:
         return {name: self._modules[name] for name in names}
 
     def _create_layer(
-        self, target: nn.Module, name: str, adapter_name: str, config: PeftConfig, arguments: dict[str, Any]
+        self, base: nn.Module, target: Target, adapter_name: str, config: PeftConfig, arguments: dict[str, Any]
     ) -> BaseTunerLayer:
-        """Make the layer for one target. Methods declare `layer_classes` and seldom override this."""
-        owner = arguments.get("owner")
-        if "parameter_name" in arguments:
-            return self.parameter_layer_cls(target, adapter_name, config=config, **arguments)
-        layer_cls = self._layer_class(target) or type(owner)
-        return layer_cls(target, adapter_name, config=config, **arguments)
+        """
+        Make the layer for one target.
+
+        Args:
+            base: what the layer is put around.
+            target: the target, as planned.
+            adapter_name: name of the adapter.
+            config: its config.
+            arguments: what the layer is made with beside these.
+        """
+        if target.parameter is not None:
+            arguments["parameter_name"] = target.parameter
+        return target.layer_class(base, adapter_name, config=config, **arguments)
 
     def _finish(self, adapter_name: str, config: PeftConfig) -> None:
         """Freeze the base model and let the active adapters be trained."""

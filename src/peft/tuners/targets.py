@@ -4,8 +4,9 @@
 
 import copy
 import dataclasses
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from ..anatomy.matching import (
     matching_entry,
     names_in_text,
     near_names,
+    pattern_lookup,
     patterns_without_use,
 )
 from ..anatomy.offload import refuse_offloaded
@@ -58,32 +60,7 @@ from ..utils.error import (
 from ..utils.near_names import FEW, did_you_mean
 from ..utils.warning import warn
 from ..utils.wrapped_names import plain_name, with_plain_names
-
-
-@dataclass(frozen=True)
-class AdapterPlan:
-    """
-    What putting an adapter into a model would do.
-
-    Attributes:
-        adapter_name: name of the adapter.
-        config: a copy of its config as it applies to the model: targets are names, and what has to follow what is
-            recorded in `modules_to_tie`, `target_modules_to_tie`, `token_modules_to_tie` and
-            `target_parameters_to_tie`.
-        matched: full names of the modules that the config reaches.
-        names: those, and the ones that a tie brings in; what is followed comes before its followers.
-        modules: full name -> module that gets a layer, the parts that are adapted along with others among them.
-        parameters: full name of a parameter that gets a layer -> module that holds it.
-        all_names: id of a module -> all names that it can be reached by.
-    """
-
-    adapter_name: str
-    config: PeftConfig
-    matched: list[str]
-    names: list[str]
-    modules: dict[str, nn.Module]
-    parameters: dict[str, nn.Module]
-    all_names: dict[int, list[str]]
+from .plan import AdapterPlan, Target, in_order
 
 
 class Targeting:
@@ -124,26 +101,100 @@ class Targeting:
         modules = view.names_of_modules()
         parameters = self._matched_parameters(modules, config, state_dict)
         modules = {name: module for name, module in modules.items() if name}
-        all_names: dict[int, list[str]] = {}
-        for name, module in modules.items():
-            all_names.setdefault(id(module), []).append(name)
-        matched = self._matched_names(modules, config, state_dict, parameters)
-        refuse_offloaded(model, config, matched)
+        found = self._matched_names(modules, config, state_dict, parameters)
+        refuse_offloaded(model, config, found.names)
         # the first of two stages: what has to follow what is recorded, whatever the order of names
         with original_weights(merging_layers(model)):
             self._check_tied_modules(model, config)
         ties = config.target_modules_to_tie or {}
-        names = with_ties(matched, ties)
+        names = with_ties(found.names, ties)
         self._check_targets(model, config, names)
         self._believe_layers(config, [modules[name] for name in names])
-        targets = {name: modules[name] for name in self._with_parts(names, modules, all_names)}
-        for name, module in targets.items():
+        parts = self._parts(names, modules)
+        whole = {name: modules[name] for name in dict.fromkeys([*names, *parts])}
+        for name, module in whole.items():
             self._check_kind(module, name, follows=name in ties)
-        parameters = {name: modules[module_of(name)] for name in self._parameters_with_ties(parameters, config)}
-        check_stacks(parameters, targets.values())
-        check_additional_trainable_modules(model, config)
-        self._check_patterns(config, [*modules, *parameters])
-        return AdapterPlan(adapter_name, config, matched, names, targets, parameters, all_names)
+        single = {name: modules[module_of(name)] for name in self._parameters_with_ties(parameters, config)}
+        check_stacks(single, whole.values())
+        additional = check_additional_trainable_modules(model, config)
+        self._check_patterns(config, [*modules, *single])
+        return AdapterPlan(
+            adapter_name,
+            config,
+            self._plan_targets(config, modules, whole, parts, single),
+            matched=tuple(found.names),
+            names=tuple(names),
+            excluded=tuple(found.excluded),
+            unmatched=tuple(found.unmatched),
+            additional=additional,
+            all_names=tuple(modules),
+        )
+
+    def _plan_targets(
+        self,
+        config: PeftConfig,
+        modules: dict[str, nn.Module],
+        whole: dict[str, nn.Module],
+        parts: dict[str, str],
+        single: dict[str, nn.Module],
+    ) -> tuple[Target, ...]:
+        """
+        Say with what the layer of each target will be made.
+
+        Args:
+            config: config with resolved targets and recorded ties.
+            modules: full name -> module of the model.
+            whole: the same for those that get a layer.
+            parts: those among them that are adapted along with another one -> that one, by whose names they go too.
+            single: full name of a parameter that gets a layer -> module that holds it.
+        """
+        all_names: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            all_names.setdefault(id(module), []).append(name)
+        for part, name in parts.items():
+            all_names[id(modules[part])] += all_names[id(modules[name])]
+        owners = {**(config.target_modules_to_tie or {}), **(config.target_parameters_to_tie or {})}
+        reached = {**whole, **single}
+
+        def names_of(target: str) -> list[str]:
+            names = all_names[id(reached[target])]
+            return [f"{name}.{target.rpartition('.')[2]}" for name in names] if target in single else names
+
+        arguments_for = self._layer_arguments_for(config)
+        own = in_order((name for name in reached if name not in owners), modules)
+        from_all = self._arguments_from_all(config, {name: unwrapped(reached[name]) for name in own})
+        targets = []
+        for name, module in reached.items():
+            owner = owners.get(name)
+            arguments = arguments_for(names_of(name if owner is None else owner))
+            arguments = MappingProxyType({**arguments, **from_all.get(name, {})})
+            if name in single:
+                key, layer_class = name.rpartition(".")[2], self.parameter_layer_cls
+            else:  # what cannot be adapted itself can follow
+                key, layer_class = None, self._layer_class(module) or self._layer_class(reached[owner])
+            targets.append(Target(name, module, key, layer_class, arguments, owner))
+        return tuple(targets)
+
+    def _layer_arguments_for(self, config: PeftConfig) -> Callable[[list[str]], dict[str, Any]]:
+        """Give a function from the names of a target to what its layer is made with beside the config."""
+        lookups = {
+            field: (getattr(config, field), pattern_lookup(getattr(config, patterns)))
+            for field, patterns in self.pattern_fields.items()
+        }
+        return lambda names: {field: lookup(names, default) for field, (default, lookup) in lookups.items()}
+
+    def _arguments_from_all(self, config: PeftConfig, targets: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
+        """
+        Give what single layers are made with that depends on all of them. Supplied by methods that have some.
+
+        Args:
+            config: the adapter's config.
+            targets: full name -> layer of the base model, in the model's order and without followers.
+
+        Returns:
+            Full name -> arguments.
+        """
+        return {}
 
     def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
         """Refuse a config that cannot stand beside those that the model has. To be extended by methods."""
@@ -198,18 +249,14 @@ class Targeting:
         early = {name for name in ties if order.index(name) < order.index(ties[name])}
         return [name for name in order if name not in early] + [name for name in order if name in early]
 
-    def _with_parts(
-        self, names: list[str], modules: dict[str, nn.Module], all_names: dict[int, list[str]]
-    ) -> list[str]:
-        """Add layers that are adapted along with the one that they stand in; they go by its names too."""
-        everything = dict.fromkeys(names)
-        for name in names:
+    def _parts(self, names: list[str], modules: dict[str, nn.Module]) -> dict[str, str]:
+        """Find layers that are adapted along with the one that they stand in: full name -> that of the other."""
+        found = {}
+        for name in names if self.layer_parts else ():
             base = unwrapped(modules[name])
             parts = next((parts for kind, parts in self.layer_parts.items() if isinstance(base, kind)), ())
-            for part in parts:
-                everything[f"{name}.{part}"] = None
-                all_names[id(modules[f"{name}.{part}"])] += all_names[id(modules[name])]
-        return list(everything)
+            found.update({f"{name}.{part}": name for part in parts})
+        return found
 
     def _matched_names(
         self,
@@ -217,13 +264,13 @@ class Targeting:
         config: PeftConfig,
         state_dict: dict[str, torch.Tensor] | None,
         parameters: list[str],
-    ) -> list[str]:
+    ) -> Targets:
         """Find the modules to adapt, and refuse or warn about what matches nothing."""
         candidates = list(modules)
         if state_dict is not None:
-            return self._names_in_state_dict(candidates, state_dict, parameters)
+            return Targets(self._names_in_state_dict(candidates, state_dict, parameters))
         if config.target_modules == DUMMY_TARGET_MODULES:
-            return []
+            return Targets()
         targets = find_targets(config, candidates)
         saved = _as_names(getattr(config, "modules_to_save", None))
         if saved:  # what is trained in full needs no adapter
@@ -249,7 +296,8 @@ class Targeting:
         first = {}
         for name, module in modules.items():
             first.setdefault(id(module), name)
-        return list(dict.fromkeys(first[id(modules[name])] for name in targets.names))
+        targets.names = list(dict.fromkeys(first[id(modules[name])] for name in targets.names))
+        return targets
 
     def _modules_in_state_dict(self, state_dict: dict[str, torch.Tensor]) -> set[str]:
         """Give the names, without adapters, of the modules whose adapters a state dict holds."""

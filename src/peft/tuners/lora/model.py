@@ -21,6 +21,7 @@ from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.integrations import changes_weights_while_loading
 from ...utils.old_names import old_names
 from ..base import BaseTuner
+from ..plan import AdapterPlan
 from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig
 from .layer import LAYER_CLASSES, Conv2d, LoraLayer, ParamWrapper
@@ -223,10 +224,10 @@ class LoraModel(BaseTuner):
             shared=[names - set(ties) for names in holders],
         )
 
-    def _place_layers(self, model: nn.Module, adapter_name: str, config: LoraConfig, *targets: Any) -> None:
+    def _place_layers(self, plan: AdapterPlan) -> None:
         """Create and place the layers, with a bar for what the initialisation computes."""
-        with showing_progress(config.init_lora_weights, len(targets[0])):
-            super()._place_layers(model, adapter_name, config, *targets)
+        with showing_progress(plan.config.init_lora_weights, len(plan.targets)):
+            super()._place_layers(plan)
 
 
 __getattr__ = old_names(__name__)
