@@ -24,35 +24,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Put the adapter into a model without weights, and look at the result."""
-    from ..anatomy.matching import find_targets, near_names
+    """Plan the adapter for a model without weights, and carry the plan out to measure it."""
     from ..anatomy.skeletons import build_skeleton
-    from ..anatomy.walking import names_of_modules
     from ..checkpoints.state_dict import collect_tensors
     from ..mapping_func import get_peft_model
+    from ..planning import plan_adapter
     from ..tying.report import weight_tying_report
     from ._adapter_config import read_adapter_config
 
     config = read_adapter_config(arguments.config)
     config.inference_mode = False
     skeleton = build_skeleton(arguments.model, config)
-    names = [name for name in names_of_modules(skeleton) if name]
+    plan = None if config.is_prompt_learning else plan_adapter(skeleton, config)
+    # numbers and sizes of tensors are known to the layers alone
     model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
-    near = {}
-    if isinstance(getattr(config, "target_modules", None), (list, tuple, set)):
-        # names of experts' layers stand for parameters by now
-        unmatched = find_targets(model.peft_config["default"], names).unmatched
-        near = {entry: near_names(entry, names) for entry in sorted(unmatched)}
     trainable, total = model.get_nb_trainable_parameters()
     tensors = collect_tensors(model, None, "default", save_embedding_layers="auto")
     report = weight_tying_report(model)
     return 0, {
         "model": type(skeleton).__name__,
         "method": str(getattr(config.peft_type, "value", config.peft_type)),
-        "targets": getattr(model.base_model, "targeted_module_names", []),
-        "target_parameters": getattr(model.base_model, "targeted_parameter_names", []),
+        "targets": list(plan.module_names) if plan else [],
+        "target_parameters": list(plan.parameters) if plan else [],
         "modules_to_save": sorted(getattr(config, "modules_to_save", None) or []),
-        "near_misses": near,
+        "near_misses": {entry: list(near) for entry, near in plan.near_misses.items()} if plan else {},
         "trainable_parameters": trainable,
         "all_parameters": total,
         "tensors": len(tensors),

@@ -108,13 +108,14 @@ class PeftModel(ModelWrapper):
             if checkpoints_activations(model):
                 self.prepare_model_for_gradient_checkpointing(model)
 
-    def _with_heads(self, peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
+    @classmethod
+    def _with_heads(cls, peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
         """Give the config with the task's heads among the modules that are trained in full."""
-        if not self._head_names or not hasattr(peft_config, "modules_to_save"):
+        if not cls._head_names or not hasattr(peft_config, "modules_to_save"):
             return peft_config
         config = copy.copy(peft_config)
         own = list(config.modules_to_save or ())
-        config.modules_to_save = own + [name for name in self._head_names if name not in own]
+        config.modules_to_save = own + [name for name in cls._head_names if name not in own]
         if config.loaded_from is None:  # a config that was saved names everything that there are tensors for
             new = [name for name in newly_started_heads(model) if not ends_like(config.modules_to_save, name)]
             config.modules_to_save += new

@@ -235,7 +235,7 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         plan = self.plan_adapter(view_of(model), adapter_name, self.peft_config[adapter_name], state_dict)
         self.peft_config[adapter_name] = plan.config
         self.place(plan, autocast_adapter_dtype, low_cpu_mem_usage)
-        self.targeted_module_names = list(plan.names if plan.config.ensure_weight_tying else plan.matched)
+        self.targeted_module_names = list(plan.module_names)
         self.targeted_parameter_names = list(plan.parameters)
 
     def _config_of(self, adapter_name: str) -> PeftConfig:

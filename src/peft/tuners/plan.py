@@ -2,7 +2,6 @@
 # peft: the fork in which tied weights stay tied
 """What putting an adapter into a model will do, as a value: worked out in `targets`, carried out in `placing`."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -80,6 +79,11 @@ class AdapterPlan:
     all_names: tuple[str, ...]
 
     @property
+    def module_names(self) -> tuple[str, ...]:
+        """Full names of the modules that are reached, with those that a tie brings in if the config asks for ties."""
+        return self.names if self.config.ensure_weight_tying else self.matched
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         """Full names of the parameters that get layers."""
         return tuple(target.name for target in self.targets if target.parameter is not None)
@@ -110,8 +114,12 @@ class AdapterPlan:
     def __str__(self) -> str:
         method = getattr(self.config.peft_type, "value", self.config.peft_type)
         lines = [f"adapter {self.adapter_name!r} ({method}): {len(self.targets)} targets"]
-        counts = Counter(_describe(target) for target in self.targets if target.owner is None)
-        lines += [f"  {count} x {text}" for text, count in counts.items()]
+        alike: dict[tuple[str, str], list[str]] = {}
+        for target in self.targets:
+            if target.owner is None:
+                alike.setdefault(_sort_of(target), []).append(target.name)
+        for (name, text), names in alike.items():
+            lines.append(f"  {len(names)} x {name} {text}" if len(names) > 1 else f"  {names[0]} {text}")
         lines += [f"  trained in full: {name}" for name in self.additional.saved]
         lines += [f"  {len(indices)} tokens of {name}" for name, indices in self.additional.tokens.items()]
         for route, ties in self.ties.items():
@@ -121,9 +129,9 @@ class AdapterPlan:
         return "\n".join(lines)
 
 
-def _describe(target: Target) -> str:
-    """Describe a target in the words that fit all targets of its sort: indices of layers are left out."""
+def _sort_of(target: Target) -> tuple[str, str]:
+    """Give name and description of a target, both the same for the same target of other layers."""
     name = ".".join("*" if part.isdigit() else part for part in target.name.split("."))
-    plain = {key: value for key, value in target.arguments.items() if isinstance(value, (int, float, str, bool))}
+    plain = {key: value for key, value in target.arguments.items() if isinstance(value, (int, float, str))}
     arguments = "".join(f", {key}={value}" for key, value in plain.items())
-    return f"{name} ({target.kind} {' x '.join(map(str, target.shape))}{arguments})"
+    return name, f"({target.kind} {' x '.join(map(str, target.shape))}{arguments})"
