@@ -22,6 +22,9 @@ class Undoing(Protocol):
     def note(self, roots: Iterable[nn.Module]) -> None:
         """Note what models are before they are changed, as far as that is not noted yet."""
 
+    def has_noted(self, is_wanted: Callable[[nn.Module], bool]) -> bool:
+        """Say whether one of the modules that were noted is wanted."""
+
     def keep_values(self, tensor: torch.Tensor) -> None:
         """Copy a tensor, if it was there before."""
 

@@ -63,6 +63,10 @@ class _Before:
             for config in configs.values() if isinstance(configs, dict) else ():
                 self._note_object(config)
 
+    def has_noted(self, is_wanted: Callable[[nn.Module], bool]) -> bool:
+        """Say whether one of the modules that were noted is wanted."""
+        return any(map(is_wanted, self._modules.values()))
+
     def _note_attributes(self, attributes: dict[str, Any]) -> None:
         self._attributes.append((attributes, attributes.copy()))
         for value in attributes.values():

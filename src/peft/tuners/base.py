@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..anatomy.view import view_of, viewing
-from ..anatomy.walking import adapter_modules
+from ..anatomy.walking import adapter_modules, is_adapter_module
 from ..checkpoints.sizes import count_saved
 from ..config import PeftConfig
 from ..layers.base_layer import BaseTunerLayer
@@ -25,6 +25,7 @@ from ..layers.merging.layer import unmerge_layers
 from ..layers.merging.model import merge_layers
 from ..layers.merging.state import original_weights
 from ..layers.training_wrapper import AuxiliaryTrainingWrapper
+from ..layers.undo import who_undoes
 from ..surgery.shield import unshield_tie_weights
 from ..surgery.slots import Slots, without_collecting
 from ..surgery.switching import (
@@ -116,8 +117,8 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         # model too, is left alone
         self.peft_config = {**(present or {}), **{name: copy.copy(config) for name, config in new.items()}}
         self.active_adapter: str | list[str] = adapter_name
-        has_layers = next(adapter_modules(model), None) is not None
         with all_or_nothing(model):
+            has_layers = who_undoes().has_noted(is_adapter_module)
             if new:
                 self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
             if new and has_layers:  # those of adapters that are gone know of none that is active

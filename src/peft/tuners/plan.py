@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """What putting an adapter into a model will do, as a value: worked out in `targets`, carried out in `placing`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from ..anatomy.walking import unwrapped
 from ..config import PeftConfig
 from ..layers.base_layer import BaseTunerLayer
 from ..surgery.saved_modules import AdditionalModules
+from ..tying.groups import module_of
 
 
 class Target(NamedTuple):
@@ -127,6 +128,12 @@ class AdapterPlan:
         for entry, near in self.near_misses.items():
             lines.append(f"  {entry!r} matches nothing" + (f"; near: {', '.join(near)}" if near else ""))
         return "\n".join(lines)
+
+
+def in_order(targets: Iterable[str], all_names: Iterable[str]) -> list[str]:
+    """Put full names of modules, or of parameters, into the order of all modules of the model."""
+    places = {name: place for place, name in enumerate(all_names)}
+    return sorted(targets, key=lambda name: places[name if name in places else module_of(name)])
 
 
 def _sort_of(target: Target) -> tuple[str, str]:
