@@ -5,6 +5,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import itemgetter
 from typing import Any
 
 from torch import nn
@@ -71,7 +72,7 @@ def walk(model: nn.Module, into_bases: bool = False) -> Iterator[tuple[str, nn.M
     view = running_view(model)
     if view is not None:
         return view.walk(into_bases)
-    return ((name, module) for name, module, _ in walk_with_children(model, into_bases))
+    return map(itemgetter(0, 1), walk_with_children(model, into_bases))
 
 
 Children = Mapping[str, nn.Module | None]

@@ -43,12 +43,10 @@ class AdapterModule:
     _trained_before: dict[str, set[int]] | None = None
 
     # ------------------------------------------------------------------------------------------------------- adapters
-    def _containers(self) -> Iterator[tuple[str, Any]]:
-        """Yield the name and the content of each attribute that holds tensors by adapter name."""
-        for name in self.adapter_layer_names:
-            container = self._modules.get(name)
-            if container is not None:
-                yield name, container
+    def _containers(self) -> list[tuple[str, Any]]:
+        """List the name and the content of each attribute that holds tensors by adapter name."""
+        held = self._modules
+        return [(name, held[name]) for name in self.adapter_layer_names if held.get(name) is not None]
 
     @property
     def available_adapters(self) -> set[str]:

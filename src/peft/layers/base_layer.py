@@ -9,7 +9,6 @@ and writes its math; forward pass, merging, unmerging, activation, freezing and 
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -187,13 +186,14 @@ class BaseTunerLayer(MergeableLayer):
         """
         self._owners[adapter_name] = owner
 
-    def shared_containers(self) -> Iterator[tuple[str, Any]]:
-        """Yield the name and the content of each attribute that holds tensors that all layers share."""
-        return ((name, self._modules[name]) for name in self.shared_layer_names)
+    def shared_containers(self) -> list[tuple[str, Any]]:
+        """List the name and the content of each attribute that holds tensors that all layers share."""
+        return [(name, self._modules[name]) for name in self.shared_layer_names]
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield the parameters of one adapter, those that all layers share too."""
-        return parameters_in(chain(self._containers(), self.shared_containers()), adapter_name)
+        shared = self.shared_containers() if self.shared_layer_names else []  # hardly any method has some
+        return parameters_in(self._containers() + shared, adapter_name)
 
     def shared_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Yield the same for the tensors that all layers share, which a checkpoint holds once."""

@@ -45,4 +45,9 @@ def parameters_in(containers: Iterable[tuple[str, Any]], adapter_name: str) -> I
         if own is not None:
             yield own
         elif (module := container._modules.get(adapter_name)) is not None:
-            yield from module.parameters()
+            # without modules inside there is nothing to walk through, which would take most of the time of switching
+            yield from module.parameters() if module._modules else _own_parameters(module)
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module._parameters.values() if parameter is not None]

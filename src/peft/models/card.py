@@ -3,7 +3,7 @@
 """The model card that is saved beside an adapter."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -46,7 +46,10 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 
 
 def write_model_card(
-    folder: str | os.PathLike, base_model: nn.Module, configs: Sequence[PeftConfig], trainable: int, total: int
+    folder: str | os.PathLike,
+    base_model: nn.Module,
+    configs: Sequence[PeftConfig],
+    count: Callable[[], tuple[int, int]],
 ) -> None:
     """
     Write `README.md`; if there is one, its text stays as it is, and only metadata are added.
@@ -55,8 +58,8 @@ def write_model_card(
         folder: folder to write to.
         base_model: the base model.
         configs: configs of its adapters.
-        trainable: number of parameters that are trained.
-        total: number of all parameters.
+        count: gives the number of parameters that are trained, and that of all. It takes a while, and is asked only if
+            there is no text yet.
     """
     base = next((c.base_model_name_or_path for c in configs if c.base_model_name_or_path), None)
     base = base or getattr(base_model, "name_or_path", None) or None
@@ -77,6 +80,7 @@ def write_model_card(
     if present:
         text = str(card)
     else:
+        trainable, total = count()
         text = _TEXT.format(
             data=data.to_yaml(),
             base=base or type(base_model).__name__,

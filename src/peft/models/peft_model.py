@@ -410,7 +410,7 @@ class PeftModel(ModelWrapper):
             output_dir: folder.
         """
         configs = list(self.peft_config.values())
-        write_model_card(output_dir, self.get_base_model(), configs, *self.get_nb_trainable_parameters())
+        write_model_card(output_dir, self.get_base_model(), configs, self.get_nb_trainable_parameters)
 
     # -------------------------------------------------------------------------------------------------------- loading
     @classmethod

@@ -5,7 +5,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..families.rotations import Rotation
 
@@ -40,10 +39,11 @@ def reflections(directions: torch.Tensor) -> Reflections:
     Args:
         directions: (features, r), columns of any length; one of length 0 reflects nothing.
     """
-    unit = F.normalize(directions, dim=0)
+    # as `F.normalize` does, by fewer calls, of which the time of one token consists
+    unit = directions / torch.linalg.vector_norm(directions, dim=0, keepdim=True).clamp_min(1e-12)
     # the inverse of T has the products of earlier with later columns above its diagonal, and 1/2 on it
-    inverse = (unit.mT @ unit).triu(1) + torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device) / 2
     identity = torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
+    inverse = torch.add((unit.mT @ unit).triu(1), identity, alpha=0.5)
     return Reflections(unit, torch.linalg.solve_triangular(inverse, identity, upper=True))
 
 

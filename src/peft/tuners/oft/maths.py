@@ -46,7 +46,7 @@ def cayley_neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
         return identity + 2 * skew
     series = factor = identity + skew
     for _ in range(max(terms, 4) - 3):
-        series = identity + torch.bmm(skew, series)
+        series = torch.baddbmm(identity, skew, series)
     return torch.bmm(factor, series)
 
 
