@@ -40,6 +40,7 @@ SHARED = {
     "layers/trainable_tokens.py": "trained tokens, as a method and beside other ones",
     "tuners/families/lycoris.py": "LoHa, LoKr: settings, dropout, deltas that are added to the weight",
     "tuners/families/rotations.py": "OFT, BOFT, HRA: their rule, and rotations that are never built as matrices",
+    "tuners/families/scales.py": "IA3: combining adapters whose factors multiply features",
     "anatomy/parameters.py": "`target_parameters`: which ones are reached",
     "surgery/replication.py": "`layer_replication`",
     "layers/base_changes.py": "starts that change base weights (PiSSA, OLoRA), put off until all is checked",

@@ -18,7 +18,6 @@ LIMIT = 60
 EXCEPTIONS = {
     "LORA": (2050, "seven kinds of layers, parameters as targets, registered starts and variants, and combinations"),
     "ADALORA": (350, "it hands out ranks while training, which no other method does"),
-    "IA3": (90, "adapters can be combined"),
     "MULTITASK_PROMPT_TUNING": (80, "prompts of several tasks"),
 }
 

@@ -14,6 +14,7 @@ from ...utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 from ...utils.old_names import old_names
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained
+from ..families.scales import CombinableScales
 from .config import IA3Config
 
 
@@ -23,6 +24,7 @@ from .config import IA3Config
     kinds={nn.Conv2d: "Conv2d", nn.Conv3d: "Conv3d", nn.Linear: "Linear", Conv1D: "Linear"},
     targets=TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     settings={"is_feedforward": "is_feedforward"},
+    model=CombinableScales,
 )
 class IA3:
     """A layer whose inputs or outputs are multiplied by factors."""
