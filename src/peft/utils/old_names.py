@@ -71,7 +71,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     (
         "peft.tuners.base",
         "BaseTuner",
-        "tuners.boft.model tuners.fourierft.model tuners.hra.model tuners.ia3.model tuners.oft.model",
+        "tuners.boft.model tuners.fourierft.model tuners.hra.model tuners.ia3.model tuners.oft.model tuners.vblora.model",
     ),
     ("peft.tuners.boft.layer", "BOFTLayer Conv2d Linear", "tuners.boft.model"),
     (
@@ -82,7 +82,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("peft.tuners.families.lycoris", "LycorisConfig LycorisTuner", "tuners.loha.model tuners.lokr.model"),
     ("peft.tuners.fourierft.layer", "FourierFTLayer FourierFTLinear", "tuners.fourierft.model"),
     ("peft.tuners.hra.layer", "HRAConv2d HRALayer HRALinear", "tuners.hra.model"),
-    ("peft.tuners.ia3.layer", "Conv2d Conv3d Linear", "tuners.ia3.model"),
+    ("peft.tuners.ia3.layer", "Conv2d Conv3d IA3Layer Linear", "tuners.ia3.model"),
     ("peft.tuners.ln_tuning.config", "LNTuningConfig", "tuners.ln_tuning.layer"),
     ("peft.tuners.loha.layer", "Conv1d Conv2d Linear LoHaLayer", "tuners.loha.model"),
     ("peft.tuners.lokr.layer", "Conv1d Conv2d Linear LoKrLayer", "tuners.lokr.model"),
@@ -93,6 +93,9 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("peft.tuners.lora.model", "LoraModel", "helpers"),
     ("peft.tuners.oft.layer", "Conv2d Embedding Linear OFTLayer", "tuners.oft.model"),
     ("peft.tuners.oft.maths", "MultiplicativeDropoutLayer", "tuners.oft.layer"),
+    ("peft.tuners.vblora.config", "VBLoRAConfig", "tuners.vblora.model"),
+    ("peft.tuners.vblora.layer", "Linear VBLoRALayer", "tuners.vblora.model"),
+    ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING", "tuners.vblora.model"),
     ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING", "tuners.boft.model"),
     ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING", "tuners.fourierft.model"),
     ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING", "tuners.hra.model"),
