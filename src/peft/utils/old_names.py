@@ -71,7 +71,10 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     (
         "peft.tuners.base",
         "BaseTuner",
-        "tuners.boft.model tuners.fourierft.model tuners.hra.model tuners.ia3.model tuners.oft.model tuners.vblora.model",
+        (
+            "tuners.boft.model tuners.fourierft.model tuners.hra.model tuners.ia3.model tuners.oft.model "
+            "tuners.vblora.model"
+        ),
     ),
     ("peft.tuners.boft.layer", "BOFTLayer Conv2d Linear", "tuners.boft.model"),
     (
