@@ -4,10 +4,11 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -78,6 +79,29 @@ def new_parameter(weight: torch.Tensor, *shape: int, device: torch.device | str 
     device = "meta" if options.on_meta else weight.device if device is None else device
     check_size(shape, weight, dtype, device)
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+
+def draw_(tensor: torch.Tensor, weight: torch.Tensor, draw: Callable[[torch.Tensor], Any]) -> None:
+    """
+    Fill a tensor of an adapter with random numbers, the same for a seed on all devices.
+
+    They are drawn on the CPU in float32, and rounded to the type of the base weight if that is half precision: what
+    the released package starts with, so that runs can be compared.
+
+    Args:
+        tensor: what to fill; nothing is drawn if it has no storage.
+        weight: the base weight that it belongs to.
+        draw: fills a tensor in place.
+    """
+    if tensor.is_meta:
+        return
+    is_half = weight.is_floating_point() and weight.dtype.itemsize == 2
+    if tensor.dtype == torch.float32 and tensor.device.type == "cpu" and not is_half:
+        draw(tensor)
+        return
+    drawn = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+    draw(drawn)
+    tensor.copy_(drawn.to(weight.dtype) if is_half else drawn)
 
 
 def check_size(

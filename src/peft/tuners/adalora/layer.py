@@ -12,6 +12,7 @@ from torch import nn
 from ...layers.additive import AdditiveLayer
 from ...layers.base_layer import BaseTunerLayer
 from ...layers.merging.changes import changes_adapter
+from ...layers.new_tensors import draw_
 from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
 from ..lora.layer import LoraLayer, OnLinear, WithAdapter, make_dropout
@@ -103,12 +104,12 @@ class AdaLoraLayer(LoraLayer):
 
     def reset_adapter(self, adapter_name: str, config: AdaLoraConfig) -> None:
         """Start an adapter's factors anew, as the config says."""
+        for factors in (self.lora_A, self.lora_E, self.lora_B):
+            draw_(factors[adapter_name], self.stored_weight(), torch.Tensor.normal_)
+        # what comes next for a seed comes after one more number in the released package
+        draw_(self.ranknum[adapter_name].clone(), self.stored_weight(), torch.Tensor.normal_)
         if config.init_lora_weights:
             self.reset_lora_parameters(adapter_name)
-            return
-        with torch.no_grad():
-            for name in RANK_AXIS:
-                getattr(self, name)[adapter_name].normal_()
 
     @changes_adapter
     @torch.no_grad()
@@ -120,8 +121,8 @@ class AdaLoraLayer(LoraLayer):
             adapter_name: name.
         """
         self.lora_E[adapter_name].zero_()
-        self.lora_A[adapter_name].normal_(std=0.02)
-        self.lora_B[adapter_name].normal_(std=0.02)
+        for factors in (self.lora_A, self.lora_B):
+            draw_(factors[adapter_name], self.stored_weight(), lambda factor: factor.normal_(std=0.02))
 
     @changes_adapter
     @torch.no_grad()

@@ -74,8 +74,6 @@ class OnConvolution:
             )
         ones = [1] * len(base.kernel_size)
         bias = self.new_parameter(base.out_channels) if config.lora_bias else None
-        if bias is not None:
-            nn.init.zeros_(bias)
         self.lora_A[adapter] = _factor(
             self.new_parameter(r, base.in_channels, *base.kernel_size),
             stride=base.stride,

@@ -105,7 +105,12 @@ class LoraLayer(MixedBatches, VariantLayer):
         raise NotImplementedError
 
     def reset_adapter(self, adapter_name: str, config: LoraConfig) -> None:
-        """Start an adapter's factors anew, as the config says."""
+        """Start an adapter's factors, as layers of torch do, and then as the config says."""
+        at_random = find_start(False)
+        if type(find_start(config.init_lora_weights)) is not type(at_random):
+            at_random.start(self, adapter_name)
+            if (bias := self.bias_of_factors(adapter_name)) is not None:
+                bias.zero_()
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
 
     @changes_adapter

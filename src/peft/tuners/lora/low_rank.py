@@ -73,8 +73,6 @@ class LowRankLayer(Scaled, AdditiveLayer):
     def _make_linear_factors(self, adapter: str, r: int, with_bias: bool) -> None:
         """Make the factors of a weight that is a matrix, or a row of matrices: (r, in) and (out, r)."""
         bias = self.new_parameter(self.out_features) if with_bias else None
-        if bias is not None:
-            nn.init.zeros_(bias)
         self.lora_A[adapter] = Factor(self.new_parameter(r, self.in_features))
         self.lora_B[adapter] = Factor(self.new_parameter(self.out_features, r), bias)
 
@@ -143,6 +141,10 @@ class LowRankLayer(Scaled, AdditiveLayer):
         factors = (self._factor(name, adapter) for name, _ in self.factor_layout)
         left, right = (w.T if t else w for w, (_, t) in zip(factors, self.factor_layout, strict=True))
         return left, right
+
+    def bias_of_factors(self, adapter: str) -> nn.Parameter | None:
+        """Give factor B's own bias; None for adapters without one."""
+        return self.lora_B[adapter].bias if self.lora_bias.get(adapter) else None
 
     # ----------------------------------------------------------------------------------------------------- the delta
     def get_delta_weight(self, adapter: str) -> torch.Tensor:

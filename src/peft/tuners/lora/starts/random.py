@@ -3,9 +3,11 @@
 """Starts that draw the factors at random, without a look at the base weight."""
 
 import math
+from functools import partial
 
 import torch
 
+from ....layers.new_tensors import draw_
 from ....utils.error import PeftValueError
 from ..low_rank import LowRankLayer
 from .registry import Start, register_start
@@ -17,6 +19,30 @@ def uniform_by_fan_in(weight: torch.Tensor) -> None:
     weight.uniform_(-bound, bound)
 
 
+@register_start(False)
+class Random(Start):
+    """
+    Both factors at random, so that the adapter has an effect at once; for tests.
+
+    That is how layers of torch are when they are made. Other starts are made of factors that were, as in the released
+    package: what is drawn for a seed depends on it.
+    """
+
+    needs_matrix = False
+
+    def start(self, layer: LowRankLayer, adapter: str) -> None:
+        """Draw both factors, and the bias if there is one."""
+        into, out = layer.factor_weights(adapter)
+        base = layer.stored_weight()
+        draw = torch.Tensor.normal_ if layer.is_embedding else uniform_by_fan_in
+        draw_(into, base, draw)
+        draw_(out, base, draw)
+        bias = layer.bias_of_factors(adapter)
+        if bias is not None:
+            bound = out.shape[1] ** -0.5
+            draw_(bias, base, lambda values: values.uniform_(-bound, bound))
+
+
 @register_start(True)
 class Neutral(Start):
     """One factor at random, the other zero: the adapter changes nothing at first."""
@@ -26,12 +52,11 @@ class Neutral(Start):
     def start(self, layer: LowRankLayer, adapter: str) -> None:
         """Draw the factor that meets the input; that of an embedding is the zero one."""
         into, out = layer.factor_weights(adapter)
-        if layer.is_embedding:
-            into.zero_()
-            out.normal_()
-        else:
-            self.draw(into, layer.r[adapter])
-            out.zero_()
+        drawn, zero, draw = (out, into, torch.Tensor.normal_)
+        if not layer.is_embedding:
+            drawn, zero, draw = into, out, partial(self.draw, rank=layer.r[adapter])
+        draw_(drawn, layer.stored_weight(), draw)
+        zero.zero_()
 
     def draw(self, weight: torch.Tensor, rank: int) -> None:
         """
@@ -80,24 +105,7 @@ class Orthogonal(Neutral):
             raise PeftValueError("init_lora_weights='orthogonal' does not work for convolutions with groups; use True")
         if rank % 2:
             raise PeftValueError(f"init_lora_weights='orthogonal' needs an even rank, found r={rank}")
-        between = torch.linalg.qr(torch.randn(rank, rank, device=into.device, dtype=torch.float32)).Q
-        half = rank // 2
-        rows = torch.randn(half, into.shape[1], device=into.device, dtype=torch.float32)
-        columns = torch.randn(out.shape[0], half, device=into.device, dtype=torch.float32)
-        into.copy_(between[:, :half] @ rows * 0.1)
-        out.copy_(columns @ between[:, half:].T * 0.1)
-
-
-@register_start(False)
-class Random(Start):
-    """Both factors at random, so that the adapter has an effect at once; for tests."""
-
-    needs_matrix = False
-
-    def start(self, layer: LowRankLayer, adapter: str) -> None:
-        """Draw both factors."""
-        for weight in layer.factor_weights(adapter):
-            if layer.is_embedding:
-                weight.normal_()
-            else:
-                uniform_by_fan_in(weight)
+        base, half = layer.stored_weight(), rank // 2
+        between = torch.linalg.qr(torch.randn(rank, rank, device="cpu", dtype=torch.float32)).Q
+        draw_(into, base, lambda a: a.copy_((a.new_empty(a.shape[1], half).normal_() @ between[0::2]).T * 0.1))
+        draw_(out, base, lambda b: b.copy_((between[1::2].T @ b.new_empty(half, b.shape[0]).normal_()).T * 0.1))
