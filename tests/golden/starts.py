@@ -84,11 +84,9 @@ def start(config: peft.PeftConfig, dtype: torch.dtype) -> dict[str, list]:
     base = Net().to(dtype)
     torch.manual_seed(0)
     model = peft.get_peft_model(base, config, adapter_name="a")
-    if config.peft_type in ("LORA", "ADALORA", "LOHA", "VBLORA") and getattr(config, "init_lora_weights", 0) != "pissa":
-        try:
-            model.add_adapter("b", config)
-        except ValueError:
-            pass  # AdaLoRA is trained alone
+    # neither PiSSA, which has changed the base weights, nor AdaLoRA, which hands out ranks, allows for two
+    if config.peft_type in ("LORA", "LOHA", "VBLORA") and getattr(config, "init_lora_weights", None) != "pissa":
+        model.add_adapter("b", config)
     found = {}
     for name, tensor in model.state_dict().items():
         if any(part in ("a", "b") for part in name.split(".")) and "modules_to_save" not in name:

@@ -352,3 +352,41 @@ def test_what_has_no_effect_is_said() -> None:
 def test_allocator_of_a_model_without_layers() -> None:
     allocator = RankAllocator(nn.Sequential(), config(), "default")
     assert (allocator.init_bgt, allocator.target_bgt) == (0, 0)
+
+
+# ------------------------------------------------------------------------------------------ what clients replace
+def budget_of_a_client(allocator: RankAllocator, model: nn.Module, budget: int) -> dict[str, list[bool]]:
+    """Choose ranks as clients do that replace `mask_to_budget`: by names of parameters, which have the adapter's."""
+    ending = f".lora_E.{allocator.adapter_name}"
+    values = {name: value for name, value in model.named_parameters() if name.endswith(ending)}
+    scores = {}
+    for name in values:
+        vectors = [
+            allocator._element_score(name.replace("lora_E", factor)).mean(axis)
+            for factor, axis in (("lora_A", 1), ("lora_B", 0))
+        ]
+        scores[name] = allocator._combine_ipt(allocator._element_score(name), torch.stack(vectors, dim=1))
+    threshold = torch.cat(list(scores.values())).kthvalue(allocator.init_bgt - budget).values
+    with torch.no_grad():
+        for name, value in values.items():
+            value[scores[name] <= threshold] = 0
+    return {name: (score > threshold).tolist() for name, score in scores.items()}
+
+
+def test_a_client_hands_out_the_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    expected = adapted(tinit=1, tfinal=3)
+    train(expected, 12)
+    monkeypatch.setattr(RankAllocator, "mask_to_budget", budget_of_a_client)
+    model = adapted(tinit=1, tfinal=3)
+    train(model, 12)
+    assert model.peft_config["default"].rank_pattern == expected.peft_config["default"].rank_pattern
+    assert_close(model(samples()), expected(samples()))
+    model.save_pretrained(tmp_path)
+    assert_close(PeftModel.from_pretrained(stack(1), tmp_path)(samples()), expected(samples()))
+
+
+def test_importances_are_not_known_before_a_backward_pass() -> None:
+    allocator = adapted().base_model.rankallocator
+    assert allocator.adapter_name == "default" and allocator.init_bgt == 4 * len(TARGETS)
+    with refused(None, KeyError, "layers.0.up.lora_A.default", "none yet", "update_ipt"):
+        allocator._element_score("layers.0.up.lora_A.default")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...anatomy.walking import adapter_modules
+from ...utils.error import PeftKeyError
 from ..lora.layer import LoraLayer
 from .config import AdaLoraConfig
 from .ranks import RANK_AXIS
@@ -23,6 +24,7 @@ class RankAllocator:
         adapter_name: its name.
 
     Attributes:
+        adapter_name: the adapter whose ranks are handed out.
         init_bgt: number of ranks of all layers at first.
         target_bgt: number of ranks of all layers in the end.
         ipt: name of a factor -> importance of its entries at the last step.
@@ -105,15 +107,29 @@ class RankAllocator:
                 self.exp_avg_unc[key] = beta2 * self.exp_avg_unc.get(key, zeros) + (1 - beta2) * variation
                 self.exp_avg_ipt[key] = average
 
+    # clients that bring a `mask_to_budget` of their own call these two
+    def _element_score(self, n: str) -> torch.Tensor:
+        """Give the importance of each entry of a factor, by the factor's name: its average times its variation."""
+        if n not in self.exp_avg_ipt:
+            known = "none yet" if not self.exp_avg_ipt else f"{next(iter(self.exp_avg_ipt))!r} and others"
+            raise PeftKeyError(
+                f"no importance of {n!r} is known, but of {known}; call update_ipt after a backward pass, and name a "
+                "factor of the adapter that is trained"
+            )
+        return self.exp_avg_ipt[n] * self.exp_avg_unc[n]
+
+    def _combine_ipt(self, ipt_E: torch.Tensor, ipt_AB: torch.Tensor) -> torch.Tensor:
+        """Give one number per rank, (r,), from that of its singular value, (r, 1), and of its two vectors, (r, 2)."""
+        return ipt_E.flatten() + ipt_AB.sum(dim=1)
+
     def _importance(self, name: str, layer: LoraLayer) -> torch.Tensor:
         """Give one number per rank, (r,): that of its singular value, and the averages over its two vectors."""
-        scores = {}
-        for factor in RANK_AXIS:
-            key = f"{name}.{factor}.{self.adapter_name}"
-            if key not in self.exp_avg_ipt:
-                return torch.zeros_like(layer.lora_E[self.adapter_name]).flatten()
-            scores[factor] = self.exp_avg_ipt[key] * self.exp_avg_unc[key]
-        return scores["lora_E"].flatten() + scores["lora_A"].mean(dim=1) + scores["lora_B"].mean(dim=0)
+        keys = {factor: f"{name}.{factor}.{self.adapter_name}" for factor in RANK_AXIS}
+        if any(key not in self.exp_avg_ipt for key in keys.values()):
+            return torch.zeros_like(layer.lora_E[self.adapter_name]).flatten()
+        scores = {factor: self._element_score(key) for factor, key in keys.items()}
+        vectors = torch.stack((scores["lora_A"].mean(dim=1), scores["lora_B"].mean(dim=0)), dim=1)
+        return self._combine_ipt(scores["lora_E"], vectors)
 
     @torch.no_grad()
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:

@@ -178,8 +178,10 @@ class AdaLoraModel(LoraModel):
             self.rankallocator.update_and_allocate(self.model, global_step)
         elif global_step == last:
             _, pattern = self.rankallocator.update_and_allocate(self.model, global_step, force_mask=True)
+            # names with that of the adapter at the end are those of the released package, and of its clients
+            masks = {_module_of(key, self.trainable_adapter_name): mask for key, mask in pattern.items()}
             config.rank_pattern = {
-                f"{name}.lora_E": layer.settle_ranks(self.trainable_adapter_name, pattern[f"{name}.lora_E"])
+                f"{name}.lora_E": layer.settle_ranks(self.trainable_adapter_name, masks[name])
                 for name, layer in self.rankallocator.layers(self.model)
             }
             self.rankallocator.reset_ipt()
