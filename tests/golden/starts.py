@@ -69,7 +69,8 @@ def cases() -> Iterator[tuple[str, peft.PeftConfig, torch.dtype]]:
         yield f"fourierft-{name}", peft.FourierFTConfig(n_frequency=5, **options), torch.float32
         adalora = peft.AdaLoraConfig(init_r=4, total_step=9, init_lora_weights=started, **linear)
         yield f"adalora-{name}", adalora, torch.float32
-    yield "vblora", peft.VBLoRAConfig(vector_length=2, num_vectors=6, topk=2, r=2, **linear), torch.float32
+    vblora = peft.VBLoRAConfig(vector_length=2, num_vectors=6, topk=2, r=2, target_modules=["one"])
+    yield "vblora", vblora, torch.float32
     yield "tokens", peft.TrainableTokensConfig(target_modules=["emb"], token_indices=[1, 2]), torch.float32
 
 

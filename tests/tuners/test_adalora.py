@@ -388,5 +388,5 @@ def test_a_client_hands_out_the_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_importances_are_not_known_before_a_backward_pass() -> None:
     allocator = adapted().base_model.rankallocator
     assert allocator.adapter_name == "default" and allocator.init_bgt == 4 * len(TARGETS)
-    with refused(None, KeyError, "layers.0.up.lora_A.default", "none yet", "update_ipt"):
+    with refused(None, KeyError, "layers.0.up.lora_A.default", "no factor yet", "update_ipt"):
         allocator._element_score("layers.0.up.lora_A.default")

@@ -111,11 +111,8 @@ class RankAllocator:
     def _element_score(self, n: str) -> torch.Tensor:
         """Give the importance of each entry of a factor, by the factor's name: its average times its variation."""
         if n not in self.exp_avg_ipt:
-            known = "none yet" if not self.exp_avg_ipt else f"{next(iter(self.exp_avg_ipt))!r} and others"
-            raise PeftKeyError(
-                f"no importance of {n!r} is known, but of {known}; call update_ipt after a backward pass, and name a "
-                "factor of the adapter that is trained"
-            )
+            known = ", ".join(map(repr, [*self.exp_avg_ipt][:3])) or "no factor yet"
+            raise PeftKeyError(f"no importance of {n!r} is known, but of {known}; call update_ipt after backward")
         return self.exp_avg_ipt[n] * self.exp_avg_unc[n]
 
     def _combine_ipt(self, ipt_E: torch.Tensor, ipt_AB: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 """VB-LoRA: W + B A, with A and B cut into pieces that are mixtures of vectors of a bank that all layers share."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,21 +20,7 @@ from .maths import TopkForm, check_trainable, mixtures
 
 
 class BankLayer(DeclaredAdditive):
-    """A layer that draws the bank anew, and does not train logits of which a checkpoint has left out most."""
-
-    def update_layer(self, adapter_name: str, config: VBLoRAConfig, **arguments: Any) -> None:
-        """
-        Add an adapter; see `BaseTunerLayer.update_layer`. With the bank as the release draws it, a seed means the same.
-
-        Args:
-            adapter_name: name.
-            config: the adapter's config.
-            arguments: `owner`, the layer to follow; nothing is drawn then.
-        """
-        if arguments.get("owner") is None:
-            bound = config.init_vector_bank_bound
-            nn.init.uniform_(self.vblora_vector_bank[adapter_name], -bound, bound)
-        super().update_layer(adapter_name, config, **arguments)
+    """A layer that does not train logits of which a checkpoint has left out most."""
 
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """
@@ -82,8 +67,9 @@ class VBLoRA:
         }
 
     def shared_tensors(shapes: object, c: VBLoRAConfig) -> dict[str, Trained]:
-        """Tell the bank, (num_vectors, vector_length), which layers draw."""
-        return {"vector_bank": Trained((c.num_vectors, c.vector_length), 0)}
+        """Tell the bank, (num_vectors, vector_length)."""
+        size, bound = (c.num_vectors, c.vector_length), c.init_vector_bank_bound
+        return {"vector_bank": Trained(size, lambda bank: nn.init.uniform_(bank, -bound, bound))}
 
     def saved_forms(c: VBLoRAConfig) -> dict[str, TopkForm]:
         """Give the short form of the logits."""
