@@ -15,12 +15,14 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
     AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
     LoraConfig,
     PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
     PeftModelForSequenceClassification,
     get_peft_model,
 )
@@ -99,6 +101,9 @@ def test_adapter_without_a_task(base: Path) -> None:
     assert (type(model), type(model.get_base_model())) == (PeftModel, LlamaForCausalLM)
     assert_equal(logits(model, token_ids()), logits(adapted, token_ids()))
     assert type(AutoPeftModelForCausalLM.from_pretrained(folder)) is PeftModelForCausalLM
+    # the tensors fit the class that the adapter was trained on, whatever the model is wanted for
+    features = AutoPeftModelForFeatureExtraction.from_pretrained(folder)
+    assert (type(features), type(features.get_base_model())) == (PeftModelForFeatureExtraction, LlamaForCausalLM)
 
 
 def test_subfolder_is_that_of_the_adapter(base: Path) -> None:
@@ -178,8 +183,9 @@ def test_another_task_is_refused(base: Path) -> None:
 def test_nothing_is_imported_that_is_not_allowed(base: Path) -> None:
     folder, _ = saved_adapter(base, task=None)
     edit_config(folder, auto_mapping={"parent_library": "antigravity", "base_model_class": "Popen"})
-    with refused(None, ValueError, "'antigravity'", "import_allowlist"):
-        AutoPeftModel.from_pretrained(folder)
+    for cls in (AutoPeftModel, AutoPeftModelForCausalLM):
+        with refused(None, ValueError, "'antigravity'", "import_allowlist"):
+            cls.from_pretrained(folder)
     edit_config(folder, auto_mapping={"parent_library": "subprocess", "base_model_class": "Popen"})
     with refused(None, ValueError, "subprocess.Popen", "no class of models"):
         AutoPeftModel.from_pretrained(folder, import_allowlist=["subprocess"])
@@ -196,8 +202,9 @@ def test_allowlist_replaces_the_default(base: Path) -> None:
 def test_adapters_that_do_not_say_their_base(base: Path, tmp_path: Path) -> None:
     folder, _ = saved_adapter(base, task=None)
     edit_config(folder, auto_mapping=None)
-    with refused(None, ValueError, "auto_mapping", "PeftModel.from_pretrained"):
-        AutoPeftModel.from_pretrained(folder)
+    for cls in (AutoPeftModel, AutoPeftModelForCausalLM):
+        with refused(None, ValueError, "auto_mapping", "PeftModel.from_pretrained"):
+            cls.from_pretrained(folder)
     edit_config(folder, base_model_name_or_path=None)
     with refused(None, ValueError, "base_model_name_or_path"):
         AutoPeftModelForCausalLM.from_pretrained(folder)

@@ -11,6 +11,8 @@ import pytest
 from support.helpers import refused, warned
 
 from peft import LoraConfig, PeftConfig, PeftType, PromptLearningConfig, TaskType, get_peft_config
+from peft.configs.commits import installed_commit
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import EvaConfig, LoftQConfig, LoraRuntimeConfig
 
 
@@ -197,3 +199,47 @@ def test_hub_id_reaches_the_hub_with_its_arguments(tmp_path: Path, monkeypatch: 
     assert calls == [
         ("somebody/adapter", "adapter_config.json", {"subfolder": "sub", "revision": "v2", "token": "secret"})
     ]
+
+
+# ------------------------------------------------------------------------------------------ versions
+def test_a_config_knows_its_version(tmp_path: Path) -> None:
+    """So a config equals what is read back from its file, and a file of another version stays one of that."""
+    for config_cls in PEFT_TYPE_TO_CONFIG_MAPPING.values():
+        options = {"total_step": 1} if "total_step" in config_cls.__dataclass_fields__ else {}
+        assert config_cls(**options).peft_version == "0.21.2"
+    config = LoraConfig(r=4)
+    config.save_pretrained(tmp_path)
+    assert LoraConfig.from_pretrained(tmp_path) == config
+    assert PeftConfig.from_json_file(str(tmp_path / "adapter_config.json")) == config.to_dict()
+    LoraConfig(peft_version="0.5").save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert again.peft_version == saved_json(again, tmp_path)["peft_version"] == "0.5"
+    assert PeftConfig.from_pretrained(write_json(tmp_path, {"peft_type": "LORA"})).peft_version == "0.21.2"
+
+
+def test_a_development_version_names_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft.config.__version__", "0.30.0.dev1")
+    for commit, expected in (("abc", "0.30.0.dev1@abc"), (None, "0.30.0.dev1@UNKNOWN")):
+        monkeypatch.setattr("peft.config._get_commit_hash", {"peft": commit}.__getitem__)
+        assert LoraConfig().peft_version == expected
+    monkeypatch.setattr("peft.config._get_commit_hash", {}.__getitem__)
+    with pytest.warns(UserWarning, match="commit of this development version"):
+        assert LoraConfig().peft_version == "0.30.0.dev1@UNKNOWN"
+
+
+def test_commit_of_an_installed_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "somewhere-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Name: somewhere\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed_commit("somewhere") is None
+    (folder / "direct_url.json").write_text('{"url": "https://host", "vcs_info": {"vcs": "git", "commit_id": "abc"}}')
+    assert installed_commit("somewhere") == "abc"
+
+
+@pytest.mark.parametrize("config_cls", [PeftConfig, LoraConfig, PromptLearningConfig])
+def test_a_file_without_a_method_is_of_the_wrong_type(tmp_path: Path, config_cls: type) -> None:
+    """Callers of the released package catch a TypeError, those of this one a KeyError."""
+    for error in (TypeError, KeyError):
+        with refused(None, error, "lacks peft_type", "found a"):
+            config_cls.from_pretrained(write_json(tmp_path, {"a": 1}))

@@ -69,6 +69,15 @@ def test_scaling_comes_back_after_an_exception_and_a_deletion() -> None:
     assert model.get_base_model().lin.scaling == {"default": 4.0}
 
 
+def test_a_table_of_scalings_that_somebody_has_looked_at_keeps_its_numbers() -> None:
+    layer = (model := adapted()).get_base_model().lin
+    before = layer.scaling
+    with rescale_adapter_scale(model, 0.5):
+        assert before == {"default": 4.0, "other": 0.5} and layer.scaling == {"default": 2.0, "other": 0.25}
+        model.add_adapter("new", LoraConfig(r=2, target_modules=["lin"]))
+    assert layer.scaling == {"default": 4.0, "other": 0.5, "new": 4.0}
+
+
 def test_tied_layers_are_scaled_once() -> None:
     config = LoraConfig(r=2, target_modules=["lm_head"], ensure_weight_tying=True)
     model = get_peft_model(llama(tied=True), config)

@@ -280,7 +280,7 @@ class TestKindsOfLayers:
     def prepare(self, model: PeftModel, kind: str, prepared: bool) -> None:
         before = self.output(kind, model)
         if prepared:
-            prepare_model_for_compiled_hotswap(model, target_rank=13)
+            prepare_model_for_compiled_hotswap(model, target_rank=12)  # a multiple of all groups
         assert_close(self.output(kind, model), before)
 
     def test_swapped_adapter_computes_what_it_did(self, kind: str, prepared: bool, tmp_path: Path) -> None:
@@ -381,3 +381,37 @@ class TestRefusedSwaps:
     def test_adapters_whose_start_changed_the_base(self) -> None:
         with refused(None, ValueError, "'pissa'", "path_initial_model_for_weight_conversion"):
             check_hotswap_configs_compatible(lora(), lora(init_lora_weights="pissa"))
+
+
+def convolution() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)).eval()
+
+
+def test_groups_of_a_convolution_share_the_ranks(tmp_path: Path) -> None:
+    x, outputs = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(1)), {}
+    for rank in (2, 4):
+        model = get_peft_model(convolution(), lora(target_modules=["0"], r=rank)).eval()
+        randomise(model, "lora_", rank)
+        model.save_pretrained(tmp_path / str(rank))
+        outputs[rank] = logits(model, x)
+    model = PeftModel.from_pretrained(convolution(), tmp_path / "2")
+    with refused(model, ValueError, "2 groups", "target_rank=3"):
+        prepare_model_for_compiled_hotswap(model, target_rank=3)
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    assert model.get_base_model()[0].lora_B["default"].weight.shape[:2] == (4, 2)
+    assert_close(logits(model, x), outputs[2])
+    for rank in (4, 2):
+        hotswap_adapter(model, tmp_path / str(rank), adapter_name="default")
+        assert_close(logits(model, x), outputs[rank])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_config_counts_the_room_that_was_made_and_files_do_not(whole: bool, tmp_path: Path) -> None:
+    model = adapted(r=5, rank_pattern={"v_proj": 7})
+    config, expected = model.peft_config["default"], logits(model, token_ids())
+    prepare_model_for_compiled_hotswap(model, target_rank=9, config=model.peft_config if whole else config)
+    assert (config.r, config.rank_pattern, config.lora_alpha) == (9, {"v_proj": 9}, 8)
+    model.save_pretrained(tmp_path)
+    assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path), token_ids()), expected)
+    assert (config.r, config.rank_pattern) == (9, {"v_proj": 9})

@@ -163,7 +163,9 @@ class _BaseAutoPeftModel:
                 f"the config of {name!r} does not say its base model (base_model_name_or_path); load the base model "
                 "yourself, and use PeftModel.from_pretrained(base, adapter)"
             )
-        target = cls._target_class or _class_from_mapping(config, import_allowlist)
+        # where there is no task, the adapter's tensors fit the class that it was trained on, whatever is asked for
+        named = cls._target_class if config.task_type is not None else None
+        target = named or _class_from_mapping(config, import_allowlist)
         base = target.from_pretrained(config.base_model_name_or_path, revision=config.revision or "main", **kwargs)
         before = _shapes_of_embeddings(base)
         _grow_vocabulary(base, name, {**place, **hub}, bool(kwargs.get("trust_remote_code", False)))

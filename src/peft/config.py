@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .configs.checks import refuse_unknown_fields
+from .configs.commits import installed_commit as _get_commit_hash
 from .configs.fields import option, shared_field
 from .configs.files import (
     HUB_KWARGS,
@@ -27,7 +28,7 @@ from .configs.files import (
 )
 from .registry import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType
 from .utils.constants import CONFIG_NAME
-from .utils.error import PeftConfigError, PeftError, PeftKeyError, PeftPathError, PeftTypeError
+from .utils.error import PeftConfigError, PeftError, PeftKeyError, PeftMissingKeyError, PeftPathError, PeftTypeError
 from .utils.files import read_json, write_atomically
 from .utils.near_names import FEW, did_you_mean, nearest
 from .utils.warning import warn
@@ -54,7 +55,14 @@ __version__ = "0.21.2"
 
 def interface_version() -> str:
     """Give the release whose interface and file format this version has, which is what files name."""
-    return __version__
+    if "dev" not in __version__:
+        return __version__
+    try:
+        commit = _get_commit_hash("peft")
+    except Exception as error:  # whatever is wrong with the installation: configs can be made all the same
+        warn(f"the commit of this development version was not found out ({error!r}); files say UNKNOWN", UserWarning)
+        commit = None
+    return f"{__version__}@{commit or 'UNKNOWN'}"
 
 
 class _VisibleSignature:
@@ -78,7 +86,7 @@ class PeftConfigMixin:
         task_type: task of the base model, a value of `TaskType`.
         peft_type: method, a value of `PeftType`.
         auto_mapping: class and library of a base model that has no task type, filled in when saving.
-        peft_version: version that wrote the file, filled in when saving.
+        peft_version: version that made the config; this one if it is left out.
 
     Raises:
         ValueError: for an unknown task type.
@@ -87,7 +95,7 @@ class PeftConfigMixin:
     task_type: str | TaskType | None = option(None, "Task of the base model.")
     peft_type: str | PeftType | None = option(None, "Method of the adapter.")
     auto_mapping: dict | None = option(None, "Class and library of the base model, where no task type says it.")
-    peft_version: str | None = option(None, "Version of the package that saved the file.")
+    peft_version: str | None = option(None, "Version of the package that made the config.")
 
     # fields that a config object has but that are never written: they describe a run, not an adapter
     _runtime_fields = ("runtime_config",)
@@ -101,6 +109,8 @@ class PeftConfigMixin:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if self.peft_version is None:
+            self.peft_version = interface_version()
         known = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in known:
             raise ValueError(f"unknown task_type {self.task_type!r}; choose one of {', '.join(known)} or None")
@@ -139,7 +149,7 @@ class PeftConfigMixin:
         if os.path.isfile(save_directory):
             raise PeftPathError(f"{os.fspath(save_directory)!r} is a file; a config is saved into a folder")
         os.makedirs(save_directory, exist_ok=True)
-        content = {**self.to_dict(), "peft_version": interface_version()}
+        content = {**self.to_dict(), "peft_version": self.peft_version or interface_version()}
         if kwargs.get("auto_mapping_dict") is not None:
             content["auto_mapping"] = kwargs["auto_mapping_dict"]
         text = json.dumps(content, indent=2, sort_keys=True, default=to_json)
@@ -243,7 +253,7 @@ class PeftConfigMixin:
         values = {**from_file, **overrides}
         missing = MIN_EXPECTED_CONFIG_KEYS - set(values)
         if missing:
-            raise PeftKeyError(
+            raise PeftMissingKeyError(
                 f"{path!r} lacks {', '.join(sorted(missing))}; found {', '.join(sorted(values)) or 'nothing'}. "
                 "It is not the config of an adapter, or it was damaged"
             )

@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """Small helpers around models with adapters: contexts for their layers, and what is at home in other rooms."""
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -87,16 +88,23 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     if not layers:
         raise PeftValueError("the model has no LoRA layer whose scaling could be changed")
     # in tied layers the scaling is the owner's, which is among the layers too; what stands in the table is their own
-    before = [dict(layer.scaling) for layer in layers]
+    before = [layer.scaling for layer in layers]
     with _merged_taken_out(layers):
         for layer, scaling in zip(layers, before, strict=True):
+            # another table: whoever has looked at the one before may compare it with what follows
+            layer.scaling = copy.copy(scaling)
             layer.scaling.update({name: value * multiplier for name, value in scaling.items()})
     try:
         yield
     finally:
         with _merged_taken_out(layers):
             for layer, scaling in zip(layers, before, strict=True):
-                layer.scaling.update((name, value) for name, value in scaling.items() if name in layer.scaling)
+                # adapters may have come and gone meanwhile
+                now = dict(layer.scaling)
+                for name in set(scaling) - set(now):
+                    del scaling[name]
+                scaling.update({name: value for name, value in now.items() if name not in scaling})
+                layer.scaling = scaling
 
 
 @contextmanager

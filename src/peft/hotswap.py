@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from .anatomy.matching import get_pattern_key, pattern_lookup
-from .anatomy.walking import adapter_modules, names_of_modules, unwrapped
 from .checkpoints.assignment import live_tensors, one_value_per_tensor
 from .checkpoints.checks import not_finite
 from .checkpoints.keys import adapter_key_map, read_forms
@@ -24,6 +23,7 @@ from .surgery.slots import without_collecting
 from .surgery.transaction import all_or_nothing
 from .tuners.lora.config import LoraConfig
 from .tuners.lora.layer import LoraLayer, ParamWrapper
+from .tuners.lora.model import layers_by_names
 from .tuners.lora.rank_axis import RankAxis
 from .tuners.lora.starts import changes_base
 from .utils.error import PeftRuntimeError, PeftValueError
@@ -172,7 +172,7 @@ def hotswap_adapter_from_state_dict(
             factor; if a compiled model has too little room for the rank.
     """
     is_compiled, model = _is_compiled(model), getattr(model, "_orig_mod", model)
-    layers = [(names, layer) for names, layer in _lora_layers(model) if layer.has_adapter(adapter_name)]
+    layers = [(names, layer) for names, layer in layers_by_names(model) if layer.has_adapter(adapter_name)]
     if any(adapter_name in layer.merged_adapters for _, layer in layers):
         raise PeftValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before it is replaced")
     values, tensors = _values(model, state_dict, adapter_name)
@@ -224,7 +224,8 @@ def prepare_model_for_compiled_hotswap(
     Args:
         model: a `PeftModel`, or a model with injected adapters, of LoRA.
         target_rank: greatest rank of the adapters to come; left out, there is room for the present ranks.
-        config: config, or name -> config, of adapters to come, to be checked against `target_rank`.
+        config: config, or name -> config, such as `model.peft_config`: its ranks become `target_rank`, of which they
+            may not have more. What is saved has the ranks that the adapter has.
         check_compiled: what to do if the model is compiled already: "error", "warn" or "ignore".
 
     Raises:
@@ -250,7 +251,7 @@ def prepare_model_for_compiled_hotswap(
         warn(text)
     owners = [
         (names[0], layer, adapter)
-        for names, layer in _lora_layers(getattr(model, "_orig_mod", model))
+        for names, layer in layers_by_names(getattr(model, "_orig_mod", model))
         for adapter in sorted(layer.available_adapters)
         if layer.source(adapter) is layer
     ]
@@ -262,11 +263,13 @@ def prepare_model_for_compiled_hotswap(
         for _, layer, adapter in owners:
             for place, tensor in _factors(layer, adapter) if target_rank is not None else ():
                 keep_values([tensor])
-                tensor.data = place.pad(tensor.detach(), place.room(target_rank))
+                tensor.data = place.pad(tensor.detach(), place.length(target_rank))
             _note_sizes(layer, adapter)
             scaling = layer.scaling[adapter]
             if not isinstance(scaling, torch.Tensor):
                 layer.scaling[adapter] = torch.tensor(scaling, device=layer.stored_weight().device)
+    for other in _named(config).values() if target_rank is not None else ():
+        other.r, other.rank_pattern = target_rank, dict.fromkeys(other.rank_pattern or {}, target_rank)
 
 
 def _check_room(
@@ -279,32 +282,25 @@ def _check_room(
                 f"adapter {adapter!r} has rank {layer.r[adapter]} in {name!r}, which is more than "
                 f"target_rank={target_rank}; nothing was changed"
             )
+        groups = layer.rank_axis("lora_B").groups
+        if target_rank % groups:
+            raise PeftValueError(
+                f"{name!r} is a convolution of {groups} groups, which have equal shares of the ranks, and target_rank="
+                f"{target_rank} is no multiple of that; nothing was changed"
+            )
         if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
             raise PeftValueError(
                 f"{name!r} has a factor per expert in one tensor, to which no ranks can be added; leave target_rank "
                 "out and swap adapters of one rank"
             )
-    configs = config if isinstance(config, dict) else {} if config is None else {"config": config}
-    for name, other in configs.items():
+    for name, other in _named(config).items():
         rank = max([other.r, *(other.rank_pattern or {}).values()])
         if rank > target_rank:
             raise PeftValueError(f"{name} has rank {rank}, which is more than target_rank={target_rank}")
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[list[str], LoraLayer]]:
-    """
-    Yield the layers of LoRA under all their names in the base model, as patterns of configs may match any of them.
-
-    Layers of methods that are derived from LoRA are others.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names: dict[int, list[str]] = {}
-    for name, module in names_of_modules(base).items():
-        names.setdefault(id(unwrapped(module)), []).append(name)
-    for name, module in adapter_modules(base):
-        if isinstance(module, LoraLayer) and "lora_E" not in module.adapter_layer_names:
-            own = names.get(id(unwrapped(module)), [name])  # wrappers of what is trained in full are not entered
-            yield own if module.parameter_name is None else [f"{n}.{module.parameter_name}" for n in own], module
+def _named(config: LoraConfig | dict[str, LoraConfig] | None) -> dict[str, LoraConfig]:
+    return config if isinstance(config, dict) else {} if config is None else {"config": config}
 
 
 def _factors(layer: LoraLayer, adapter: str, only_padded: bool = False) -> Iterator[tuple[RankAxis, nn.Parameter]]:

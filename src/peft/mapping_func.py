@@ -79,7 +79,11 @@ def get_peft_model(
             "unload() gives the base model back"
         )
     config = copy.copy(peft_config)
-    config.base_model_name_or_path = getattr(model, "name_or_path", None) or config.base_model_name_or_path
+    own_name = getattr(model, "name_or_path", None)
+    if own_name:
+        if config.base_model_name_or_path not in (None, own_name):
+            warn(f"the model's name {own_name!r} replaces the config's base model {config.base_model_name_or_path!r}")
+        config.base_model_name_or_path = own_name
     if revision is not None:
         if config.revision is not None and config.revision != revision:
             warn(f"revision={revision!r} replaces the config's revision {config.revision!r}")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from support.helpers import (
     VOCABULARY,
@@ -39,6 +40,7 @@ from support.helpers import stack_config as config
 from peft import (
     LoraConfig,
     PeftModel,
+    PrefixTuningConfig,
     TaskType,
     get_base_model_state_dict,
     get_peft_model,
@@ -157,8 +159,26 @@ def test_state_dict_that_was_gathered_elsewhere(tmp_path: Path) -> None:
     gathered = {key: torch.full_like(tensor, 2.0) for key, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=gathered)
     assert {t.unique().item() for t in load_file(tmp_path / WEIGHTS).values()} == {2.0}
-    with refused(model, KeyError, "lora_", "'default'"):
-        get_peft_model_state_dict(model, state_dict={})
+
+
+def test_state_dict_that_lacks_tensors_is_saved_as_far_as_it_goes(tmp_path: Path) -> None:
+    """Where a model is divided among processes, all but one are given an empty state dict."""
+    model = trained()
+    gone = "base_model.model.head.lora_B"
+    part = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(gone)}
+    assert get_peft_model_state_dict(model, state_dict={}) == {}
+    with warned("lacks 1 of 8", gone):
+        found = get_peft_model_state_dict(model, state_dict=part)
+    assert get_peft_model_state_dict(model).keys() - found.keys() == {f"{gone}.weight"}
+    with warned("lacks 1 of 8", gone):
+        model.save_pretrained(tmp_path, state_dict=part)
+    with warned("lacks 1 of 8", gone):
+        PeftModel.from_pretrained(stack(), tmp_path)
+    prompted = get_peft_model(
+        llama(),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, prefix_projection=True, encoder_hidden_size=4),
+    )
+    assert get_peft_model_state_dict(prompted, state_dict={}) == {}
 
 
 @pytest.mark.parametrize(
@@ -301,7 +321,7 @@ def test_missing_tensors_are_reported(tmp_path: Path) -> None:
     model = get_peft_model(stack(), config())
     with warned("lacks 1 of 8", gone):
         result = model.load_adapter(tmp_path, "b")
-    assert "base_model.model.head.lora_B.b.weight" in result.missing_keys
+    assert result.missing_keys == ["base_model.model.head.lora_B.b.weight"]
 
 
 def test_missing_tensors_leave_none_without_storage(tmp_path: Path) -> None:
@@ -346,7 +366,7 @@ def test_mismatched_sizes_can_be_left_out(tmp_path: Path) -> None:
         model = get_peft_model(stack(), config())
         result = model.load_adapter(tmp_path, "b", ignore_mismatched_sizes=True)
     left_out = {f"base_model.model.head.lora_{part}.b.weight" for part in "AB"}
-    assert left_out <= set(result.missing_keys)
+    assert left_out == set(result.missing_keys)
     model.set_adapter("b")
     expected = get_peft_model_state_dict(source)
     for key, tensor in get_peft_model_state_dict(model, adapter_name="b").items():
@@ -612,3 +632,43 @@ def test_saving_without_storage_is_refused(tmp_path: Path) -> None:
     model = get_peft_model(stack(), config(), low_cpu_mem_usage=True)
     with refused(model, (), "lora_A", "low_cpu_mem_usage", folder=tmp_path):
         model.save_pretrained(tmp_path)
+
+
+def test_names_that_a_base_model_had_before_are_its_own_to_say(tmp_path: Path) -> None:
+    """As classes of some versions of transformers do; a mapping that is given counts instead."""
+
+    class Renamed(torch.nn.Module):
+        _checkpoint_conversion_mapping = {r"^layers(?!_of)": "layers_of_it"}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers_of_it = stack().layers
+
+    model = get_peft_model(stack(), config(target_modules=["up"]))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    for mapping in (None, {r"^layers\.": "layers_of_it."}):
+        again = PeftModel.from_pretrained(Renamed(), tmp_path, key_mapping=mapping)
+        found, there = again.get_base_model().layers_of_it[0].up, model.get_base_model().layers[0].up
+        assert_equal(found.lora_A["default"].weight, there.lora_A["default"].weight)
+    with refused(None, ValueError, "none of the checkpoint's"):
+        PeftModel.from_pretrained(Renamed(), tmp_path, key_mapping={"^other": "x"})
+
+
+@pytest.mark.parametrize("shape", [(16,), (0,)])
+def test_a_shard_is_said_when_it_is_saved(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    model = trained()
+    model.get_base_model().head.lora_A["default"].weight.data = torch.zeros(shape)
+    with warned("'default'", "head.lora_A", "one process holds"):
+        model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / WEIGHTS)["base_model.model.head.lora_A.weight"].shape == shape
+
+
+def test_card_has_the_tags_of_the_base_model_and_no_name_of_its_own(tmp_path: Path) -> None:
+    """What a config calls the base may be anything; the hub takes what stands in the card for a repository."""
+    base = llama()
+    base.add_model_tags(["sft", "mine"])
+    trained_llama(base, base_model_name_or_path="experiment").save_pretrained(tmp_path)
+    data = ModelCard.load(tmp_path / CARD).data
+    assert {"sft", "mine", "lora", "transformers"} <= set(data.tags)
+    assert data.get("base_model") is None and not any(tag.startswith("base_model:") for tag in data.tags)

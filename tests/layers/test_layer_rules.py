@@ -34,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.anatomy.walking import bare_modules
+from peft.functional import delete_adapter
 from peft.layers.buffer_dict import BufferDict
 from peft.tuners.tuners_utils import ActivationLayer, AdditiveLayer, BaseTuner, BaseTunerLayer, WeightLayer
 from peft.utils import register_peft_method
@@ -428,19 +429,13 @@ def scaled_by_zero() -> PeftModel:
     return model
 
 
-def delete_active(model: PeftModel) -> None:
-    """Delete the active adapter."""
-    with warned("was deleted"):
-        model.delete_adapter("default")
-
-
 @pytest.mark.parametrize("build", [one_way, scaled_by_zero])
 @pytest.mark.parametrize(
     "action",
     [
         lambda model: model.unmerge_adapter(),
         lambda model: [layer.unmerge() for layer in model.base_model._layers() if layer.merged],
-        delete_active,
+        lambda model: delete_adapter(model, "default", "toy_"),
         lambda model: model.unload(),
         lambda model: model.base_model.disable_adapter_layers(),
     ],
@@ -468,14 +463,30 @@ def test_deleting_leaves_the_other(method: str) -> None:
 
 
 @each_method
-def test_deleting_a_merged_adapter_takes_it_out(method: str) -> None:
+def test_deleting_a_merged_adapter_from_the_layers_takes_it_out(method: str) -> None:
     model = adapted(method, "conv", "lin", adapters=("a", "b"))
     before = weights(model)
     model.base_model.set_adapter(["a", "b"])
     model.merge_adapter()
-    model.delete_adapter("a")
+    delete_adapter(model, "a", "toy_")
     assert_close(logits(model, IDS), reference(method, model, "conv", "lin", adapters=("b",)))
     assert worst(before, weights(model)) < 1e-5 or model.base_model.model.lin.merged_adapters == ["b"]
+
+
+@each_method
+def test_a_merged_adapter_is_not_deleted_from_a_model(method: str) -> None:
+    """Somebody who merges and then deletes may mean to keep the merged weight, so the model asks."""
+    model = adapted(method, "conv", "lin", adapters=("a", "b"))
+    model.merge_adapter(["a"])
+    with refused(model, ValueError, "'a'", "unmerge_adapter", "merge_and_unload"):
+        model.delete_adapter("a")
+    expected = logits(model, IDS)
+    model.delete_adapter("b")
+    assert model.base_model.model.lin.merged_adapters == ["a"]
+    assert_equal(logits(model, IDS), expected)
+    model.unmerge_adapter()
+    model.delete_adapter("a")
+    assert_equal(logits(model, IDS), logits(kinds(), IDS))
 
 
 @each_method

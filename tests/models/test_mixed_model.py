@@ -12,6 +12,7 @@ from support.helpers import assert_close, assert_equal, differs, llama, logits, 
 from torch import nn
 
 from peft import (
+    AdaLoraConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
@@ -136,6 +137,10 @@ class TestAdapters:
         assert_equal(logits(model, ids), expected)
         with refused(model, ValueError, "'nobody'"):
             model.delete_adapter(["lora", "nobody"])
+        model.merge_adapter(["loha"])
+        with refused(model, ValueError, "'loha' is merged"):
+            model.delete_adapter(["lora", "loha"])
+        model.unmerge_adapter()
         model.delete_adapter(["lora"])
         assert list(model.peft_config) == model.active_adapters == ["loha"]
 
@@ -366,3 +371,20 @@ class TestRefused:
             model.delete_adapter("loha")
         assert model.active_adapters == ["lora"]
         assert isinstance(model.base_model, MixedModel)
+
+
+def test_two_adapters_of_a_method_that_hands_out_ranks() -> None:
+    """Nobody hands out ranks in a mixed model, so both can be trained; a plain model refuses the second."""
+    settings = AdaLoraConfig(init_r=2, target_r=1, total_step=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(llama(), settings, "a", mixed=True).eval()
+    model.add_adapter("b", settings)
+    outputs = {}
+    for names in (["a"], ["b"], ["a", "b"]):
+        model.set_adapter(names)
+        assert model.active_adapters == names
+        outputs[len(outputs)] = logits(model, token_ids())
+    assert differs(outputs[2], outputs[0]) and differs(outputs[2], outputs[1])
+    assert_close(logits(model.merge_and_unload(), token_ids()), outputs[2])
+    plain = get_peft_model(llama(), settings, "a")
+    with refused(plain, ValueError, "hands out the ranks of one adapter"):
+        plain.add_adapter("b", settings)

@@ -7,6 +7,7 @@ import pickle
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -775,3 +776,42 @@ def test_cast_adapter_dtype() -> None:
     assert {p.dtype for p in model.head.adapter_parameters("default")} == {torch.float32}
     assert [id(p) for p in model.head.adapter_parameters("default")] == [id(p) for p in parameters]
     assert model.head.get_base_weight().dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------ base models
+@pytest.mark.parametrize("value", [SimpleNamespace(model_type="mine"), object(), None, 5, {"model_type": "mine"}])
+def test_what_a_model_calls_its_config_may_be_anything(value: Any, tmp_path: Path) -> None:
+    base, again = stack(), stack()
+    base.config = again.config = value
+    get_peft_model(base, config()).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(again, tmp_path)
+    kind = getattr(value, "model_type", "custom") if not isinstance(value, dict) else "mine"
+    assert model.base_model.get_model_config(again)["model_type"] == kind
+
+
+def test_another_name_of_the_base_model_is_said() -> None:
+    base = stack()
+    base.name_or_path = "theirs"
+    with warned("'mine'", "'theirs'"):
+        model = get_peft_model(base, config(base_model_name_or_path="mine"))
+    assert model.peft_config["default"].base_model_name_or_path == "theirs"
+    again = stack()
+    again.name_or_path = "theirs"
+    get_peft_model(again, config(base_model_name_or_path="theirs"))
+    assert get_peft_model(stack(), config(base_model_name_or_path="mine")).active_peft_config.base_model_name_or_path
+
+
+def test_samples_are_not_mixed_where_a_saved_module_gives_no_tensor() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.gru = nn.Linear(8, 8), nn.GRU(8, 8, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.gru(self.up(x))[0]
+
+    settings = config("up", modules_to_save=["gru"])
+    model = get_peft_model(Recurrent(), settings, "a").eval()
+    model.add_adapter("b", settings)
+    with refused(model, TypeError, "adapter_names", "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "GRU"):
+        model(torch.randn(2, 3, 8), adapter_names=["a", "b"])

@@ -109,7 +109,9 @@ def test_model_without_wrapper() -> None:
     assert get_layer_status(model)[0].name == "model.layers.0.self_attn.q_proj"
     status = get_model_status(model)
     assert (status.base_model_type, status.adapter_model_type) == ("LlamaForCausalLM", "None")
-    assert status.peft_types == {"mine": "LORA"}
+    assert status.peft_types == {} and status.available_adapters == ["mine"]
+    status = get_model_status(inject_adapter_in_model(lora(target_modules=["0"]), nn.Sequential(nn.Linear(4, 4))))
+    assert (status.base_model_type, status.peft_types) == ("other", {})
 
 
 def test_mixed_model() -> None:

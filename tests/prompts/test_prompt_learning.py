@@ -828,3 +828,9 @@ def test_sizes_are_filled_in_from_the_fields_of_a_model() -> None:
         assert getattr(config, name) == getattr(expected.peft_config["default"], name), name
     with pytest.raises(ValueError, match="does not tell token_dim"):
         _prepare_prompt_learning_config(PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), {})
+
+
+def test_prompts_are_trained_by_being_in_use() -> None:
+    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with refused(model, TypeError, "set_adapter", "inference_mode"):
+        model.set_requires_grad("default")

@@ -27,7 +27,7 @@ from peft import (
 from peft.layers.add_columns import AddColumns
 from peft.layers.trainable_tokens import TrainableTokensLayer, check_token_indices
 from peft.utils import TrainableTokensWrapper
-from peft.utils.error import PeftError
+from peft.utils.error import NoMatchingPeftModuleError, PeftError
 
 
 TOKENS = [3, 7, 11]
@@ -456,6 +456,7 @@ def test_contradictory_requests_on_one_group(config: dict, names: tuple[str, str
         (lora({"emb_tokens": [1]}), ValueError, ("emb_tokens", "embed_tokens")),
         (lora({"norm": [1]}), TypeError, ("norm", "Embedding")),
         (lora({"q_proj": [1]}, targets=["q_proj"]), TypeError, ("q_proj", "target")),
+        (lora({"embed_tokens": [1]}, modules_to_save=["embed_tokens"]), ValueError, ("embed_tokens", "in full")),
         (TrainableTokensConfig(token_indices=[99]), IndexError, ("99",)),
         (TrainableTokensConfig(token_indices=[1], target_modules=["norm"]), TypeError, ("norm",)),
     ],
@@ -472,10 +473,27 @@ def test_refused_before_anything_is_changed(config, kind: type, mentions: tuple[
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
 
 
-def test_tokens_of_a_module_that_is_trained_in_full_are_left_out_with_one_warning() -> None:
-    model, texts = wrap(llama(tie=False), lora(TOKENS, modules_to_save=["embed_tokens"]))
-    assert len(texts) == 1 and "no effect" in texts[0] and "embed_tokens" in texts[0]
-    assert deltas(model) == []
+def test_an_embedding_of_the_usual_name_is_taken_where_none_is_named() -> None:
+    class Own(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.add_module(name, nn.Embedding(5, 4))
+
+    config = TrainableTokensConfig(token_indices=[0])
+    assert get_peft_model(Own("embed_tokens"), config).targeted_module_names == ["embed_tokens"]
+    with refused(None, NoMatchingPeftModuleError, "target_modules was left out", "name it"):
+        get_peft_model(Own("words"), config)
+
+
+@pytest.mark.parametrize("route", [of_method, beside_lora])
+def test_members_of_a_tie_tell_the_same_tokens(route) -> None:
+    model = get_peft_model(llama(), route([1, 2], True))
+    model.add_adapter("other", route([3], True))
+    layers = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
+    assert len(layers) == 2
+    assert all(layer.token_indices == {"default": [1, 2], "other": [3]} for layer in layers)
+    model.delete_adapter("other")
+    assert all(layer.token_indices == {"default": [1, 2]} for layer in layers)
 
 
 def test_gradients_of_added_columns() -> None:

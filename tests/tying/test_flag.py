@@ -108,3 +108,27 @@ def test_what_a_forward_pass_reads_is_told_from_its_code() -> None:
     assert computes_with_flag(InAHelper()) and computes_with_flag(nn.Sequential(InAHelper()))
     assert not computes_with_flag(NotInForward()) and not computes_with_flag(llama(tied=True))
     assert [name for name in MODELS if computes_with_flag(build(name))] == list(READ_IN_FORWARD)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"]])
+def test_a_tie_that_is_declared_only_is_not_restored_over_what_was_trained(targets: list[str], tmp_path: Path) -> None:
+    """Files that hold both members of a declared tie are read as two tensors, of which a reader would lose one."""
+    base = llama(tied=True)
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone() + 1)
+    ids = torch.tensor([[1, 2, 3]])
+    model = get_peft_model(base, LoraConfig(target_modules=targets, init_lora_weights=False)).eval()
+    expected = model(ids).logits
+    with pytest.warns(PeftWarning, match="tie_word_embeddings is False"):
+        merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings is False
+    merged.save_pretrained(tmp_path)
+    assert_close(type(base).from_pretrained(tmp_path)(ids).logits, expected)
+
+
+def test_a_tie_that_is_declared_only_stays_so_where_nothing_was_adapted() -> None:
+    base = llama(tied=True)
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone() + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        get_peft_model(base, LoraConfig(target_modules=["q_proj"])).merge_and_unload()
+    assert base.config.tie_word_embeddings is True

@@ -54,6 +54,30 @@ def matching_entry(names: Names, key: str) -> str | None:
     return next((ending for ending in dotted_endings(key) if ending in lookup), None)
 
 
+def shortest_endings(wanted: Iterable[str], others: Iterable[str]) -> set[str]:
+    """
+    Find the fewest endings, each from a dot on, that all wanted names have and none of the others.
+
+    Two endings are of nested sets of names or of disjoint ones, so the shortest that is possible for each name is the
+    widest one that holds it, and nothing smaller covers them all.
+
+    Args:
+        wanted: full names of modules.
+        others: full names of other modules; one that stands in both is wanted.
+
+    Example:
+
+        >>> shortest_endings(["0.q", "0.k", "1.q"], ["1.k", "0", "1"]) == {"q", "0.k"}
+        True
+    """
+    wanted = dict.fromkeys(wanted)
+    taken = {ending for name in others if name not in wanted for ending in dotted_endings(name)}
+    return {
+        next((ending for ending in reversed(list(dotted_endings(name))) if ending not in taken), name)
+        for name in wanted
+    }
+
+
 def ends_like(names: Iterable[str], key: str) -> bool:
     """
     Say whether a module's full name ends with one of some names, from a dot on or not.

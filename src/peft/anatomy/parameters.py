@@ -8,7 +8,7 @@ from torch import nn
 
 from ..utils.error import NoMatchingPeftModuleError, PeftValueError
 from ..utils.near_names import FEW
-from ..utils.warning import warn
+from ..utils.warning import PeftRuntimeWarning, warn
 from .matching import matching_entry, near_names
 from .walking import is_adapter_module, stack_of, unwrapped
 
@@ -55,7 +55,7 @@ def find_parameters(modules: Mapping[str, nn.Module], wanted: Collection[str], o
     if wanted and not found and not others:
         raise NoMatchingPeftModuleError(f"no parameter to adapt: target_parameters matches nothing: {hints}")
     if hints:
-        warn(f"target_parameters entries match no parameter: {hints}")
+        warn(f"target_parameters entries match no parameter: {hints}", PeftRuntimeWarning)
     return found
 
 

@@ -69,6 +69,28 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:
     return keys
 
 
+def keys_in_parts(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> list[str]:
+    """
+    Find the tensors of an adapter that are parts of what they should be, such as a shard that nobody has gathered.
+
+    Args:
+        model: a model with adapter modules.
+        adapter_name: name.
+        state_dict: the model's state dict, with plain names.
+
+    Returns:
+        Keys in the state dict.
+    """
+    found = []
+    for name, module in adapter_modules(model):
+        prefix = f"{name}." if name else ""
+        for saved, live in _plain_keys(module, adapter_name):
+            tensor = state_dict.get(prefix + live)
+            if tensor is not None and not module.is_whole(adapter_name, saved, tensor):
+                found.append(prefix + live)
+    return found
+
+
 def _plain_keys(module: nn.Module, adapter_name: str) -> Iterator[tuple[str, str]]:
     return ((plain_name(saved), plain_name(live)) for saved, live in module.adapter_keys(adapter_name))
 

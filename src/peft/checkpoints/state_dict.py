@@ -47,7 +47,7 @@ def get_peft_model_state_dict(
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
-        state_dict: the model's state dict, if it had to be gathered from several processes.
+        state_dict: the model's state dict, if it had to be gathered from several processes. What it lacks is left out.
         adapter_name: name.
         unwrap_compiled: take the model out of `torch.compile`'s wrapper first.
         save_embedding_layers: also write the base weights of the embeddings; "auto" does so if they differ
@@ -90,12 +90,14 @@ def collect_tensors(
     keys = adapter_key_map(model, adapter_name)
     keys.update(bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
     keys.update(_chosen_embedding_keys(model, adapter_name, state_dict, save_embedding_layers))
-    missing = [place.key for place in keys.values() if place.key not in state_dict]
-    if missing:
-        raise PeftKeyError(
-            f"the state dict lacks {len(missing)} tensors of adapter {adapter_name!r}, the first is {missing[0]!r}"
+    # where a model is divided among processes, all but the first are given nothing, or a part
+    tensors = {saved: place.read(state_dict[place.key]) for saved, place in keys.items() if place.key in state_dict}
+    if state_dict and len(tensors) < len(keys):
+        missing = [saved for saved in keys if saved not in tensors]
+        warn(
+            f"the state dict lacks {len(missing)} of {len(keys)} tensors of adapter {adapter_name!r}, the first is "
+            f"{missing[0]!r}; they are left out of what is saved"
         )
-    tensors = {saved: place.read(state_dict[place.key]) for saved, place in keys.items()}
     for name, module in adapter_modules(model):
         tensors.update(module.computed_tensors(adapter_name, state_dict, f"{name}." if name else ""))
     return write_forms(model, adapter_name, tensors)

@@ -257,6 +257,17 @@ class AdapterModule:
         """
         return {}
 
+    def is_whole(self, adapter_name: str, key: str, tensor: torch.Tensor) -> bool:
+        """
+        Say whether a tensor is what this module has, and not the part of it that one of several processes holds.
+
+        Args:
+            adapter_name: name of an adapter that this module has.
+            key: as `adapter_keys` yields it first.
+            tensor: what is going to be saved under it.
+        """
+        return True
+
     def fill_missing(self, adapter_name: str, config: Any) -> None:
         """
         Start tensors of an adapter that a checkpoint has left without storage.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
-from ..utils.error import PeftValueError
+from ..utils.error import PeftTypeError, PeftValueError
 from ..utils.integrations import gather_params_ctx
 from ..utils.same_tensor import identity_of
 from .borrowing import copy_borrowing, shared_places
@@ -112,6 +112,13 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         result = self.original_module(x, *args, **kwargs)
+        if not isinstance(result, torch.Tensor):
+            raise PeftTypeError(
+                "adapter_names mixes what modules trained in full give for each sample, a row of a tensor, as "
+                "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d and nn.Conv3d do; "
+                f"{type(self.original_module).__name__} gives a {type(result).__name__}. Give each adapter a batch of "
+                "its own"
+            )
         for name in dict.fromkeys(adapter_names):
             if name in self.modules_to_save:
                 rows = torch.tensor([i for i, wanted in enumerate(adapter_names) if wanted == name], device=x.device)

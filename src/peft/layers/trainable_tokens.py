@@ -99,6 +99,7 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
     def follow(self, adapter_name: str, owner: "TrainableTokensLayer") -> None:
         """Hold the very parameter of the owner, which has the same shape for every kind of layer."""
         super().follow(adapter_name, owner)
+        self.token_indices[adapter_name] = owner.token_indices[adapter_name]
         own, owned = self.trainable_tokens_delta, owner.trainable_tokens_delta
         own[adapter_name] = owned[adapter_name]
         self.borrow(adapter_name, [Borrowed(own, adapter_name, owned, adapter_name)], owner)

@@ -3,7 +3,7 @@
 """The model card that is saved beside an adapter."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -62,7 +62,7 @@ def write_model_card(
             there is no text yet.
     """
     base = next((c.base_model_name_or_path for c in configs if c.base_model_name_or_path), None)
-    base = base or getattr(base_model, "name_or_path", None) or None
+    own_name = _own_name(base_model)
     methods = sorted({getattr(c.peft_type, "value", str(c.peft_type)) for c in configs})
     path = os.path.join(folder, "README.md")
     present = os.path.isfile(path)
@@ -71,11 +71,12 @@ def write_model_card(
     data.library_name = "peft"
     data.pipeline_tag = data.get("pipeline_tag") or _PIPELINES.get(configs[0].task_type)
     tags = {*(data.get("tags") or ()), *(method.lower() for method in methods)}
+    tags |= set(getattr(base_model, "model_tags", None) or ())  # such as trainers put there
     if hasattr(base_model, "config") and type(base_model).__module__.startswith("transformers."):
         tags.add("transformers")
-    if _is_on_hub(base):  # a path means nothing to anybody else, and the hub refuses it
-        data.base_model = base
-        tags = {tag for tag in tags if not tag.startswith("base_model:")} | {f"base_model:adapter:{base}"}
+    if _is_on_hub(own_name):  # a path means nothing to anybody else, and the hub refuses it
+        data.base_model = own_name
+        tags = {tag for tag in tags if not tag.startswith("base_model:")} | {f"base_model:adapter:{own_name}"}
     data.tags = sorted(tags)
     if present:
         text = str(card)
@@ -83,7 +84,7 @@ def write_model_card(
         trainable, total = count()
         text = _TEXT.format(
             data=data.to_yaml(),
-            base=base or type(base_model).__name__,
+            base=base or own_name or type(base_model).__name__,
             methods=", ".join(methods),
             trainable=trainable,
             total=total,
@@ -95,6 +96,16 @@ def write_model_card(
             file.write(text)
 
     write_atomically(path, write)
+
+
+def _own_name(base_model: nn.Module) -> str | None:
+    """Give the name that a model was loaded by; what a config of an adapter calls it may be anything."""
+    config = getattr(base_model, "config", None)
+    if config is None:
+        return None
+    name = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
+    name = getattr(base_model, "name_or_path", None) or name
+    return name if isinstance(name, str) and name else None
 
 
 def _is_on_hub(base: str | None) -> bool:

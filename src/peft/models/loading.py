@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..anatomy.walking import adapter_modules
+from ..checkpoints.keys import adapter_key_map, bias_key_map
 from ..checkpoints.load_report import LoadResult
 from ..checkpoints.read_file import load_peft_weights
 from ..checkpoints.state_dict import load_tensors
@@ -74,6 +75,8 @@ def load_model(
     """
     if config is not None and not isinstance(config, PeftConfig):
         raise PeftValueError(f"config must be a PeftConfig, found a {type(config).__name__}")
+    # older classes of transformers say themselves what their modules were called before
+    key_mapping = key_mapping or getattr(model, "_checkpoint_conversion_mapping", None)
     # files are read before the model is touched
     config, weights = _read_adapter(model_id, hub_options, config, "cpu", key_mapping)
     config = _for_this_run(config, model_id, is_trainable, ephemeral_gpu_offload)
@@ -148,7 +151,7 @@ def load_adapter(
             model.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
         result = _fill_adapter(model, adapter_name, weights, strict, ignore_mismatched_sizes, settings)
         if is_trainable:
-            model.set_requires_grad(adapter_name)
+            model._tuner.set_requires_grad(adapter_name)
         else:
             model.eval()
     return result
@@ -215,4 +218,9 @@ def _fill_adapter(
     for _, module in adapter_modules(model):
         if any(parameter.is_meta for parameter in module.adapter_parameters(adapter_name)):
             module.fill_missing(adapter_name, model.peft_config[adapter_name])
-    return result
+    own = adapter_key_map(model, adapter_name)
+    own.update(bias_key_map(model, adapter_name, getattr(model.peft_config[adapter_name], "bias", "none")))
+    wanted = {place.key for place in own.values()}
+    about_adapter = LoadResult([key for key in result.missing_keys if key in wanted], result.unexpected_keys)
+    about_adapter.report = result.report
+    return about_adapter

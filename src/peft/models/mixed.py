@@ -156,7 +156,8 @@ class PeftMixedModel(ModelWrapper):
             adapter_name: one name or several.
 
         Raises:
-            PeftValueError: for a name that the model does not have; then none is removed.
+            PeftValueError: for a name that the model does not have, or an adapter that is merged; then none is
+                removed.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         self._check_names(names)

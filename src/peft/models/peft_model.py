@@ -309,7 +309,7 @@ class PeftModel(ModelWrapper):
             adapter_name: its name.
 
         Raises:
-            PeftValueError: if there is no adapter of that name.
+            PeftValueError: if there is no adapter of that name, or it is merged.
         """
         self._check_names([adapter_name])
         self._tuner.delete_adapter(adapter_name)
@@ -322,7 +322,15 @@ class PeftModel(ModelWrapper):
         Args:
             adapter_names: one name or several.
             requires_grad: False to freeze.
+
+        Raises:
+            PeftTypeError: with prompt learning, where the prompt that is in use is the one that is trained.
         """
+        if "prompt_encoder" in self._modules:
+            raise PeftTypeError(
+                "set_requires_grad is about adapters in layers, and the model has prompts; set_adapter(name, "
+                "inference_mode=...) says whether the one that it puts to use is trained"
+            )
         self._tuner.set_requires_grad(adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -442,7 +450,8 @@ class PeftModel(ModelWrapper):
             autocast_adapter_dtype: keep its tensors in float32 where the base is in half precision.
             ephemeral_gpu_offload: use the accelerator for start-up computations only.
             low_cpu_mem_usage: make its tensors without storage, so that they are allocated once.
-            key_mapping: regular expression -> replacement for keys of the checkpoint.
+            key_mapping: regular expression -> replacement for keys of the checkpoint; what the base model's
+                `_checkpoint_conversion_mapping` says if left out.
             strict: refuse a checkpoint that does not fit in every respect, instead of warning about missing and
                 unexpected tensors.
             ignore_mismatched_sizes: leave out tensors of another shape.
@@ -507,8 +516,8 @@ class PeftModel(ModelWrapper):
             kwargs: options for the hub, as in `from_pretrained`.
 
         Returns:
-            `missing_keys` and `unexpected_keys`; see `set_peft_model_state_dict`. Its `report` is the one that stands
-            in `load_reports` then.
+            `missing_keys`, those of this adapter that the file lacks, and `unexpected_keys`. Its `report` is the one
+            that stands in `load_reports` then.
 
         Raises:
             PeftPathError: if there is no adapter at `model_id`.

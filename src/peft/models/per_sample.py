@@ -10,7 +10,7 @@ from torch import nn
 from ..anatomy.walking import adapter_modules
 from ..layers.base_layer import BaseTunerLayer
 from ..layers.call_context import Call, calling
-from ..utils.error import PeftValueError
+from ..utils.error import PeftTypeError, PeftValueError
 from ..utils.near_names import explain_unknown_adapters
 from .wrapper import ModelWrapper
 
@@ -31,6 +31,7 @@ def adapter_per_sample(
         A context in which the layers of the model know their adapters.
 
     Raises:
+        PeftTypeError: if the model has layers that cannot do that.
         PeftValueError: for an unknown name, or if the model cannot do that as it is.
     """
     if adapter_names is None:
@@ -54,7 +55,7 @@ def _check(model: ModelWrapper, adapter_names: Sequence[str], modules: list[nn.M
     layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
     whole = [layer for layer in layers if not layer.supports_mixed_batch]
     if whole:
-        raise PeftValueError(
+        raise PeftTypeError(
             f"adapter_names does not work on {type(whole[0]).__name__}, whose adapters change one weight for all "
             "samples; give each adapter a batch of its own"
         )

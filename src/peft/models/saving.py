@@ -2,7 +2,6 @@
 # peft: the fork in which tied weights stay tied
 """Writing the adapters of a model to a folder: tensors, config and model card."""
 
-import copy
 import os
 from collections.abc import Sequence
 
@@ -10,11 +9,15 @@ import torch
 
 from ..anatomy.embeddings import without_adapters_around
 from ..checkpoints.checks import refuse_without_storage
+from ..checkpoints.keys import keys_in_parts
 from ..checkpoints.state_dict import collect_tensors
 from ..checkpoints.write_file import write_peft_weights
 from ..config import PeftConfig
 from ..utils.error import PeftValueError
 from ..utils.files import replacing_adapter
+from ..utils.near_names import FEW
+from ..utils.warning import warn
+from ..utils.wrapped_names import plain_name, renamed
 from .wrapper import ModelWrapper
 
 
@@ -50,6 +53,7 @@ def save_adapters(
     configs = {name: _config_to_save(model, name) for name in adapter_names}
     for name, tensors in contents.items():
         refuse_without_storage(tensors)
+        _warn_of_parts(model, name, state_dict)
         if path_initial is not None:
             contents[name], configs[name] = _without_start(model, tensors, configs[name], path_initial)
     os.makedirs(folder, exist_ok=True)
@@ -62,9 +66,21 @@ def save_adapters(
             configs[name].save_pretrained(new)
 
 
+def _warn_of_parts(model: ModelWrapper, adapter_name: str, state_dict: dict[str, torch.Tensor] | None) -> None:
+    """Say that what is saved of an adapter is a part of it."""
+    parts = keys_in_parts(model, adapter_name, renamed(state_dict or model.state_dict(), plain_name))
+    if parts:
+        warn(
+            f"{len(parts)} tensors of adapter {adapter_name!r} have no entries, or are one row of numbers where a "
+            f"matrix belongs ({', '.join(parts[:FEW])}{' ...' if len(parts) > FEW else ''}): it is what "
+            "one process holds. Gather the tensors first, as accelerate's get_state_dict does, and pass them as "
+            "state_dict"
+        )
+
+
 def _config_to_save(model: ModelWrapper, adapter_name: str) -> PeftConfig:
     """Give an adapter's config as it is written: frozen, and with a note on a base model without a task."""
-    config = copy.copy(model.peft_config[adapter_name])
+    config = model._tuner.config_to_save(adapter_name)
     config.inference_mode = True
     base = without_adapters_around(model.get_base_model())  # the class of what is compiled, not torch.compile's
     if config.base_model_name_or_path is None:

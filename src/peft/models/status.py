@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..anatomy.walking import adapter_modules
 from ..layers.adapter_module import AdapterModule
@@ -53,9 +54,10 @@ class TunerModelStatus:
     State of all layers of a model taken together; "irregular" is what layers do not agree on.
 
     Attributes:
-        base_model_type: class of the base model.
+        base_model_type: class of the base model; "other" without a `PeftModel` around it, unless it is one of
+            transformers.
         adapter_model_type: class of the tuner; "None" without one.
-        peft_types: adapter name -> method.
+        peft_types: adapter name -> method; empty without a `PeftModel`.
         trainable_params: number of parameters that are trained.
         total_params: number of all parameters; one that several modules share counts once.
         num_adapter_layers: number of layers and wrappers.
@@ -135,9 +137,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     names = dict.fromkeys(name for layer in layers for name in layer.available_adapters)
     trainable, total = count_parameters(model)
     return TunerModelStatus(
-        base_model_type=type(model.base_model.model if is_wrapped else model).__name__,
+        base_model_type=_base_type(model, is_wrapped),
         adapter_model_type=type(model.base_model).__name__ if is_wrapped else "None",
-        peft_types={name: _text(config.peft_type) for name, config in _configs(model).items()},
+        peft_types={name: _text(config.peft_type) for name, config in model.peft_config.items()} if is_wrapped else {},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
@@ -196,9 +198,10 @@ def _is_wrapped(model: nn.Module) -> bool:
     return "base_model" in model._modules and hasattr(model._modules["base_model"], "tuner_layer_cls")
 
 
-def _configs(model: nn.Module) -> dict[str, Any]:
-    configs = getattr(model, "peft_config", None)
-    return configs if isinstance(configs, dict) else {}
+def _base_type(model: nn.Module, is_wrapped: bool) -> str:
+    if is_wrapped:
+        return type(model.base_model.model).__name__
+    return type(model).__name__ if isinstance(model, PreTrainedModel) else "other"
 
 
 def _status_of(name: str, module: AdapterModule) -> TunerLayerStatus:

@@ -6,6 +6,7 @@ The prompts of a model: making, saving, switching and deleting them, once for al
 Where they go when the model is called is told in `inputs.py`.
 """
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -252,6 +253,10 @@ class PromptEncoders(AdapterModule, nn.ModuleDict):
         return False
 
     # ------------------------------------------------------------------------------------------------- checkpoints
+    def config_to_save(self, adapter_name: str) -> PromptLearningConfig:
+        """Give a copy of an adapter's config."""
+        return copy.copy(self.peft_config[adapter_name])
+
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield the parameters of a prompt."""
         if adapter_name in self:
@@ -282,6 +287,8 @@ class PromptEncoders(AdapterModule, nn.ModuleDict):
             return {}
         start = f"{prefix}{adapter_name}."
         own = {key.removeprefix(start): tensor for key, tensor in state_dict.items() if key.startswith(start)}
+        if not own.keys() >= self[adapter_name].state_dict().keys():  # a process that was given a part, or nothing
+            return {}
         return {"prompt_embeddings": self[adapter_name].finished_table(own)}
 
     def prepare_to_load(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -245,18 +245,20 @@ def _check_followers(model: nn.Module, peft_config: PeftConfig) -> None:
 
 def _check_token_modules(model: nn.Module, peft_config: PeftConfig, saved: Collection[str]) -> None:
     """
-    Refuse tokens that cannot be trained, and warn about those that are trained anyway.
+    Refuse tokens that cannot be trained, or are trained anyway.
 
     Raises:
         PeftTypeError: for a module that is adapted or cannot have tokens.
         PeftIndexError: for an id outside of the vocabulary.
-        PeftValueError: for ids that stand there twice, and for unknown modules.
+        PeftValueError: for ids that stand there twice, for unknown modules, and for modules that are trained in full.
     """
     for name, indices in find_token_modules(model, getattr(peft_config, "trainable_token_indices", None)).items():
         module = model.get_submodule(name)
         if lies_in(saved, name):
-            warn(f"trainable_token_indices has no effect for {name!r}, which modules_to_save trains in full")
-            continue
+            raise PeftValueError(
+                f"trainable_token_indices reaches {name!r}, which modules_to_save trains in full, so that its tokens "
+                "are trained already; leave it out of one of the two"
+            )
         targeted = peft_config.target_modules is not None and check_target_module_exists(peft_config, name)
         if targeted or (is_adapter_module(module) and not isinstance(module, TrainableTokensWrapper)):
             raise PeftTypeError(

@@ -9,7 +9,7 @@
 import copy
 import dataclasses
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ from ..surgery.switching import (
 )
 from ..surgery.transaction import all_or_nothing
 from ..tying.groups import find_tied_groups
-from ..tying.settle import settle_ties
+from ..tying.settle import settle_declared, settle_ties
 from ..utils.constants import (
     DUMMY_MODEL_CONFIG,
 )
@@ -74,6 +74,9 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         parameter_layer_cls: layer for a parameter of any module, for methods with `target_parameters`.
         target_module_mapping: model type -> default targets.
         pattern_fields: config field, such as the rank -> config field with the values for modules where it differs.
+        uses_shared_state: whether adapters need more than their layers, so that they cannot be injected into a model
+            without a `PeftModel` around it. False for all methods of this package.
+        in_mixed_model: whether tuners of other methods work on the model too; nobody hands out ranks then.
         model: the base model, with adapter layers in it.
         peft_config: adapter name -> config as it applies to this model.
         targeted_module_names: full names of the modules that were adapted by the last injection.
@@ -91,6 +94,8 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
     parameter_layer_cls: type[BaseTunerLayer] | None = None
     target_module_mapping: dict[str, Any] = {}
     pattern_fields: dict[str, str] = {}
+    uses_shared_state: bool = False
+    in_mixed_model: bool = False
 
     def __init__(
         self,
@@ -151,7 +156,11 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         config = getattr(model, "config", DUMMY_MODEL_CONFIG)
         if hasattr(config, "to_dict"):
             return config.to_dict()
-        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
+        if dataclasses.is_dataclass(config):
+            return dataclasses.asdict(config)
+        if isinstance(config, Mapping):
+            return dict(config)
+        return {**DUMMY_MODEL_CONFIG, **getattr(config, "__dict__", {})}  # whatever the model calls its config
 
     def _layers(self) -> Iterator[BaseTunerLayer]:
         """Yield the adapter layers."""
@@ -244,6 +253,15 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
             raise PeftValueError(explain_unknown_adapters([adapter_name], self.peft_config))
         return self.peft_config[adapter_name]
 
+    def config_to_save(self, adapter_name: str) -> PeftConfig:
+        """
+        Give a copy of an adapter's config that describes what is saved. To be extended by methods.
+
+        Args:
+            adapter_name: name.
+        """
+        return copy.copy(self._config_of(adapter_name))
+
     # ------------------------------------------------------------------------------------------------------ switching
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """
@@ -313,9 +331,10 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         unless its config says that it is there for inference.
 
         Raises:
-            PeftValueError: if there is no adapter of that name.
+            PeftValueError: if there is no adapter of that name, or it is merged.
         """
         self._config_of(adapter_name)
+        self._refuse_merged([adapter_name])
         was_trained = is_trained(self.model, adapter_name)
         delete_adapter(self.model, adapter_name, self.prefix)
         del self.peft_config[adapter_name]
@@ -327,6 +346,16 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
             first, config = next(iter(self.peft_config.items()))
             warn(f"the active adapter {adapter_name!r} was deleted; {first!r} is active now")
             self.set_adapter(first, inference_mode=config.inference_mode or not was_trained)
+
+    def _refuse_merged(self, adapter_names: Iterable[str]) -> None:
+        """Refuse to delete what is merged: whether the weights are to keep it is for the caller to say."""
+        merged = {name for layer in self._layers() for name in layer.merged_adapters}
+        kept = [name for name in adapter_names if name in merged]
+        if kept:
+            raise PeftValueError(
+                f"adapter {kept[0]!r} is merged, so it is not clear whether the base weights are to keep it; nothing "
+                "was deleted. Call unmerge_adapter() first, or merge_and_unload() to keep it for good"
+            )
 
     # -------------------------------------------------------------------------------------------------------- merging
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -394,17 +423,21 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         with original_weights(self._layers()):
             groups = find_tied_groups(self.model)
         slots = Slots(self.model)
+        changed = set()
         # outermost first: an adapter module that another one wraps comes to light when the outer one is taken off
         for _, module in list(adapter_modules(self.model)):
             if isinstance(module, AuxiliaryTrainingWrapper):
-                slots.replace(module, module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
+                base = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
             else:
-                slots.replace(module, module.base_layer)
+                base = module.base_layer
+            slots.replace(module, base)
+            changed.add(id(base))
         if merge:
             names = self.active_adapters if adapter_names is None else adapter_names
             configs = [self.peft_config[name] for name in names if name in self.peft_config]
             kept = {name for config in configs for ties in _recorded_ties(config) for name in (*ties, *ties.values())}
             settle_ties(self.model, groups, kept)
+            settle_declared(self.model, changed)
         for module in self.model.modules():
             accompany_layer(module, leave=True)
         self.model.__dict__.pop("peft_config", None)

@@ -25,6 +25,7 @@ from ..anatomy.matching import (
     near_names,
     pattern_lookup,
     patterns_without_use,
+    shortest_endings,
 )
 from ..anatomy.offload import refuse_offloaded
 from ..anatomy.parameters import check_stacks, find_parameters
@@ -50,6 +51,7 @@ from ..tying.record import (
 from ..utils.constants import (
     DUMMY_TARGET_MODULES,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    MIN_TARGET_MODULES_FOR_OPTIMIZATION,
 )
 from ..utils.error import (
     NoMatchingPeftModuleError,
@@ -58,7 +60,7 @@ from ..utils.error import (
     PeftValueError,
 )
 from ..utils.near_names import FEW, did_you_mean
-from ..utils.warning import warn
+from ..utils.warning import PeftRuntimeWarning, warn
 from ..utils.wrapped_names import plain_name, with_plain_names
 from .plan import AdapterPlan, Target, in_order
 
@@ -102,6 +104,7 @@ class Targeting:
         parameters = self._matched_parameters(modules, config, state_dict)
         modules = {name: module for name, module in modules.items() if name}
         found = self._matched_names(modules, config, state_dict, parameters)
+        _shorten_targets(config, list(modules))
         refuse_offloaded(model, config, found.names)
         # the first of two stages: what has to follow what is recorded, whatever the order of names
         with original_weights(merging_layers(model)):
@@ -268,7 +271,9 @@ class Targeting:
         """Find the modules to adapt, and refuse or warn about what matches nothing."""
         candidates = list(modules)
         if state_dict is not None:
-            return Targets(self._names_in_state_dict(candidates, state_dict, parameters))
+            found = Targets(self._names_in_state_dict(candidates, state_dict, parameters))
+            _compare_with_targets(config, modules, found.names)
+            return found
         if config.target_modules == DUMMY_TARGET_MODULES:
             return Targets()
         targets = find_targets(config, candidates)
@@ -280,9 +285,10 @@ class Targeting:
             raise NoMatchingPeftModuleError(self._explain_no_match(config, targets, candidates))
         for entry in targets.unmatched[:FEW]:
             near = near_names(entry, candidates)
-            warn(f"target_modules entry {entry!r} matches no module{did_you_mean(near)}")
+            warn(f"target_modules entry {entry!r} matches no module{did_you_mean(near)}", PeftRuntimeWarning)
         if len(targets.unmatched) > FEW:
-            warn(f"{len(targets.unmatched) - FEW} more entries of target_modules match no module")
+            more = len(targets.unmatched) - FEW
+            warn(f"{more} more entries of target_modules match no module", PeftRuntimeWarning)
         if targets.absent_layers is not None:
             warn(f"layers_to_transform: {_explain_absent_layers(*targets.absent_layers)}")
         if getattr(config, "exclude_modules", None) and not targets.excluded:
@@ -373,7 +379,7 @@ class Targeting:
                     raise PeftValueError(f"{patterns_field}[{pattern!r}] must be a positive integer, found {value!r}")
             for pattern in patterns_without_use(patterns, names)[:FEW]:
                 near = did_you_mean(near_names(pattern, names))
-                warn(f"{patterns_field} entry {pattern!r} matches no module{near}")
+                warn(f"{patterns_field} entry {pattern!r} matches no module{near}", PeftRuntimeWarning)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
         """
@@ -480,6 +486,39 @@ class Targeting:
                 f"than its {layer.out_features} output features. Leave it out of target_modules; LoRA can adapt its "
                 f"weight by name, with target_parameters={[name.rpartition('.')[2] + '.weight']}"
             )
+
+
+def _compare_with_targets(config: PeftConfig, modules: dict[str, nn.Module], names: list[str]) -> None:
+    """Warn where a state dict, which decides about what is adapted, has other modules than the config."""
+    if config.target_modules is None or config.target_modules == DUMMY_TARGET_MODULES:
+        return
+    saved = _as_names(getattr(config, "modules_to_save", None))
+    targeted = [name for name in find_targets(config, list(modules)).names if not (saved and lies_in(saved, name))]
+    for there, here, text in (
+        (names, targeted, "the state dict has tensors for modules that the config does not target; they are adapted"),
+        (targeted, names, "the config targets modules that the state dict has no tensors for; they are not adapted"),
+    ):
+        known = {id(modules[name]) for name in here}  # one module may have several names
+        missing = [name for name in there if id(modules[name]) not in known]
+        if missing:
+            warn(f"{text}: {', '.join(missing)}", PeftRuntimeWarning)
+
+
+def _shorten_targets(config: PeftConfig, names: list[str]) -> None:
+    """
+    Write a long list of targets as the fewest endings of names that reach the same modules.
+
+    A config that lists each layer by its full name is long, slow to match, and fits no model that has other numbers of
+    layers, or stands inside of another one.
+    """
+    wanted = config.target_modules
+    if wanted is None or isinstance(wanted, str) or len(wanted) < MIN_TARGET_MODULES_FOR_OPTIMIZATION:
+        return
+    found = find_targets(config, names)
+    excluded = set(found.excluded)
+    config.target_modules = shortest_endings(found.names, [name for name in names if name not in excluded])
+    if find_targets(config, names).names != found.names:  # full names pass by the choice of layers
+        config.target_modules = wanted
 
 
 def _forget_wrappers(config: PeftConfig) -> None:

@@ -151,7 +151,7 @@ def find_token_modules(model: nn.Module, tokens: Collection[int] | Mapping[str, 
     if not tokens:
         return {}
     if not isinstance(tokens, Mapping):
-        name = name_of_input_embedding(model) or next(iter(_names_matching(model, ["embed_tokens"])), None)
+        name = default_token_module(model)
         if name is None:
             raise PeftValueError(
                 "trainable_token_indices is a list, and the model does not say which layer its input embedding is; "
@@ -169,6 +169,11 @@ def find_token_modules(model: nn.Module, tokens: Collection[int] | Mapping[str, 
         for name in names:
             modules.setdefault(name, list(indices))
     return modules
+
+
+def default_token_module(model: nn.Module) -> str | None:
+    """Give the full name of the module whose tokens are trained where none is named; None if there is no such one."""
+    return name_of_input_embedding(model) or next(iter(_names_matching(model, ["embed_tokens"])), None)
 
 
 def _names_matching(model: nn.Module, entries: Collection[str]) -> list[str]:

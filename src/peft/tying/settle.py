@@ -12,7 +12,7 @@ from ..anatomy.walking import base_modules, innermost_module
 from ..utils.same_tensor import identity_of
 from ..utils.warning import warn
 from .flag import computes_with_flag, configs_that_tie, forget_declared_ties
-from .groups import TiedGroup, find_tied_groups, module_of
+from .groups import TiedGroup, declared_but_untied, find_tied_groups, module_of
 
 
 @contextmanager
@@ -73,6 +73,26 @@ def settle_ties(model: nn.Module, groups: Iterable[TiedGroup], kept: Collection[
         _declare_untied(model, apart)
 
 
+def settle_declared(model: nn.Module, changed: Collection[int]) -> None:
+    """
+    Let a model no longer declare ties that it did not have, once an adapter is merged into one of the members.
+
+    A checkpoint that holds members with different values is read like that. A reader of the merged model would tie
+    them again and lose what was trained.
+
+    Args:
+        model: the base model, without adapters.
+        changed: ids of the modules that were adapted.
+    """
+    apart = [
+        TiedGroup((owner, follower), parameter)
+        for owner, follower, parameter, _ in declared_but_untied(model)
+        if any(id(innermost_module(model, module_of(member))) in changed for member in (owner, follower))
+    ]
+    if apart:
+        _declare_untied(model, apart, "modules that the model declares to be tied hold tensors of their own, and")
+
+
 def _parameter(model: nn.Module, member: str) -> nn.Parameter:
     path, _, key = member.rpartition(".")
     return innermost_module(model, path)._parameters[key]
@@ -83,7 +103,7 @@ def _set_parameter(model: nn.Module, member: str, parameter: nn.Parameter) -> No
     innermost_module(model, path)._parameters[key] = parameter
 
 
-def _declare_untied(model: nn.Module, apart: Iterable[TiedGroup]) -> None:
+def _declare_untied(model: nn.Module, apart: Iterable[TiedGroup], what: str = "modules that shared a weight") -> None:
     """Make a model whose members were adapted apart survive saving and loading with transformers."""
     configs = [config for module in model.modules() for config in configs_that_tie(module)]
     flag = ""
@@ -100,9 +120,7 @@ def _declare_untied(model: nn.Module, apart: Iterable[TiedGroup]) -> None:
         _give_own_tensors(model, lambda member: True)  # the flag stands for all ties at once
         flag = "; tie_word_embeddings is False in its config now, so that saving and loading keeps them apart"
     members = "; ".join(", ".join(repr(member) for member in group.members) for group in apart)
-    warn(
-        f"modules that shared a weight were adapted apart and are no longer tied in the merged model ({members}){flag}"
-    )
+    warn(f"{what} were adapted apart and are no longer tied in the merged model ({members}){flag}")
 
 
 def _give_own_tensors(model: nn.Module, wanted: Callable[[str], bool]) -> None:

@@ -52,6 +52,10 @@ class PeftKeyError(PeftError, KeyError):
         return shortened(str(self.args[0])) if self.args else ""
 
 
+class PeftMissingKeyError(PeftKeyError, PeftTypeError):
+    """A file that lacks an entry without which nothing can be made of it."""
+
+
 class PeftIndexError(PeftValueError, IndexError):
     """A number that points outside of what there is."""
 

@@ -20,14 +20,19 @@ class PeftWarning(UserWarning):
     """Base class of the package's warnings, so that all of them can be filtered at once."""
 
 
-def warn(message: str) -> None:
+class PeftRuntimeWarning(PeftWarning, RuntimeWarning):
+    """A part of a config that has no effect on this model; callers of the released package filter by its base."""
+
+
+def warn(message: str, category: type[Warning] = PeftWarning) -> None:
     """
-    Give a `PeftWarning` that points at the caller's code, however deep in the package it arises.
+    Give a warning that points at the caller's code, however deep in the package it arises.
 
     Args:
         message: what is wrong, what was found and what to do.
+        category: its class.
     """
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PASSED_OVER):
         frame, level = frame.f_back, level + 1
-    warnings.warn(shortened(message), PeftWarning, stacklevel=level)
+    warnings.warn(shortened(message), category, stacklevel=level)

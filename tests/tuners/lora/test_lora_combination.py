@@ -460,6 +460,64 @@ def test_adapters_that_disagree_about_a_tie() -> None:
         combine(model, "cat")
 
 
+# ------------------------------------------------------------------------------------------ tokens, invocations
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("others", [[1, 2], [2, 5]])
+@pytest.mark.parametrize("kind", ["svd", "linear", "cat"])
+def test_changes_of_tokens_add_up(kind: str, others: list[int], tied: bool, tmp_path: Path) -> None:
+    settings = [LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=t) for t in ([1, 2], others)]
+    model = with_adapters(*settings, base=llama(tied=tied))
+    randomise(model, "trainable_tokens_delta", seed=4)
+    base = llama(tied=tied).get_input_embeddings().weight
+    layer = model.get_input_embeddings().token_adapter
+    rows = {a: dict(zip(layer.token_indices[a], layer.trainable_tokens_delta[a], strict=True)) for a in "ab"}
+    combine(model, kind)
+    model.set_adapter("new")
+    expected = base.clone()
+    for adapter, tokens in rows.items():
+        for token, row in tokens.items():
+            expected[token] += WEIGHTS[adapter] * (row - base[token])
+    assert layer.active_adapters == ["new"]
+    assert_close(model.get_input_embeddings().weight, expected)
+    if others == [1, 2]:
+        assert model.peft_config["new"].trainable_token_indices == [1, 2]
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    again = PeftModel.from_pretrained(llama(tied=tied), tmp_path / "new")
+    assert_close(logits(again, token_ids()), logits(model, token_ids()))
+
+
+def test_tokens_that_are_merged_count_once() -> None:
+    settings = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1])
+    model, twin = (with_adapters(settings, settings, base=llama()) for _ in range(2))
+    model.merge_adapter(["a"])
+    combine(model, "cat")
+    combine(twin, "cat")
+    new, expected = (m.get_input_embeddings().token_adapter.trainable_tokens_delta["new"] for m in (model, twin))
+    assert_close(new, expected)
+
+
+@pytest.mark.parametrize("kind", ["svd", "linear", "cat"])
+def test_adapters_that_are_invoked_alike_add_up(kind: str) -> None:
+    def invoked(*tokens: int) -> LoraConfig:
+        return LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], alora_invocation_tokens=list(tokens))
+
+    model = with_adapters(invoked(3), invoked(3), base=llama())
+    combine(model, kind)
+    assert model.peft_config["new"].alora_invocation_tokens == [3]
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    changed = (logits_of(model, "new", ids) - logits(llama(), ids)).abs().amax(-1)[0]
+    assert (changed[:2] == 0).all() and (changed[2:] > 0).all()
+    for other in (invoked(4), LoraConfig(r=2, target_modules=["q_proj"])):
+        model = with_adapters(invoked(3), other, base=llama())
+        with refused(model, ValueError, "alora_invocation_tokens", "no sum of deltas"):
+            combine(model, kind)
+
+
+def logits_of(model: PeftModel, adapter: str, ids: torch.Tensor) -> torch.Tensor:
+    model.set_adapter(adapter)
+    return logits(model.eval(), ids)
+
+
 # ------------------------------------------------------------------------------------------ refusals
 @pytest.mark.parametrize(
     ("arguments", "options", "mentions"),

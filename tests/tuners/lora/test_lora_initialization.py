@@ -22,6 +22,7 @@ from support.helpers import (
     refused,
     seeded,
     token_ids,
+    warned,
 )
 from torch import nn
 
@@ -250,16 +251,20 @@ def test_names_that_mean_nothing(name: str) -> None:
         get_peft_model(base, LoraConfig(r=2, target_modules=["lin"], init_lora_weights=name))
 
 
-def test_other_adapters_stand_on_the_weights() -> None:
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_other_adapters_stand_on_the_weights(init: str) -> None:
+    """What changes base weights is said to those who stand on them, whoever came first."""
+    special, plain = (LoraConfig(r=2, target_modules=["lin"], init_lora_weights=name) for name in (init, True))
     model, _, _ = start("gaussian")
-    config = LoraConfig(r=2, target_modules=["lin"], init_lora_weights="pissa")
-    with refused(model, ValueError, "pissa", "default", "path_initial_model_for_weight_conversion"):
-        model.add_adapter("other", config)
-    model, _, _ = start("pissa")
+    with warned(init, "default", "path_initial_model_for_weight_conversion"):
+        model.add_adapter("other", special)
+    model, _, _ = start(init)
     with refused(model, RuntimeError, "changed by adapter 'default'", "load the base model again"):
-        model.add_adapter("other", config)
-    model.add_adapter("other", LoraConfig(r=2, target_modules=["lin"]))
+        model.add_adapter("other", special)
+    with warned("'default'", "changed the base weights", "path_initial_model_for_weight_conversion"):
+        model.add_adapter("other", plain)
     assert model.base_model.model.lin.available_adapters == {"default", "other"}
+    model.add_adapter("elsewhere", LoraConfig(r=2, target_modules=["head"]))
 
 
 # ------------------------------------------------------------------------------------------ files

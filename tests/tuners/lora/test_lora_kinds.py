@@ -395,7 +395,7 @@ def test_attention_refusals() -> None:
         get_peft_model(Attention(bias=False), LoraConfig(target_modules=["mha"], lora_bias=True))
     for target in ("mha", "out_proj"):
         model = adapted(Attention(), [target])
-        with refused(model, ValueError, "adapter_names"):
+        with refused(model, TypeError, "adapter_names"):
             model(sequence(), adapter_names=["default", "__base__", "default"])
         with refused(None, ValueError, "DoRA"):
             get_peft_model(Attention(), LoraConfig(target_modules=[target], use_dora=True))
@@ -615,7 +615,7 @@ def test_refused_beside_another_adapter() -> None:
     ):
         with refused(model, ValueError):
             model.add_adapter("other", LoraConfig(**options))
-    with refused(model, ValueError, "adapter_names", "ParamWrapper"):
+    with refused(model, TypeError, "adapter_names", "ParamWrapper"):
         model(features(), adapter_names=["default", "__base__", "default"])
     with torch.no_grad():
         wrappers(model)["up"].lora_A["default"].weight[0, 0] = float("nan")

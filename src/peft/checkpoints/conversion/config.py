@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from ...anatomy.matching import dotted_endings, find_targets, matching_entry, pattern_lookup
+from ...anatomy.matching import dotted_endings, find_targets, pattern_lookup, shortest_endings
 from ...anatomy.walking import bare_modules
 from ...config import PeftConfig
 from ...registry import PeftType
@@ -142,7 +142,7 @@ def _retarget(
     """Move targets of a config from modules to parameters."""
     settings: dict[str, Any] = {experts.parameter: _rank_and_alpha(config, experts) for experts in chosen}
     if config.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        config.target_modules = _remaining_targets(config.target_modules, modules, chosen, routers)
+        config.target_modules = _remaining_targets(config, modules, chosen, routers)
     if config.inference_mode:  # it takes no part then, and parameters cannot have it
         config.lora_dropout = 0.0
     everything = [f"{name}.{key}" for name, module in bare_modules(model) for key in module._parameters]
@@ -163,11 +163,12 @@ def _retarget(
 
 
 def _remaining_targets(
-    wanted: Any, modules: Sequence[str], chosen: Sequence[FusedExperts], routers: Sequence[str]
-) -> Any:
-    """Leave out of `target_modules` what names layers only that modules no longer are."""
+    config: PeftConfig, modules: Sequence[str], chosen: Sequence[FusedExperts], routers: Sequence[str]
+) -> set[str]:
+    """Leave out of `target_modules` what names layers only that modules no longer are; an expression becomes names."""
+    wanted = config.target_modules
     if isinstance(wanted, str):
-        return wanted if any(matching_entry(wanted, name) for name in modules) else set()
+        return shortest_endings(find_targets(config, modules).names, [*modules, *routers])
     layers = [name for experts in chosen for name in chain(*experts.all_layers)]
     gone = {ending for name in (*layers, *routers) for ending in dotted_endings(name)}
     gone -= {ending for name in modules for ending in dotted_endings(name)}

@@ -108,7 +108,7 @@ class AdaLoraModel(LoraModel):
             for name, other in self.peft_config.items()
             if isinstance(other, AdaLoraConfig) and not other.inference_mode
         ]
-        if len(trained) > 1:
+        if len(trained) > 1 and not self.in_mixed_model:  # there, ranks stay as they are
             raise PeftValueError(
                 f"{' and '.join(map(repr, trained))} would both be trained, and AdaLoRA hands out the ranks of one "
                 "adapter; set inference_mode=True for the others"

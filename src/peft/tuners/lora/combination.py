@@ -17,7 +17,7 @@ Everything is computed before the new adapter is made, so a combination that is 
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ import torch
 
 from ...anatomy.matching import find_targets
 from ...anatomy.walking import adapter_modules, names_of_modules
-from ...layers.training_wrapper import AuxiliaryTrainingWrapper
+from ...layers.combined_tokens import CombinedTokens, combined_tokens, write_tokens
+from ...layers.modules_to_save import ModulesToSaveWrapper
 from ...surgery.transaction import all_or_nothing
 from ...utils import merge_utils
 from ...utils.error import PeftValueError
@@ -36,8 +37,7 @@ from ...utils.wrapped_names import plain_name, renamed
 from ..base import BaseTuner
 from .config import LoraConfig
 from .layer import LoraLayer
-from .starts import changes_base
-from .variants import names_asked_for
+from .variants import find_variant, names_asked_for
 
 
 # functions of task tensors, their weights and options; those named in _SPARSE need a density
@@ -319,13 +319,14 @@ def add_weighted_adapter(
         name: _combine_layer(layer, {a: w for a, w in weighted.items() if layer.has_adapter(a)}, combination)
         for name, layer in layers.items()
     }
+    rows = combined_tokens(model.model, weighted)
+    config.trainable_token_indices = _joined_tokens(configs, rows)
     config.modules_to_save = None if source is None else model.peft_config[source].modules_to_save
     config.ensure_weight_tying = any(other.ensure_weight_tying for other in configs)
     config.lora_bias = any(result.bias is not None for result in combined.values())
     config.init_lora_weights = True
     _set_ranks(config, {name: result.rank for name, result in combined.items()})
     _narrow_targets(model, config, set(layers), followers)
-    _warn_about_changed_bases(weighted, configs)
     exact = not _leaves_root_of_rank(combination, configs)
     with all_or_nothing(model):
         model.add_adapter(adapter_name, config)
@@ -333,6 +334,7 @@ def add_weighted_adapter(
             result.write(adapter_name, exact)
         if source is not None:
             _copy_saved_modules(model, source, adapter_name)
+        write_tokens(model.model, adapter_name, rows)
 
 
 def _leaves_root_of_rank(combination: Combination, configs: Sequence[LoraConfig]) -> bool:
@@ -356,10 +358,13 @@ def _check_adapters(model: BaseTuner, adapters: Sequence[str], weights: list[flo
         raise PeftValueError(f"weights must be finite numbers, one per adapter, found {weights}")
     if len(weights) != len(adapters):
         warn(f"{len(adapters)} adapters and {len(weights)} weights were given; what is left over is not used")
-    for name in adapters:
-        # a variant is no sum of deltas, so it has no weighted sum; nor have parameters that experts share
-        config = model.peft_config[name]
-        asked = names_asked_for(config) + (["target_parameters"] if config.target_parameters else [])
+    configs = [model.peft_config[name] for name in adapters]
+    variants = {find_variant(config) for config in configs}
+    add_up = len(variants) == 1 and all(v is not None and v.has_weighted_sum(configs) for v in variants)
+    for name, config in zip(adapters, configs, strict=True):
+        # as a rule, a variant is no sum of deltas, so it has no weighted sum; nor have parameters that experts share
+        asked = [] if add_up else names_asked_for(config)
+        asked += ["target_parameters"] if config.target_parameters else []
         if asked:
             raise PeftValueError(
                 f"adapter {name!r} uses {', '.join(asked)}; its effect is no sum of deltas, so it cannot be combined"
@@ -374,7 +379,7 @@ def _single_source_of_saved_modules(model: BaseTuner, adapters: list[str]) -> st
     """Find the adapter whose modules trained in full the new one gets a copy of."""
     sources: set[str] = set()
     for name, module in adapter_modules(model.model):
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        if isinstance(module, ModulesToSaveWrapper):
             found = [adapter for adapter in adapters if adapter in module.available_adapters]
             sources.update(found)
             if len(sources) > 1:
@@ -428,6 +433,14 @@ def _layers_of(model: BaseTuner, adapters: list[str]) -> tuple[dict[str, LoraLay
     return layers, followers
 
 
+def _joined_tokens(configs: Sequence[LoraConfig], rows: Mapping[str, CombinedTokens]) -> Any:
+    """Give the tokens of the new adapter: as the adapters name them, or module by module where they differ."""
+    asked = [config.trainable_token_indices for config in configs]
+    if not rows or all(tokens == asked[0] for tokens in asked):
+        return asked[0]
+    return {name: found.tokens for name, found in rows.items()}
+
+
 def _set_ranks(config: LoraConfig, ranks: dict[str, int]) -> None:
     """Set the ranks of layers, and alphas that make the scaling one."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
@@ -450,21 +463,11 @@ def _narrow_targets(model: BaseTuner, config: LoraConfig, layers: set[str], foll
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
 
-def _warn_about_changed_bases(adapters: Iterable[str], configs: Iterable[LoraConfig]) -> None:
-    changed = [name for name, config in zip(adapters, configs, strict=True) if changes_base(config.init_lora_weights)]
-    if changed:
-        warn(
-            f"the start of {', '.join(changed)} has changed the base weights; the combination belongs to these, and "
-            "does not fit the base model as it was before. Save the adapters with "
-            "path_initial_model_for_weight_conversion and combine what you get"
-        )
-
-
 def _copy_saved_modules(model: BaseTuner, source: str, target: str) -> None:
     """Copy what one adapter has trained in full."""
     tensors = renamed(model.model.state_dict(), plain_name)
     for name, module in adapter_modules(model.model):
-        if isinstance(module, AuxiliaryTrainingWrapper) and target in module.available_adapters:
+        if isinstance(module, ModulesToSaveWrapper) and target in module.available_adapters:
             places = dict(module.adapter_keys(source))
             for saved, live in module.adapter_keys(target):
                 tensors[plain_name(f"{name}.{live}")].copy_(tensors[plain_name(f"{name}.{places[saved]}")])

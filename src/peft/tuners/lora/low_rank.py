@@ -116,11 +116,17 @@ class LowRankLayer(Scaled, AdditiveLayer):
         source, forms = self.source(adapter_name), {}
         for name, _ in self.factor_layout:
             place = source.rank_axis(name)
-            room = self._factor(name, adapter_name).shape[place.axis]
-            if room != place.length(source.r[adapter_name]):
+            factor = self._factor(name, adapter_name)
+            room = factor.shape[place.axis] if source.is_whole(adapter_name, name, factor) else 0
+            if room > place.length(source.r[adapter_name]):
                 key = name if self.is_embedding else f"{name}.weight"
                 forms[key] = WithinRoom(place, source.r[adapter_name], room)
         return forms
+
+    def is_whole(self, adapter_name: str, key: str, tensor: torch.Tensor) -> bool:
+        """Say whether a factor is a matrix with entries; see `AdapterModule.is_whole`."""
+        is_factor = key.startswith(tuple(name for name, _ in self.factor_layout)) and not key.endswith(".bias")
+        return not is_factor or not self.r[adapter_name] or (tensor.dim() > 1 and tensor.numel() > 0)
 
     def _factor(self, name: str, adapter: str) -> torch.Tensor:
         value = getattr(self, name)[adapter]

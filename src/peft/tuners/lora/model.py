@@ -2,12 +2,15 @@
 # peft: the fork in which tied weights stay tied
 """LoRA on a whole model."""
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...anatomy.walking import base_parameters, unwrapped
+from ...anatomy.matching import pattern_lookup
+from ...anatomy.walking import adapter_modules, base_parameters, names_of_modules, unwrapped
 from ...checkpoints.state_dict import collect_tensors
 from ...config import PeftConfig
 from ...surgery.replication import remove_replicas, replicate_layers, separate_replicas
@@ -19,7 +22,9 @@ from ...utils.constants import (
 )
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.integrations import changes_weights_while_loading
+from ...utils.near_names import FEW
 from ...utils.old_names import old_names
+from ...utils.warning import warn
 from ..base import BaseTuner
 from ..plan import AdapterPlan
 from .combination import Combination, add_weighted_adapter
@@ -27,7 +32,7 @@ from .config import LoraConfig
 from .layer import LAYER_CLASSES, Conv2d, LoraLayer, ParamWrapper
 from .plain_lora import convert_on_save, without_start
 from .starts import check_start, find_start
-from .starts.base_weight import showing_progress
+from .starts.base_weight import showing_progress, warn_of_changed_bases
 from .variants import attach_variants, detach_variants, find_variant
 
 
@@ -166,6 +171,20 @@ class LoraModel(BaseTuner):
         combination = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
         add_weighted_adapter(self, adapters, weights, adapter_name, combination)
 
+    def config_to_save(self, adapter_name: str) -> PeftConfig:
+        """Give the config with the ranks that layers have: it may count those that there is only room for."""
+        config = super().config_to_save(adapter_name)
+        if "r" not in self.pattern_fields:
+            return config
+        rank_of, ranks = pattern_lookup(config.rank_pattern), {}
+        for names, layer in layers_by_names(self.model):
+            if layer.has_adapter(adapter_name) and layer.source(adapter_name) is layer:
+                ranks[names[0]] = layer.r[adapter_name], rank_of(names, config.r)
+        if any(own != said for own, said in ranks.values()):
+            config.r = Counter(own for own, _ in ranks.values()).most_common(1)[0][0]
+            config.rank_pattern = {f"^{name}": own for name, (own, _) in ranks.items() if own != config.r}
+        return config
+
     # asked by `PeftModel.save_pretrained`
     convert_on_save = staticmethod(convert_on_save)
 
@@ -189,6 +208,8 @@ class LoraModel(BaseTuner):
     def _check_targets(self, model: nn.Module, config: LoraConfig, names: list[str]) -> None:
         """Refuse what fused kernels pass by, and starts that the base weights do not allow."""
         self._check_fused_kernels(model, config, names)
+        if config.lora_bias:
+            _warn_of_lost_biases({name: unwrapped(model.get_submodule(name)) for name in names})
         self._check_start(model, config, {name: model.get_submodule(name) for name in names})
 
     def _check_fused_kernels(self, model: nn.Module, config: LoraConfig, names: list[str]) -> None:
@@ -211,7 +232,7 @@ class LoraModel(BaseTuner):
             )
 
     def _check_start(self, model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module]) -> None:
-        """Refuse an initialisation that cannot make factors of the base weights."""
+        """Refuse an initialisation that cannot make factors of the base weights; say who stands on changed ones."""
         arguments_for, ties = self._layer_arguments_for(config), config.target_modules_to_tie or {}
         holders = [{module_of(member) for member in group.members} for group in find_tied_groups(model, True)]
         check_start(
@@ -223,11 +244,42 @@ class LoraModel(BaseTuner):
             },
             shared=[names - set(ties) for names in holders],
         )
+        warn_of_changed_bases(config.init_lora_weights, targets.values())
 
     def _place_layers(self, plan: AdapterPlan) -> None:
         """Create and place the layers, with a bar for what the initialisation computes."""
         with showing_progress(plan.config.init_lora_weights, len(plan.targets)):
             super()._place_layers(plan)
+
+
+def _warn_of_lost_biases(targets: dict[str, nn.Module]) -> None:
+    """Say at once which layers can never take up what `lora_bias` trains; merging is the end of training."""
+    names = [name for name, layer in targets.items() if "bias" in layer._parameters and layer.bias is None]
+    if names:
+        warn(
+            f"lora_bias=True trains biases for {', '.join(map(repr, names[:FEW]))}"
+            f"{' ...' if len(names) > FEW else ''}, which have none in the base model, so that the adapter can never "
+            "be merged; leave lora_bias out if it is to be"
+        )
+
+
+def layers_by_names(model: nn.Module) -> Iterator[tuple[list[str], LoraLayer]]:
+    """
+    Yield the layers of LoRA under all their names in the base model, as patterns of configs may match any of them.
+
+    Layers of methods that are derived from LoRA are others.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names: dict[int, list[str]] = {}
+    for name, module in names_of_modules(base).items():
+        names.setdefault(id(unwrapped(module)), []).append(name)
+    for name, module in adapter_modules(base):
+        if isinstance(module, LoraLayer) and "lora_E" not in module.adapter_layer_names:
+            own = names.get(id(unwrapped(module)), [name])  # wrappers of what is trained in full are not entered
+            yield own if module.parameter_name is None else [f"{n}.{module.parameter_name}" for n in own], module
 
 
 __getattr__ = old_names(__name__)

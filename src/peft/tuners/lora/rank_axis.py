@@ -2,7 +2,6 @@
 # peft: the fork in which tied weights stay tied
 """Factors with room for more ranks than an adapter has, so that others can take its place without new shapes."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +31,6 @@ class RankAxis:
     def length(self, rank: int) -> int:
         """Give the size of the dimension for a rank."""
         return rank * self.experts // (1 if self.axis == 0 else self.groups)
-
-    def room(self, rank: int) -> int:
-        """Give the size of the dimension for all ranks up to one; those of groups are multiples of their number."""
-        return self.length(math.ceil(rank / self.groups) * self.groups)
 
     def pad(self, factor: torch.Tensor, room: int) -> torch.Tensor:
         """Add zeros until the dimension has a size."""

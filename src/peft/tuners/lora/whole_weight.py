@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ...anatomy.offload import onloaded, tensor_of
 from ...layers.call_context import alone_with
 from ...layers.merging.layer import merge_layer
-from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...utils.error import PeftNotImplementedError, PeftTypeError, PeftValueError
 from ...utils.warning import warn
 from .config import LoraConfig
 from .rank_axis import RankAxis
@@ -90,10 +90,10 @@ class OnWholeWeight:
             kwargs: likewise.
 
         Raises:
-            PeftValueError: if it is given an adapter per sample.
+            PeftTypeError: if it is given an adapter per sample.
         """
         if kwargs.get("adapter_names") is not None:
-            raise PeftValueError(
+            raise PeftTypeError(
                 f"adapter_names does not work on {type(self).__name__}, whose adapters change one weight for all "
                 "samples; give each adapter a batch of its own"
             )

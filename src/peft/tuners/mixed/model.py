@@ -79,6 +79,7 @@ class MixedModel(BaseTuner):
             )
         if method not in self._tuners:
             self._tuners[method] = PEFT_TYPE_TO_TUNER_MAPPING[method](self.model, {}, "")
+            self._tuners[method].__dict__["in_mixed_model"] = True
         tuner = self._tuners[method]
         tuner.peft_config, tuner.active_adapter = self.peft_config, self.active_adapter
         return tuner
@@ -145,11 +146,12 @@ class MixedModel(BaseTuner):
             adapter_name: one name or several.
 
         Raises:
-            PeftValueError: if there is no adapter of a name; then none is removed.
+            PeftValueError: if there is no adapter of a name, or one is merged; then none is removed.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for config in [self._config_of(name) for name in names]:
             self._tuner_of(config)
+        self._refuse_merged(names)
         for name in names:
             tuner = self._tuner_of(self.peft_config[name])
             tuner.delete_adapter(name)

@@ -6,9 +6,8 @@ from torch import nn
 
 from ...config import PeftConfig
 from ...layers.trainable_tokens import TrainableTokensLayer, check_token_indices
-from ...tying.groups import name_of_input_embedding
-from ...tying.record import ReachedTie
-from ...utils.error import PeftValueError
+from ...tying.record import ReachedTie, default_token_module
+from ...utils.error import NoMatchingPeftModuleError
 from ..base import BaseTuner
 from .config import TrainableTokensConfig
 
@@ -41,9 +40,9 @@ class TrainableTokensModel(BaseTuner):
 
     def _resolve_targets(self, model: nn.Module, config: PeftConfig) -> None:
         if config.target_modules is None:
-            name = name_of_input_embedding(model)
+            name = default_token_module(model)
             if name is None:
-                raise PeftValueError(
+                raise NoMatchingPeftModuleError(
                     "target_modules was left out, and the model does not say which layer its input embedding is; name "
                     "it in target_modules"
                 )

@@ -8,7 +8,7 @@ that is refused halfway has changed no weight.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -22,6 +22,7 @@ from ....layers.base_layer import BaseTunerLayer
 from ....utils.computed_weights import find_computed_weight
 from ....utils.error import PeftRuntimeError, PeftTypeError, PeftValueError
 from ....utils.quantization_utils import resolve_quantization_backend
+from ....utils.warning import warn
 from ..low_rank import LowRankLayer
 from .random import Neutral
 from .registry import Start, changes_base
@@ -48,6 +49,31 @@ def showing_progress(name: bool | str | None, layers: int) -> Iterator[None]:
             yield
         finally:
             _PROGRESS.reset(token)
+
+
+def warn_of_changed_bases(name: bool | str | None, targets: Iterable[nn.Module]) -> None:
+    """
+    Warn of adapters that stand on base weights which the start of another one changes, or has changed.
+
+    Args:
+        name: value of `init_lora_weights` of an adapter that is about to be made.
+        targets: the modules that it adapts, as they stand in the model.
+    """
+    layers = [module for module in targets if isinstance(module, BaseTunerLayer)]
+    changed_by = {layer.__dict__.get("base_changed_by") for layer in layers} - {None}
+    others = sorted({other for layer in layers for other in layer.available_adapters})
+    remedy = "To use them side by side, make plain LoRA of it by saving with path_initial_model_for_weight_conversion"
+    if changes_base(name) and others:
+        warn(
+            f"init_lora_weights={name!r} changes the base weights, on which other adapters ({', '.join(others)}) "
+            f"stand: what they compute changes with them. {remedy}"
+        )
+    elif changed_by:
+        warn(
+            f"the start of adapter {changed_by.pop()!r} has changed the base weights, so an adapter that was trained "
+            "on the weights as they were computes something else here, and one that is trained here fits no other "
+            f"model. {remedy}"
+        )
 
 
 class FromBaseWeight(Start):
@@ -100,7 +126,7 @@ class FromBaseWeight(Start):
         """Say what stands against factors made from a base weight; see `Start.refusal`."""
         if isinstance(base, nn.Embedding):
             return None
-        return self._refusal_of_weight(base, rank) or self._refusal_of_others(base, layer, adapter)
+        return self._refusal_of_weight(base, rank) or self._refusal_of_others(base, layer)
 
     def _refusal_of_weight(self, base: nn.Module, rank: int) -> Exception | None:
         weight, kind = getattr(base, "weight", None), type(base).__name__
@@ -135,7 +161,7 @@ class FromBaseWeight(Start):
             )
         return None
 
-    def _refusal_of_others(self, base: nn.Module, layer: nn.Module | None, adapter: str | None) -> Exception | None:
+    def _refusal_of_others(self, base: nn.Module, layer: nn.Module | None) -> Exception | None:
         if not isinstance(layer, BaseTunerLayer):
             return None
         if layer.__dict__.get("base_changed_by") is not None:
@@ -144,13 +170,6 @@ class FromBaseWeight(Start):
                 f"already, so init_lora_weights={self.name!r} would start from what is left of it; load the base "
                 "model again. To use two such adapters in one model, save each with "
                 "path_initial_model_for_weight_conversion, which makes plain LoRA of it"
-            )
-        others = sorted(layer.available_adapters - {adapter})
-        if others:
-            return PeftValueError(
-                f"init_lora_weights={self.name!r} changes the base weights, and other adapters ({', '.join(others)}) "
-                "stand on them; load this adapter first, or convert it to plain LoRA with "
-                "path_initial_model_for_weight_conversion"
             )
         return None
 

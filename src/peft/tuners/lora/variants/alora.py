@@ -46,6 +46,11 @@ class ActivatedLora(LoraVariant):
     invocations: "Invocations | None" = None
 
     @classmethod
+    def has_weighted_sum(cls, configs: Sequence[LoraConfig]) -> bool:
+        """Say whether the adapters are invoked by the same tokens, and so act at the same positions."""
+        return len({tuple(config.alora_invocation_tokens) for config in configs}) == 1
+
+    @classmethod
     def supports(cls, layer: LowRankLayer) -> bool:
         """Say whether the layer is a linear one."""
         return isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)) and not isinstance(layer, OnWholeWeight)

@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """What a variant of LoRA says: whether a config asks for it, what it refuses, and what it does otherwise than LoRA."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,16 @@ class LoraVariant:
             config: an adapter's config.
         """
         return bool(getattr(config, cls.field, None))
+
+    @classmethod
+    def has_weighted_sum(cls, configs: Sequence[LoraConfig]) -> bool:
+        """
+        Say whether the effects of adapters add up as their deltas do, so that one can stand for several.
+
+        Args:
+            configs: those of the adapters, all of which ask for this variant.
+        """
+        return False
 
     @classmethod
     def supports(cls, layer: LowRankLayer) -> bool:
