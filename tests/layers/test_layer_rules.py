@@ -486,7 +486,7 @@ def test_a_merged_adapter_is_not_deleted_from_a_model(method: str) -> None:
     assert_equal(logits(model, IDS), expected)
     model.unmerge_adapter()
     model.delete_adapter("a")
-    assert_equal(logits(model, IDS), logits(kinds(), IDS))
+    assert_close(logits(model, IDS), logits(kinds(), IDS))
 
 
 @each_method

@@ -276,7 +276,7 @@ def test_injection() -> None:
     assert {"vera_A", "vera_B", "0.vera_lambda_b"} < set(tensors)
     x = torch.randn(3, 4)
     other = linears(4, 6, 2)
-    inject_adapter_in_model(VeraConfig(r=3, target_modules=["0"]), other, state_dict=tensors)
+    inject_adapter_in_model(VeraConfig(r=3, target_modules=["0", "1"]), other, state_dict=tensors)
     tensors["vera_A"] = tensors["vera_A"] + 0.5
     set_peft_model_state_dict(other, tensors)
     assert_equal(other[1].vera_A["default"], tensors["vera_A"])

@@ -494,14 +494,21 @@ def _compare_with_targets(config: PeftConfig, modules: dict[str, nn.Module], nam
         return
     saved = _as_names(getattr(config, "modules_to_save", None))
     targeted = [name for name in find_targets(config, list(modules)).names if not (saved and lies_in(saved, name))]
-    for there, here, text in (
-        (names, targeted, "the state dict has tensors for modules that the config does not target; they are adapted"),
-        (targeted, names, "the config targets modules that the state dict has no tensors for; they are not adapted"),
-    ):
-        known = {id(modules[name]) for name in here}  # one module may have several names
-        missing = [name for name in there if id(modules[name]) not in known]
-        if missing:
-            warn(f"{text}: {', '.join(missing)}", PeftRuntimeWarning)
+    adapted, wanted = ({id(modules[name]) for name in found} for found in (names, targeted))  # names may be several
+    beyond = [name for name in names if id(modules[name]) not in wanted]
+    without = [name for name in targeted if id(modules[name]) not in adapted]
+    if beyond:
+        warn(
+            f"the state dict has tensors for {len(beyond)} modules that the config does not target, and these are "
+            f"adapted: {', '.join(beyond)}",
+            PeftRuntimeWarning,
+        )
+    if without:
+        warn(
+            f"the config targets {len(without)} modules that the state dict has no tensors for, and these are not "
+            f"adapted: {', '.join(without)}",
+            PeftRuntimeWarning,
+        )
 
 
 def _shorten_targets(config: PeftConfig, names: list[str]) -> None:
