@@ -8,10 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ...layers.merging.changes import changes_adapter
 from ...utils.constants import TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
-from ..declared.layers import DeclaredAdditive, with_values
+from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained
 from .config import C3AConfig
@@ -22,7 +21,6 @@ from .maths import circular_convolution, get_circulant_fast
 class CirculantLayer(DeclaredAdditive):
     """A layer with circulant blocks, with what the released package lets do with it."""
 
-    @changes_adapter
     def reset_c3a_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
         """
         Start an adapter anew.
@@ -31,7 +29,7 @@ class CirculantLayer(DeclaredAdditive):
             adapter_name: name.
             init_weights: as in the config.
         """
-        self.start(adapter_name, with_values(self.settings[adapter_name], {"init_weights": init_weights}))
+        self.restart(adapter_name, init_weights=init_weights)
 
 
 @method(

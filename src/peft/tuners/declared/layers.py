@@ -138,7 +138,11 @@ class DeclaredLayer(BaseTunerLayer):
     @property
     def shape(self) -> Shape:
         """Shape of the base weight as a matrix, (out, in)."""
-        return _matrix_shape(self.get_base_layer(), self.in_features, self.out_features)
+        return _matrix_shape(self.get_base_layer(), self.in_features, self.out_features, self.rows_before_merge)
+
+    def rows_before_merge(self) -> torch.Tensor:
+        """Give the base weight without what is merged as a matrix, (out, in)."""
+        return self.as_rows(self.weight_before_merge())
 
     def tensors(self, adapter: str) -> Tensors:
         """
@@ -187,7 +191,8 @@ class DeclaredLayer(BaseTunerLayer):
         device, dtype = computing_device(self.get_base_layer(), weight), self.new_parameter(0).dtype
         if spec.shape is not None:
             check_size(spec.shape, weight, dtype, device)
-        return spec.made(weight, device, dtype)
+        with torch.no_grad():
+            return spec.made(weight, device, dtype)
 
     def frozen(self, adapter: str, name: str) -> torch.Tensor | None:
         """
@@ -232,6 +237,17 @@ class DeclaredLayer(BaseTunerLayer):
     def reset_adapter(self, adapter_name: str, config: PeftConfig) -> None:
         """Give the trained tensors the values that they start with."""
         self.start(adapter_name, self.settings[adapter_name])
+
+    @changes_adapter
+    def restart(self, adapter: str, **values: Any) -> None:
+        """
+        Start an adapter anew, as a config with some other values would.
+
+        Args:
+            adapter: name.
+            values: values of the config that are others for this start.
+        """
+        self.start(adapter, with_values(self.settings[adapter], values))
 
     @torch.no_grad()
     def start(self, adapter: str, c: PeftConfig) -> None:
@@ -299,7 +315,7 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
         Args:
             adapter: name.
         """
-        weight = (self.as_rows(self.weight_before_merge()),) if self.delta_takes_weight else ()
+        weight = (self.rows_before_merge(),) if self.delta_takes_weight else ()
         return self.from_rows(self.declared.delta(Tensors(self, adapter), self.shape, self.settings[adapter], *weight))
 
     def builds_delta(self, adapter: str, x: torch.Tensor) -> bool:

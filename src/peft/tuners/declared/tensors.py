@@ -24,14 +24,17 @@ class Shape(tuple):
         out: rows of the matrix, output features.
         inputs: columns, input features.
         layer: the base layer.
+        read: gives the base weight without adapters as a matrix; left out where there is no layer with adapters yet.
     """
 
     layer: nn.Module
 
-    def __new__(cls, out: int, inputs: int, layer: nn.Module) -> "Shape":
+    def __new__(
+        cls, out: int, inputs: int, layer: nn.Module, read: Callable[[], torch.Tensor] | None = None
+    ) -> "Shape":
         """Make a pair that knows its layer."""
         shape = super().__new__(cls, (out, inputs))
-        shape.layer = layer
+        shape.layer, shape._read = layer, read
         return shape
 
     @property
@@ -58,7 +61,9 @@ class Shape(tuple):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight itself, (out, in), without gradients; dense if the layer is quantised."""
+        """The weight without adapters, (out, in), without gradients; dense if the layer is quantised."""
+        if self._read is not None:
+            return self._read().detach()
         backend = resolve_quantization_backend(self.layer)
         weight = tensor_of(self.layer, "weight") if backend is None else backend.get_base_weight(self.layer)
         return as_rows(self.layer, weight.detach())
@@ -85,10 +90,12 @@ def shape_of(layer: nn.Module) -> Shape:
     return _matrix_shape(layer, *features(layer))
 
 
-def _matrix_shape(layer: nn.Module, inputs: int, outputs: int) -> Shape:
+def _matrix_shape(
+    layer: nn.Module, inputs: int, outputs: int, read: Callable[[], torch.Tensor] | None = None
+) -> Shape:
     if isinstance(layer, CONVOLUTIONS):
         inputs = inputs // layer.groups * math.prod(layer.kernel_size)
-    return Shape(outputs, inputs, layer)
+    return Shape(outputs, inputs, layer, read)
 
 
 class Tensors:

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""HiRA: W + W * (B A), where * multiplies entry by entry."""
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...anatomy.kinds import CONVOLUTIONS, is_linear
+from ...utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
+from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...utils.warning import warn
+from ..declared.layers import DeclaredAdditive
+from ..declared.method import DeclaredModel, method
+from ..declared.tensors import Shape, Tensors, Trained
+from .config import HiraConfig
+
+
+class HadamardLayer(DeclaredAdditive):
+    """A layer whose weight is multiplied entry by entry, with what the released package lets do with it."""
+
+    def reset_hira_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
+        """
+        Start an adapter anew.
+
+        Args:
+            adapter_name: name.
+            init_weights: as in the config.
+        """
+        self.restart(adapter_name, init_weights=init_weights)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say no: the delta has full rank."""
+        return False
+
+
+class HadamardModel(DeclaredModel):
+    """A model with HiRA; the arguments are those of `BaseTuner`."""
+
+    def _believe_layers(self, config: HiraConfig, targets: list[nn.Module]) -> None:
+        """Leave the config as it is, as files of the released package do, and say what has no effect."""
+        for name in ("rank_pattern", "fan_in_fan_out"):
+            if getattr(config, name):
+                warn(f"{name} has no effect on HiRA, nor has it in the released package; r={config.r} is used")
+
+
+@method(
+    "HIRA",
+    HiraConfig,
+    kinds={kind: kind.__name__ for kind in (nn.Linear, nn.Embedding, *CONVOLUTIONS)} | {Conv1D: "Linear"},
+    targets=TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING,
+    dropout="hira_dropout",
+    settings={"r": "r", "hira_dropout": "hira_dropout"},
+    rule=HadamardLayer,
+    model=HadamardModel,
+)
+class Hira:
+    """A layer with its own weight, multiplied by a matrix of low rank entry by entry, added to its weight."""
+
+    trained = ("A", "B", "embedding_A", "embedding_B")
+
+    def tensors(shape: Shape, c: HiraConfig) -> dict[str, Trained]:
+        """Tell the factors, A (r, in, *kernel) and B (out, r, 1, ..)."""
+        (out, inputs), kernel = shape, shape.kernel
+        if c.r <= 0:
+            raise PeftValueError(f"r must be positive, found {c.r}")
+        if shape.groups > 1:
+            raise PeftNotImplementedError(
+                f"HiRA cannot adapt a convolution of {shape.groups} groups; narrow target_modules"
+            )
+        if isinstance(c.init_weights, str) and c.init_weights != "gaussian":
+            raise PeftValueError(f"init_weights must be True, False or 'gaussian', found {c.init_weights!r}")
+        is_embedding, drawn = isinstance(shape.layer, nn.Embedding), []
+        is_gaussian = c.init_weights == "gaussian" and is_linear(shape.layer)
+        size_b = (out, c.r, *[1] * len(kernel))
+
+        def start_a(a: torch.Tensor) -> None:
+            a.normal_()
+            drawn.append(torch.randn(size_b))
+            if is_gaussian:
+                a.normal_(std=1 / c.r)
+            elif c.init_weights:
+                a.zero_() if is_embedding else a.uniform_(-(inputs**-0.5), inputs**-0.5)
+
+        def start_b(b: torch.Tensor) -> None:
+            if c.init_weights:
+                b.normal_() if is_embedding else b.zero_()
+            else:
+                b.copy_(drawn.pop())
+
+        prefix = "embedding_" * is_embedding
+        a = Trained((c.r, shape.features[1] if kernel else inputs, *kernel), start_a)
+        return {f"{prefix}A": a, f"{prefix}B": Trained(size_b, start_b)}
+
+    def delta(t: Tensors, shape: Shape, c: HiraConfig, w: torch.Tensor) -> torch.Tensor:
+        """Multiply the weight, (out, in), entry by entry."""
+        a, b = (t.A, t.B) if t.A is not None else (t.embedding_A, t.embedding_B)
+        return w * (b.flatten(1) @ a.flatten(1)).to(w.dtype)
+
+
+HiraLayer, Linear, Embedding = Hira.Layer, Hira.Linear, Hira.Embedding
+Conv1d, Conv2d, Conv3d = Hira.Conv1d, Hira.Conv2d, Hira.Conv3d
