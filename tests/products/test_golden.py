@@ -97,6 +97,7 @@ DEFECTS_OF_THE_RELEASE = {
     **dict.fromkeys(
         (
             "bert_seqcls/ia3_mts",
+            "roberta_seqcls/delora",
             "roberta_seqcls/fourierft",
             "roberta_seqcls/ia3",
             "roberta_seqcls/loha",
@@ -115,6 +116,7 @@ DEFECTS_OF_THE_RELEASE = {
         ),
         "the release computes wrong gradients of the inputs of layers with C3A",
     ),
+    "llama/hira_embed": "the release trains HiRA's row of the padding token",
     "conv/loha_effective_conv": "the release computes wrong gradients of LoHa's factors in Tucker form",
     "bert_mlm/trainable_tokens": "the release drops the head's bias when the head's tokens are trained",
     **dict.fromkeys(

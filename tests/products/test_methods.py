@@ -245,6 +245,7 @@ NOT_MERGEABLE = {
 NOT_IDENTITY = {("VBLORA", "*"): "bank"}
 # where dropout has no effect: token ids cannot be dropped, nor the inputs of attention for the adapter alone
 NO_DROPOUT = {
+    ("HIRA", "embedding"): "ids",
     ("LORA", "embedding"): "ids",
     ("LORA", "attention"): "cannot be dropped",
     ("LN_TUNING", "batch_norm"): "outputs are others in training anyway",
@@ -669,6 +670,7 @@ def cells_with_layout() -> list[Any]:
         parameter(cell)
         for cell in plain
         if cell.kind in ("linear", "transposed_linear") and cell.type_name == "float32" and cell.has_layout()
+        if cell.name != "HIRA"  # whose field has no effect, as in the release
     ]
 
 

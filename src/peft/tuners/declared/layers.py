@@ -238,17 +238,6 @@ class DeclaredLayer(BaseTunerLayer):
         """Give the trained tensors the values that they start with."""
         self.start(adapter_name, self.settings[adapter_name])
 
-    @changes_adapter
-    def restart(self, adapter: str, **values: Any) -> None:
-        """
-        Start an adapter anew, as a config with some other values would.
-
-        Args:
-            adapter: name.
-            values: values of the config that are others for this start.
-        """
-        self.start(adapter, with_values(self.settings[adapter], values))
-
     @torch.no_grad()
     def start(self, adapter: str, c: PeftConfig) -> None:
         """
@@ -377,8 +366,8 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
         return not self.delta_takes_weight
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Say whether the delta is that of a linear layer, which LoRA can approximate."""
-        return is_linear(self.get_base_layer())
+        """Say whether the delta is that of a linear layer, and not one of full rank that its weight tells."""
+        return is_linear(self.get_base_layer()) and not self.delta_takes_weight
 
 
 class DeclaredWeight(DeclaredLayer, WeightLayer):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING
-from ...utils.error import PeftValueError
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Kept, Shape, Tensors, Trained
@@ -57,8 +56,6 @@ class Delora:
     def tensors(shape: Shape, c: DeloraConfig) -> dict[str, Any]:
         """Tell A (r, in), B (out, r), the strength (1,), and the norms of the weight's columns (in,)."""
         out, inputs = shape
-        if c.r <= 0:
-            raise PeftValueError(f"r must be positive, found {c.r}")
         return {
             "A": Trained((c.r, inputs), uniform_),
             "B": Trained((out, c.r), 0.0 if c.init_weights is True else uniform_),

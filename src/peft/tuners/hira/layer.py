@@ -2,13 +2,15 @@
 # peft: the fork in which tied weights stay tied
 """HiRA: W + W * (B A), where * multiplies entry by entry."""
 
+import copy
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy.kinds import CONVOLUTIONS, is_linear
 from ...utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
-from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...utils.error import PeftValueError
 from ...utils.warning import warn
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import DeclaredModel, method
@@ -29,19 +31,15 @@ class HadamardLayer(DeclaredAdditive):
         """
         self.restart(adapter_name, init_weights=init_weights)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Say no: the delta has full rank."""
-        return False
-
 
 class HadamardModel(DeclaredModel):
     """A model with HiRA; the arguments are those of `BaseTuner`."""
 
     def _believe_layers(self, config: HiraConfig, targets: list[nn.Module]) -> None:
-        """Leave the config as it is, as files of the released package do, and say what has no effect."""
-        for name in ("rank_pattern", "fan_in_fan_out"):
-            if getattr(config, name):
-                warn(f"{name} has no effect on HiRA, nor has it in the released package; r={config.r} is used")
+        """Say what does not fit, and leave it in the config, as files of the released package do."""
+        super()._believe_layers(copy.copy(config), targets)
+        if config.rank_pattern:
+            warn(f"rank_pattern has no effect on HiRA, nor has it in the released package; r={config.r} is used")
 
 
 @method(
@@ -50,7 +48,7 @@ class HadamardModel(DeclaredModel):
     kinds={kind: kind.__name__ for kind in (nn.Linear, nn.Embedding, *CONVOLUTIONS)} | {Conv1D: "Linear"},
     targets=TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING,
     dropout="hira_dropout",
-    settings={"r": "r", "hira_dropout": "hira_dropout"},
+    settings={"r": "r"},
     rule=HadamardLayer,
     model=HadamardModel,
 )
@@ -64,11 +62,7 @@ class Hira:
         (out, inputs), kernel = shape, shape.kernel
         if c.r <= 0:
             raise PeftValueError(f"r must be positive, found {c.r}")
-        if shape.groups > 1:
-            raise PeftNotImplementedError(
-                f"HiRA cannot adapt a convolution of {shape.groups} groups; narrow target_modules"
-            )
-        if isinstance(c.init_weights, str) and c.init_weights != "gaussian":
+        if c.init_weights not in (True, False, "gaussian"):
             raise PeftValueError(f"init_weights must be True, False or 'gaussian', found {c.init_weights!r}")
         is_embedding, drawn = isinstance(shape.layer, nn.Embedding), []
         is_gaussian = c.init_weights == "gaussian" and is_linear(shape.layer)
@@ -82,15 +76,10 @@ class Hira:
             elif c.init_weights:
                 a.zero_() if is_embedding else a.uniform_(-(inputs**-0.5), inputs**-0.5)
 
-        def start_b(b: torch.Tensor) -> None:
-            if c.init_weights:
-                b.normal_() if is_embedding else b.zero_()
-            else:
-                b.copy_(drawn.pop())
-
-        prefix = "embedding_" * is_embedding
-        a = Trained((c.r, shape.features[1] if kernel else inputs, *kernel), start_a)
-        return {f"{prefix}A": a, f"{prefix}B": Trained(size_b, start_b)}
+        start_b = nn.init.normal_ if is_embedding else nn.init.zeros_
+        a = Trained((c.r, shape.features[1] // shape.groups, *kernel), start_a)
+        b = Trained(size_b, start_b if c.init_weights else lambda b: b.copy_(drawn.pop()))
+        return {"embedding_A": a, "embedding_B": b} if is_embedding else {"A": a, "B": b}
 
     def delta(t: Tensors, shape: Shape, c: HiraConfig, w: torch.Tensor) -> torch.Tensor:
         """Multiply the weight, (out, in), entry by entry."""

@@ -8,17 +8,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-<<<<<<< HEAD
-=======
-from ...layers.merging.checks import check_adapters_to_merge as check_adapters_to_merge
->>>>>>> 1c26848 (Add HiRA and DeLoRA)
 from ...utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
 from ...utils.old_names import old_names
 from ...utils.warning import warn
-<<<<<<< HEAD
-=======
-from ..base import BaseTunerLayer as BaseTunerLayer
->>>>>>> 1c26848 (Add HiRA and DeLoRA)
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, TrainedModule
 from ..families.rotations import BlockRotation, RotationLayer, check_start
