@@ -11,6 +11,7 @@ of a class that is named like theirs.
 import contextlib
 import copy
 import functools
+import importlib
 import pickle
 import types
 import warnings
@@ -735,3 +736,68 @@ def test_merging_for_good_keeps_no_second_copy_of_weights(quantized: Callable) -
     with warned("rounds"):
         peft_model.merge_and_unload()
     assert [layer._merge_state.originals for layer in layers] == [[] for _ in layers]
+
+
+# ------------------------------------------------------------------------------ the names of the released package
+LAYERS_BY_BACKEND = {
+    "bnb 4bit": ("bnb", "Linear4bit", "dispatch_bnb_4bit"),
+    "bnb 8bit": ("bnb", "Linear8bitLt", "dispatch_bnb_8bit"),
+    "torchao int8": ("torchao", "TorchaoLoraLinear", "dispatch_torchao"),
+    "hqq": ("hqq", "HqqLoraLinear", "dispatch_hqq"),
+    "gptq": ("gptq", "GPTQLoraLinear", "dispatch_gptq"),
+    "awq": ("awq", "AwqLoraLinear", "dispatch_awq"),
+    "aqlm": ("aqlm", "AqlmLoraLinear", "dispatch_aqlm"),
+    "eetq": ("eetq", "EetqLoraLinear", "dispatch_eetq"),
+    "inc": ("inc", "IncLoraLinear", "dispatch_inc"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS_BY_BACKEND)
+def test_layers_have_the_class_of_their_backend(name: str, quantized: Callable[[str], nn.Module], monkeypatch) -> None:
+    module, cls_name, dispatch_name = LAYERS_BY_BACKEND[name]
+    module = importlib.import_module(f"peft.tuners.lora.{module}")
+    layer_cls, dispatch = getattr(module, cls_name), getattr(module, dispatch_name)
+    model = quantized(name)
+    base = model.model.layers[0].self_attn.q_proj
+    by_hand = dispatch(base, "default", adapter(), r=2, lora_alpha=2)
+    assert type(by_hand) is layer_cls and by_hand.get_base_layer() is base
+    assert dispatch(nn.Linear(2, 2), "default", adapter(), r=2, lora_alpha=2) is None
+    peft_model = adapted(model, adapter())
+    assert {type(layer) for layer in layers_of(peft_model)} == {layer_cls}
+    monkeypatch.setattr(layer_cls, "forward", lambda self, x: torch.zeros(*x.shape[:-1], self.out_features))
+    assert differs(logits(peft_model, IDS), logits(quantized(name), IDS))
+
+
+@pytest.mark.parametrize(
+    "method, name, path",
+    [
+        ("ADALORA", "bnb 4bit", "adalora.bnb.SVDLinear4bit"),
+        ("ADALORA", "bnb 8bit", "adalora.bnb.SVDLinear8bitLt"),
+        ("ADALORA", "gptq", "adalora.gptq.SVDQuantLinear"),
+        ("IA3", "bnb 4bit", "ia3.bnb.Linear4bit"),
+        ("IA3", "bnb 8bit", "ia3.bnb.Linear8bitLt"),
+    ],
+)
+def test_layers_of_other_methods_too(method: str, name: str, path: str, quantized: Callable) -> None:
+    module, _, cls_name = path.rpartition(".")
+    layer_cls = getattr(importlib.import_module(f"peft.tuners.{module}"), cls_name)
+    assert {type(layer) for layer in layers_of(adapted(quantized(name), adapter(method)))} == {layer_cls}
+
+
+def test_torchao_is_told_how_to_quantise(quantized: Callable[[str], nn.Module]) -> None:
+    base = quantized("torchao int8").model.layers[0].self_attn.q_proj
+    layer = importlib.import_module("peft.tuners.lora.torchao").TorchaoLoraLinear(
+        base, "a", adapter(), r=2, lora_alpha=2, get_apply_tensor_subclass=lambda: torchao_config(8)
+    )
+    layer.merge()
+    assert layer.merged_adapters == ["a"]
+
+
+def test_layers_of_transformer_engine_stay_unmerged() -> None:
+    te = importlib.import_module("peft.tuners.lora.te")
+    base = type("Linear", (nn.Linear,), {"__module__": "transformer_engine.pytorch.module.linear"})(4, 3)
+    layer = te.dispatch_transformer_engine(base, "a", adapter(init_lora_weights=False), r=2, lora_alpha=2)
+    assert type(layer) is te.TeLinear and differs(layer(torch.ones(1, 4)), base(torch.ones(1, 4)))
+    with pytest.raises(NotImplementedError, match="layers of Transformer Engine"):
+        layer.merge()
+    assert te.dispatch_transformer_engine(nn.Linear(4, 3), "a", adapter(), r=2, lora_alpha=2) is None

@@ -70,6 +70,7 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         prefix: what the names of the method's tensors start with.
         tuner_layer_cls: what all of its layers are.
         layer_classes: kind of base layer -> layer.
+        quantized_layer_classes: name of a backend for quantisation -> layer, where it has a class of its own.
         layer_parts: kind of base layer -> names of the layers inside it that are adapted along with it.
         parameter_layer_cls: layer for a parameter of any module, for methods with `target_parameters`.
         target_module_mapping: model type -> default targets.
@@ -90,6 +91,7 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
     prefix: str
     tuner_layer_cls: type[BaseTunerLayer]
     layer_classes: dict[type[nn.Module], type[BaseTunerLayer]] = {}
+    quantized_layer_classes: dict[str, type[BaseTunerLayer]] = {}
     layer_parts: dict[type[nn.Module], tuple[str, ...]] = {}
     parameter_layer_cls: type[BaseTunerLayer] | None = None
     target_module_mapping: dict[str, Any] = {}

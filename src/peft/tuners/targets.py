@@ -60,6 +60,7 @@ from ..utils.error import (
     PeftValueError,
 )
 from ..utils.near_names import FEW, did_you_mean
+from ..utils.quantization_utils import resolve_quantization_backend
 from ..utils.warning import PeftRuntimeWarning, warn
 from ..utils.wrapped_names import plain_name, with_plain_names
 from .plan import AdapterPlan, Target, in_order
@@ -454,7 +455,12 @@ class Targeting:
         base = unwrapped(target)
         found = next((layer_cls for kind, layer_cls in self.layer_classes.items() if isinstance(base, kind)), None)
         # linear layers of some libraries for quantisation do not derive from torch's
-        return self.layer_classes.get(nn.Linear) if found is None and is_quantized_linear(base) else found
+        if found is None and is_quantized_linear(base):
+            found = self.layer_classes.get(nn.Linear)
+        if self.quantized_layer_classes and found is self.layer_classes.get(nn.Linear):
+            backend = resolve_quantization_backend(base)
+            return found if backend is None else self.quantized_layer_classes.get(backend.name, found)
+        return found
 
     def _check_kind(self, target: nn.Module, name: str, follows: bool) -> None:
         """

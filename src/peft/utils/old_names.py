@@ -92,7 +92,15 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("peft.tuners.lora.config", "LoraConfig", "tuners.adalora.model tuners.lora.variants"),
     ("peft.tuners.lora.config", "BdLoraConfig MontecloraConfig", "tuners.lora.variants"),
     ("peft.tuners.lora.layer", "dispatch_default", "tuners.lora.model"),
+    (
+        "peft.tuners.lora.quantized",
+        "dispatch_aqlm dispatch_awq dispatch_eetq dispatch_gptq dispatch_hqq dispatch_inc dispatch_torchao "
+        "dispatch_transformer_engine",
+        "tuners.lora.model",
+    ),
+    ("peft.tuners.adalora.quantized", "SVDQuantLinear", "tuners.adalora.model"),
     ("peft.tuners.lora.layer", "Conv1d Conv2d Conv3d Embedding Linear LoraLayer", "tuners.lora.variants"),
+    ("peft.tuners.lora.whole_weight", "_LoraParameterProxy", "tuners.lora.layer"),
     ("peft.tuners.lora.model", "LoraModel", "helpers"),
     ("peft.tuners.oft.layer", "Conv2d Embedding Linear OFTLayer", "tuners.oft.model"),
     ("peft.tuners.oft.maths", "MultiplicativeDropoutLayer", "tuners.oft.layer"),

@@ -52,6 +52,21 @@ def dtensor_from_local_like(local_tensor: torch.Tensor, ref: torch.Tensor) -> to
     )
 
 
+def distribute_like(whole: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+    """
+    Divide a tensor among processes as another one is.
+
+    Args:
+        whole: the tensor, of which every process has all; gradients flow back to it.
+        ref: a DTensor of the same shape.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    copies = [Replicate()] * ref.device_mesh.ndim
+    whole = whole.to(ref.device_mesh.device_type)
+    return DTensor.from_local(whole, ref.device_mesh, copies, run_check=False).redistribute(placements=ref.placements)
+
+
 def divide_like(tensors: dict[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:
     """
     Divide tensors among processes as the parameters are that they are for.
@@ -62,7 +77,4 @@ def divide_like(tensors: dict[str, torch.Tensor], parameters: Mapping[str, torch
     """
     for name in [name for name, parameter in parameters.items() if name in tensors and is_divided(parameter)]:
         if not is_divided(tensors[name]):
-            from torch.distributed.tensor import distribute_tensor
-
-            whole = tensors[name].to(parameters[name].device_mesh.device_type)
-            tensors[name] = distribute_tensor(whole, parameters[name].device_mesh, parameters[name].placements)
+            tensors[name] = distribute_like(tensors[name], parameters[name])

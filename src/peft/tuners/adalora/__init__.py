@@ -25,5 +25,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".config": ["AdaLoraConfig"],
         ".layer": ["AdaLoraLayer", "SVDConv2d", "SVDLinear"],
         ".model": ["AdaLoraModel"],
+        ".quantized": ["SVDQuantLinear"],
     },
 )

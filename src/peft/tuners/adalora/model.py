@@ -16,6 +16,7 @@ from ...utils.warning import warn
 from ..lora.model import LoraModel
 from .config import AdaLoraConfig
 from .layer import AdaLoraLayer, RankAllocator, SVDConv2d, SVDLinear
+from .quantized import LAYER_OF_BACKEND
 from .ranks import RANK_AXIS
 
 
@@ -74,6 +75,7 @@ class AdaLoraModel(LoraModel):
 
     tuner_layer_cls = AdaLoraLayer
     layer_classes = {nn.Linear: SVDLinear, Conv1D: SVDLinear, nn.Conv2d: SVDConv2d}
+    quantized_layer_classes = LAYER_OF_BACKEND
     pattern_fields: dict[str, str] = {}  # its `rank_pattern` says which ranks are left
     layer_parts = {}
     parameter_layer_cls = None

@@ -9,6 +9,7 @@ from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
 from .config import IA3Config
 from .layer import IA3
+from .quantized import LAYER_OF_BACKEND
 
 
 class IA3Model(IA3.Model):
@@ -33,6 +34,7 @@ class IA3Model(IA3.Model):
     """
 
     joined_fields = ("target_modules", "feedforward_modules")
+    quantized_layer_classes = LAYER_OF_BACKEND
 
     def _resolve_targets(self, model: nn.Module, config: IA3Config) -> None:
         super()._resolve_targets(model, config)

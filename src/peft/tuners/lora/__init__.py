@@ -38,5 +38,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".starts": ["Start", "register_start"],
         ".variants": ["LoraVariant", "register_variant"],
         "peft.registry": ["register_peft_method"],
+        ".quantized": ["GPTQLoraLinear"],
     },
 )

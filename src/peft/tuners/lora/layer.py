@@ -43,6 +43,10 @@ __all__ = [
 ]
 
 
+# arguments of a forward pass that are for variants of LoRA and not for the base layer
+VARIANT_KWARG_KEYS = ["alora_offsets"]
+
+
 class LoraLayer(MixedBatches, VariantLayer):
     """
     What LoRA's layers share: a product of two factors, how it starts, and what variants make of it.
@@ -329,6 +333,27 @@ class OutputProjection(OnOutputProjection, Linear):
     def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
         warn_of_dropout(config)
         super()._make_factors(adapter, r, config)
+
+
+class LoraEmbeddingATPHolder(nn.Embedding):
+    """
+    Factor A of an embedding as an embedding, which tensor parallelism knows how to divide among processes.
+
+    Args:
+        weight: (rank, num_embeddings); it is held itself, as (num_embeddings, rank).
+
+    Example:
+
+        >>> import torch
+        >>> from peft.tuners.lora.layer import LoraEmbeddingATPHolder
+        >>> factor = torch.nn.Parameter(torch.eye(2, 3))
+        >>> LoraEmbeddingATPHolder(factor)(torch.tensor([1])).tolist()
+        [[0.0, 1.0]]
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        rank, count = weight.shape
+        super().__init__(count, rank, _weight=weight.detach().T, _freeze=not weight.requires_grad)
 
 
 class ParamWrapper(OnParameter, WithAdapter, LoraLayer, nn.Module):

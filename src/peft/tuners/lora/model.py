@@ -31,6 +31,7 @@ from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig
 from .layer import LAYER_CLASSES, Conv2d, LoraLayer, ParamWrapper
 from .plain_lora import convert_on_save, without_start
+from .quantized import LAYER_OF_BACKEND
 from .starts import check_start, find_start
 from .starts.base_weight import showing_progress, warn_of_changed_bases
 from .variants import attach_variants, detach_variants, find_variant
@@ -62,6 +63,7 @@ class LoraModel(BaseTuner):
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
     layer_classes = LAYER_CLASSES
+    quantized_layer_classes = LAYER_OF_BACKEND
     layer_parts = {nn.MultiheadAttention: ("out_proj",)}
     parameter_layer_cls = ParamWrapper
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING

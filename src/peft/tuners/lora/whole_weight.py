@@ -4,17 +4,20 @@
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy.offload import onloaded, tensor_of
 from ...layers.call_context import alone_with
 from ...layers.merging.layer import merge_layer
 from ...utils.error import PeftNotImplementedError, PeftTypeError, PeftValueError
+from ...utils.tensor_parallel import distribute_like, is_divided
 from ...utils.warning import warn
 from .config import LoraConfig
 from .rank_axis import RankAxis
@@ -69,17 +72,28 @@ class OnWholeWeight:
 
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute the base layer with W + delta."""
+        with self._activate_lora(adapters):
+            return self.base_layer(x, *args, **kwargs)
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        """
+        Let W + delta stand in the base layer inside a context. Clients extend it.
+
+        Args:
+            active_adapters: names.
+        """
         inside = ""
         layer = self.base_layer
         while "base_layer" in layer._modules:  # other adapter layers around the same base layer
             inside += "base_layer."
             layer = layer._modules["base_layer"]
-        tensors = {inside + self.weight_name: self._with_deltas(adapters)}
-        if any(self.lora_bias[adapter] for adapter in adapters):
-            tensors[inside + self.bias_name] = self._with_biases(adapters)
+        tensors = {inside + self.weight_name: self._with_deltas(active_adapters)}
+        if any(self.lora_bias[adapter] for adapter in active_adapters):
+            tensors[inside + self.bias_name] = self._with_biases(active_adapters)
         # another name of the same parameter is another place, which has an adapter of its own if it has one
-        with onloaded(self.get_base_layer()):
-            return functional_call(self.base_layer, tensors, (x, *args), kwargs, tie_weights=False)
+        with onloaded(self.get_base_layer()), _reparametrize_module(self.base_layer, tensors, tie_weights=False):
+            yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -219,6 +233,28 @@ def warn_of_dropout(config: LoraConfig) -> None:
         )
 
 
+class _LoraParameterProxy(nn.Module):
+    """
+    Add a delta to a parameter, as a parametrization of torch does, where one of both is divided among processes.
+
+    Args:
+        delta_weight: what is added.
+    """
+
+    def __init__(self, delta_weight: torch.Tensor) -> None:
+        super().__init__()
+        self.delta_weight = delta_weight
+
+    def forward(self, W: torch.Tensor) -> torch.Tensor:  # noqa: N803
+        """Give the sum, divided as the one is that is."""
+        delta = self.delta_weight
+        if is_divided(W) and not is_divided(delta):
+            delta = distribute_like(delta, W)
+        elif is_divided(delta) and not is_divided(W):
+            W = distribute_like(W, delta)  # noqa: N806
+        return W + delta
+
+
 class OnParameter(OnWholeWeight):
     """
     LoRA on a parameter that a module holds directly; see `ParamWrapper`.
@@ -299,9 +335,11 @@ class OnParameter(OnWholeWeight):
 
     def plus_delta(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         """Give the parameter with the delta added; see `OnWholeWeight.plus_delta`."""
-        if weight.dim() == 2:
+        if weight.dim() == 2 and is_divided(weight) == is_divided(self.factor_weights(adapter)[0]):
             return super().plus_delta(adapter, weight)
         left, right = self.get_delta_factors(adapter)
+        if is_divided(weight) != is_divided(left):
+            return _LoraParameterProxy(self.get_delta_weight(adapter).to(weight.dtype))(weight)
         if left.dtype == weight.dtype and left.device == weight.device:
             return torch.baddbmm(weight, left, right, alpha=self.scaling[adapter])
         return weight + self.get_delta_weight(adapter).to(weight)
