@@ -231,7 +231,7 @@ def test_factors_are_multiplied_one_by_one(base: nn.Module) -> None:
                 "a": Trained((2, shape[1]), nn.init.normal_),
                 "b": Trained((shape[0], 2), nn.init.normal_),
             },
-            "factors": lambda t, shape, c: (t.b, t.a),
+            "low_rank": lambda t, shape, c: (t.b, t.a),
         },
         kinds=dict.fromkeys((nn.Linear, Conv1D, nn.Conv2d), "Toy"),
     )

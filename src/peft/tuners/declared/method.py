@@ -171,7 +171,7 @@ def method(
 
         tensors(shape, c)               name -> `Trained`, `Frozen`, `Kept`, `TrainedModule`; None if not needed
         delta(t, shape, c)              W + delta: (out, in); `delta(t, shape, c, w)` is given the base weight as well
-        factors(t, shape, c)            W + B A: B (out, r) and A (r, in), in place of `delta` and `apply`
+        low_rank(t, shape, c)           W + B A: B (out, r) and A (r, in), in place of `delta` and `apply`
         weight(t, w, c)                 f(W): (out, in); `inverse(t, w, c)` where there is one
         scale(t, shape, c)              factors of the outputs, or of the inputs where `of_input(c)` says so
         apply(t, x, shape, c)           optional: what the delta adds to the output of a linear layer, without it
@@ -194,7 +194,7 @@ def method(
     those in `kept`, are buffers, and it is saved what is `Kept`: `(Kept if c.save_them else Frozen)(make)` lets the
     config decide. In half precision they are rounded like the base weight where they are `rounded`.
 
-    A class without `delta`, `factors`, `weight` and `scale` trains a copy of the layer, which stands in its one
+    A class without `delta`, `low_rank`, `weight` and `scale` trains a copy of the layer, which stands in its one
     trained name.
 
     Args:
@@ -219,8 +219,8 @@ def method(
     prefix = f"{name.lower()}_" if prefix is None else prefix
 
     def declare(declared: type) -> type:
-        if hasattr(declared, "factors"):
-            _use_factors(declared)
+        if hasattr(declared, "low_rank"):
+            _use_low_rank(declared)
         declared.Layer, layers = _layer_classes(declared, kinds or _linear_kinds(declared), rule)
         own = {tensor: (names or {}).get(tensor, prefix + tensor) for tensor in _tensor_names(declared)}
         _declare_tensors(declared.Layer, declared, own)
@@ -258,15 +258,15 @@ def _declare_dropout(layer: type[BaseTunerLayer], field: str) -> None:
     layer.container_classes = {**layer.container_classes, field: nn.ModuleDict}
 
 
-def _use_factors(declared: type) -> None:
-    """Add what follows from `factors`: the delta, and the way around it."""
+def _use_low_rank(declared: type) -> None:
+    """Add what follows from `low_rank`: the delta, and the way around it."""
 
     def delta(t: Tensors, shape: Shape, c: PeftConfig) -> torch.Tensor:
-        b, a = declared.factors(t, shape, c)
+        b, a = declared.low_rank(t, shape, c)
         return b @ a
 
     def apply(t: Tensors, x: torch.Tensor, shape: Shape, c: PeftConfig) -> torch.Tensor:
-        b, a = declared.factors(t, shape, c)
+        b, a = declared.low_rank(t, shape, c)
         return F.linear(F.linear(x, a), b)
 
     declared.delta, declared.apply = delta, apply

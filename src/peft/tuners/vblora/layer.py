@@ -75,7 +75,7 @@ class VBLoRA:
         """Give the short form of the logits."""
         return dict.fromkeys(("logits_A", "logits_B"), TopkForm(c.topk, c.num_vectors, c.save_only_topk_weights))
 
-    def factors(t: Tensors, shape: Shape, c: VBLoRAConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    def low_rank(t: Tensors, shape: Shape, c: VBLoRAConfig) -> tuple[torch.Tensor, torch.Tensor]:
         """Put B (out, r) and A (r, in) together."""
         bank = t.vector_bank.to(t.logits_A.device)
         b = mixtures(t.logits_B, bank, c.topk).transpose(1, 2).flatten(end_dim=1)
