@@ -6,7 +6,7 @@ Recording ties, before anything is changed: which of them a config reaches, who 
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -95,8 +95,38 @@ def keep_ties(
         warn(describe_loss(config, lost))
     if config.ensure_weight_tying and not reached:
         warn(describe_no_effect(model, groups))
+    kept = prefer_whole_matrices(model, config, kept)
     refuse_two_routes(kept)
     return kept
+
+
+def prefer_whole_matrices(model: nn.Module, config: PeftConfig, reached: list[ReachedTie]) -> list[ReachedTie]:
+    """
+    Train a tied matrix in full of which one member is to be saved and another one's tokens are to be trained.
+
+    The tokens are part of it. They are taken out of the config, with one warning.
+
+    Args:
+        model: the model.
+        config: a config whose targets are resolved.
+        reached: ties that are to be kept.
+
+    Returns:
+        The ties, of which none has both.
+    """
+    whole = [tie for tie in reached if tie.saved and tie.tokens]
+    if not whole:
+        return reached
+    inside = dict.fromkeys(module_of(member) for tie in whole for member in tie.tokens)
+    saved = dict.fromkeys(name for tie in whole for name in tie.saved.values())
+    warn(
+        f"trainable_token_indices names tokens of {', '.join(map(repr, inside))}, which ensure_weight_tying=True keeps "
+        f"tied to {', '.join(map(repr, saved))} of modules_to_save: the whole matrix is trained, and these tokens with "
+        "it. Leave one of the two entries out to have it otherwise"
+    )
+    tokens = find_token_modules(model, config.trainable_token_indices)
+    config.trainable_token_indices = {name: ids for name, ids in tokens.items() if name not in inside} or None
+    return [replace(tie, tokens={}) if tie in whole else tie for tie in reached]
 
 
 def find_reached_ties(model: nn.Module, config: PeftConfig, groups: Iterable[TiedGroup]) -> list[ReachedTie]:
