@@ -130,7 +130,7 @@ class PeftConfigMixin:
         """
         values = dataclasses.asdict(self)
         for f in dataclasses.fields(self):
-            unset = f.metadata.get("written_if_set") and values[f.name] == f.default
+            unset = f.metadata.get("written_if_set") and not values[f.name]
             if f.name in self._runtime_fields or unset:
                 del values[f.name]
         return values
@@ -268,6 +268,8 @@ class PeftConfigMixin:
         values = {name: value for name, value in values.items() if name in known}
         try:
             check_fields_of_file(config_cls, {name: from_file[name] for name in from_file if name not in overrides})
+            if "ensure_weight_tying" in config_cls.__dataclass_fields__:  # a file that says nothing says no
+                values.setdefault("ensure_weight_tying", False)
             config = cls.from_peft_type(**values)
         except PeftError:
             raise
@@ -361,7 +363,7 @@ class TyingConfig(PeftConfig):
 
     Args:
         ensure_weight_tying: keep tied modules tied: what one of them learns, all of them use. It is written to the
-            file if it is True.
+            file if it is True. The environment variable PEFT_ENSURE_WEIGHT_TYING=1 makes True what it starts with.
     """
 
     ensure_weight_tying: bool = shared_field("ensure_weight_tying", **_TYING)

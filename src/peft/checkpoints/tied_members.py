@@ -9,12 +9,12 @@ the adapter's config names the head alone, its part for the embedding is in the 
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
 
-from ..anatomy.matching import check_target_module_exists, lies_in, matching_entry
+from ..anatomy.matching import check_target_module_exists, ends_like, lies_in, matching_entry
 from ..anatomy.walking import bare_modules
 from ..config import PeftConfig
 from ..tying.groups import find_tied_groups, module_of
@@ -51,17 +51,58 @@ def config_for_members(
     return config if vars(changed) == vars(config) else changed
 
 
+def name_tied_targets(config: PeftConfig, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> PeftConfig:
+    """
+    Let a config target every member of a tie that a checkpoint has tensors for.
+
+    Readers that know of no ties look for tensors of those modules only that the config names.
+
+    Args:
+        config: config of an adapter of the model; it is not changed.
+        model: the base model.
+        tensors: the adapter's tensors, by their keys in the checkpoint.
+
+    Returns:
+        The config itself if there is nothing to add, else a copy.
+    """
+    keys, ties = [key.removeprefix(_BASE) for key in tensors], config.target_modules_to_tie or {}
+    more = [
+        name
+        for name in dict.fromkeys([*ties.values(), *ties])
+        if not check_target_module_exists(config, name) and any(key.startswith(f"{name}.") for key in keys)
+    ]
+    if not more:
+        return config
+    changed = copy.copy(config)
+    names = [name for name, _ in bare_modules(model)]
+    _target_too(changed, [_shortest(name, names) for name in more])
+    return changed
+
+
+def _shortest(name: str, names: Iterable[str]) -> str:
+    """Give the last part of a name, which readers compare, unless other modules have it too."""
+    last = name.rpartition(".")[2]
+    return last if all(other == name or not ends_like([last], other) for other in names) else name
+
+
 def _add_targets(config: PeftConfig, adapted: Iterable[str], present: set[str], tied: set[str]) -> None:
     """Target modules that the checkpoint adapts, if it adapts a target which the model lacks."""
     wanted, adapted = getattr(config, "target_modules", None), set(adapted)
     if not wanted or not any(check_target_module_exists(config, name) for name in adapted - present):
         return
     more = {name for name in (adapted & present) - tied if not check_target_module_exists(config, name)}
-    if more and isinstance(wanted, str):
-        names = "|".join(name.replace(".", r"\.") for name in sorted(more))
+    if more:
+        _target_too(config, sorted(more))
+
+
+def _target_too(config: PeftConfig, more: Collection[str]) -> None:
+    """Target further modules, by the ends of their names, in the form in which the config has its targets."""
+    wanted = config.target_modules
+    if isinstance(wanted, str):
+        names = "|".join(r"(?:.*\.)?" + name.replace(".", r"\.") for name in more)
         config.target_modules = f"(?:{wanted})|{names}"
-    elif more:
-        config.target_modules = type(wanted)([*wanted, *sorted(more)])
+    else:
+        config.target_modules = type(wanted)([*wanted, *more])
 
 
 def _add_saved(config: PeftConfig, keys: Mapping[str, torch.Tensor], present: set[str], tied: set[str]) -> None:

@@ -11,6 +11,8 @@ values by position.
 from dataclasses import field
 from typing import Any
 
+from .environment import weight_tying_default
+
 
 # names of modules: a list, a regular expression, or nothing
 Names = list[str] | str | None
@@ -28,7 +30,7 @@ _SHARED: dict[str, tuple[Any, str]] = {
     "fan_in_fan_out": (False, "Whether layers keep their weights as (in, out)."),
     "rank_pattern": (dict, "Name or regular expression -> rank, where it differs from r."),
     "alpha_pattern": (dict, "Name or regular expression -> alpha, where it differs."),
-    "ensure_weight_tying": (False, "Keep tied modules tied."),
+    "ensure_weight_tying": (weight_tying_default(), "Keep tied modules tied."),
 }
 
 

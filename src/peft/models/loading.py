@@ -16,7 +16,7 @@ from ..checkpoints.keys import adapter_key_map, bias_key_map
 from ..checkpoints.load_report import LoadResult
 from ..checkpoints.read_file import load_peft_weights
 from ..checkpoints.state_dict import load_tensors
-from ..checkpoints.tied_members import config_for_members
+from ..checkpoints.tied_members import config_for_members, name_tied_targets
 from ..config import PeftConfig
 from ..configs.differences import config_differences
 from ..registry import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -144,7 +144,9 @@ def load_adapter(
     if config is not None:
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
         config = config_for_members(config, model.get_base_model(), weights, prefix)
-    settings = config_differences(config, present) if config and present else {}
+    settings = {}
+    if config and present:  # as it would be saved
+        settings = config_differences(config, name_tied_targets(present, model.get_base_model(), weights))
     with all_or_nothing(model):
         if present is None:
             config = _for_this_run(config, model_id, is_trainable, ephemeral_gpu_offload)

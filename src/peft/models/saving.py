@@ -11,6 +11,7 @@ from ..anatomy.embeddings import without_adapters_around
 from ..checkpoints.checks import refuse_without_storage
 from ..checkpoints.keys import keys_in_parts
 from ..checkpoints.state_dict import collect_tensors
+from ..checkpoints.tied_members import name_tied_targets
 from ..checkpoints.write_file import write_peft_weights
 from ..config import PeftConfig
 from ..utils.error import PeftValueError
@@ -50,7 +51,7 @@ def save_adapters(
         PeftValueError: if an adapter cannot be converted.
     """
     contents = {name: collect_tensors(model, state_dict, name, save_embedding_layers) for name in adapter_names}
-    configs = {name: _config_to_save(model, name) for name in adapter_names}
+    configs = {name: _config_to_save(model, name, tensors) for name, tensors in contents.items()}
     for name, tensors in contents.items():
         refuse_without_storage(tensors)
         _warn_of_parts(model, name, state_dict)
@@ -78,9 +79,14 @@ def _warn_of_parts(model: ModelWrapper, adapter_name: str, state_dict: dict[str,
         )
 
 
-def _config_to_save(model: ModelWrapper, adapter_name: str) -> PeftConfig:
-    """Give an adapter's config as it is written: frozen, and with a note on a base model without a task."""
+def _config_to_save(model: ModelWrapper, adapter_name: str, tensors: dict[str, torch.Tensor]) -> PeftConfig:
+    """
+    Give an adapter's config as it is written: frozen, with a note on a base model without a task.
+
+    It names all targets that there are tensors for.
+    """
     config = model._tuner.config_to_save(adapter_name)
+    config = name_tied_targets(config, model.get_base_model(), tensors)
     config.inference_mode = True
     base = without_adapters_around(model.get_base_model())  # the class of what is compiled, not torch.compile's
     if config.base_model_name_or_path is None:

@@ -120,9 +120,9 @@ def prefer_whole_matrices(model: nn.Module, config: PeftConfig, reached: list[Re
     inside = dict.fromkeys(module_of(member) for tie in whole for member in tie.tokens)
     saved = dict.fromkeys(name for tie in whole for name in tie.saved.values())
     warn(
-        f"trainable_token_indices names tokens of {', '.join(map(repr, inside))}, which ensure_weight_tying=True keeps "
-        f"tied to {', '.join(map(repr, saved))} of modules_to_save: the whole matrix is trained, and these tokens with "
-        "it. Leave one of the two entries out to have it otherwise"
+        f"trainable_token_indices names tokens of {', '.join(map(repr, inside))}, which ensure_weight_tying keeps "
+        f"tied to {', '.join(map(repr, saved))} of modules_to_save: the whole matrix is trained, with these tokens. "
+        "Leave one of the two entries out to have it otherwise"
     )
     tokens = find_token_modules(model, config.trainable_token_indices)
     config.trainable_token_indices = {name: ids for name, ids in tokens.items() if name not in inside} or None
