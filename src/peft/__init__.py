@@ -91,6 +91,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.prefix_tuning.model": ["PrefixEncoder"],
         ".tuners.prompt_tuning.config": ["PromptTuningConfig", "PromptTuningInit"],
         ".tuners.prompt_tuning.model": ["PromptEmbedding"],
+        ".tuners.tinylora.config": ["TinyLoraConfig"],
+        ".tuners.tinylora.model": ["TinyLoraModel"],
         ".tuners.vblora.config": ["VBLoRAConfig"],
         ".tuners.vblora.model": ["VBLoRAModel"],
         ".tuners.vera.config": ["VeraConfig"],

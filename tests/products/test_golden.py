@@ -55,7 +55,6 @@ METHODS_NOT_IMPLEMENTED = {
     "SHADOW",
     "SHIRA",
     "SUPERTUNING",
-    "TINYLORA",
     "UNILORA",
     "WAVEFT",
 }

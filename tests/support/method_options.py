@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LOKR": {"r": 2},
     "LORA": {"r": 2},
     "OFT": {"r": 0, "oft_block_size": 4},
+    "TINYLORA": {"u": 4},
     "TRAINABLE_TOKENS": {"token_indices": [3, 5, 7]},
     "VBLORA": {"r": 2, "num_vectors": 8, "vector_length": 4},
     "VERA": {"r": 4},

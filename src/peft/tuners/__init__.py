@@ -56,6 +56,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".prefix_tuning.model": ["PrefixEncoder"],
         ".prompt_tuning.config": ["PromptTuningConfig", "PromptTuningInit"],
         ".prompt_tuning.model": ["PromptEmbedding"],
+        ".tinylora.config": ["TinyLoraConfig"],
+        ".tinylora.model": ["TinyLoraModel"],
         ".vblora.config": ["VBLoRAConfig"],
         ".vblora.model": ["VBLoRAModel"],
         ".vera.config": ["VeraConfig"],

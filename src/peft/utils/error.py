@@ -65,7 +65,7 @@ class PeftPathError(PeftValueError, AssertionError):
 
 
 class PeftConfigError(PeftValueError, PeftTypeError):
-    """A config file whose fields cannot be what they are."""
+    """A config whose fields cannot be what they are, or not beside those of another one."""
 
 
 class NoMatchingPeftModuleError(PeftValueError):

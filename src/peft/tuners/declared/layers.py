@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ...anatomy.kinds import CONVOLUTIONS, apply_weight, has_outputs_last, is_linear
+from ...anatomy.kinds import CONVOLUTIONS, apply_weight, has_outputs_last, is_linear, scale_rows
 from ...anatomy.offload import computing_device
 from ...config import PeftConfig
 from ...layers.activation import ActivationLayer
@@ -335,6 +336,8 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
         drop = None if self.dropout_field is None else source._modules[self.dropout_field]._modules[adapter]
         if drop is not None and not drop.training:
             drop = None
+        if hasattr(self.declared, "low_rank") and self._is_embedding() and source._is_embedding():
+            return self._look_up(source, adapter, x, drop)
         if self.builds_delta(adapter, x):
             delta = source.get_delta_weight(adapter)
             if x.is_floating_point():
@@ -343,6 +346,18 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
         x = x.to(next(source.adapter_parameters(adapter)).dtype)
         x = x if drop is None else drop(x)
         return self.declared.apply(Tensors(source, adapter), x, source.shape, source.settings[adapter])
+
+    def _is_embedding(self) -> bool:
+        return isinstance(self.get_base_layer(), nn.Embedding)
+
+    def _look_up(
+        self, source: "DeclaredAdditive", adapter: str, ids: torch.Tensor, drop: nn.Module | None
+    ) -> torch.Tensor:
+        """Look rows up in the thin factor, A', and not in the whole delta; what is dropped are their entries."""
+        base = self.get_base_layer()
+        b, a = self.declared.low_rank(Tensors(source, adapter), source.shape, source.settings[adapter])
+        rows = F.embedding(ids, a.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+        return scale_rows(base, F.linear(rows if drop is None else drop(rows), b))
 
     def adds_delta(self, adapter: str) -> bool:
         """Say whether the delta is the same whatever else is done to the weight."""

@@ -19,7 +19,7 @@ from ...layers.buffer_dict import BufferDict
 from ...layers.replacement import ReplacementLayer
 from ...layers.shared_tensors import SharedBuffers, SharedGroups, SharedParameters
 from ...registry import register_peft_method
-from ...utils.error import PeftValueError
+from ...utils.error import PeftConfigError
 from ...utils.quantization_utils import stored_weight
 from ..base import BaseTuner
 from .layers import (
@@ -54,7 +54,7 @@ class DeclaredModel(BaseTuner):
         for field in self.fields_in_common:
             values = {name: getattr(c, field) for name, c in self.peft_config.items() if type(c) is type(config)}
             if any(value != values[adapter_name] for value in values.values()):
-                raise PeftValueError(
+                raise PeftConfigError(
                     f"{field} must be the same for all {config.peft_type} adapters of a model, found {values}"
                 )
         if hasattr(self.declared, "check"):
@@ -171,7 +171,8 @@ def method(
 
         tensors(shape, c)               name -> `Trained`, `Frozen`, `Kept`, `TrainedModule`; None if not needed
         delta(t, shape, c)              W + delta: (out, in); `delta(t, shape, c, w)` is given the base weight as well
-        low_rank(t, shape, c)           W + B A: B (out, r) and A (r, in), in place of `delta` and `apply`
+        low_rank(t, shape, c)           W + B A: B (out, r) and A (r, in), in place of `delta` and `apply`; embeddings,
+                                        (in, out) = (tokens, width), look up columns of A
         weight(t, w, c)                 f(W): (out, in); `inverse(t, w, c)` where there is one
         scale(t, shape, c)              factors of the outputs, or of the inputs where `of_input(c)` says so
         apply(t, x, shape, c)           optional: what the delta adds to the output of a linear layer, without it
