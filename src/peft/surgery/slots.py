@@ -45,6 +45,14 @@ class Slots:
     def __init__(self, model: nn.Module) -> None:
         self._view = view_of(model)
 
+    def place_of(self, module: nn.Module) -> tuple[nn.Module, str]:
+        """Give the first place that holds a module: parent and key in it."""
+        return self._view.places(module)[0]
+
+    def replaced(self, old: nn.Module, new: nn.Module) -> None:
+        """Note that somebody else has put `new` where `old` was."""
+        self._view.replaced(old, new)
+
     def replace(self, old: nn.Module, new: nn.Module) -> None:
         """Put `new` wherever `old` is held."""
         for parent, key in self._view.places(old):

@@ -247,8 +247,6 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         plan = self.plan_adapter(view_of(model), adapter_name, self.peft_config[adapter_name], state_dict)
         self.peft_config[adapter_name] = plan.config
         self.place(plan, autocast_adapter_dtype, low_cpu_mem_usage)
-        self.targeted_module_names = list(plan.module_names)
-        self.targeted_parameter_names = list(plan.parameters)
 
     def _config_of(self, adapter_name: str) -> PeftConfig:
         if adapter_name not in self.peft_config:
@@ -402,13 +400,7 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         Raises:
             PeftValueError: if `safe_merge` finds entries that are not finite.
         """
-        if safe_merge:  # what wrappers would refuse later is refused while nothing is merged yet
-            for _, module in adapter_modules(self.model):
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    module.unload_and_optionally_merge_module(True, True, adapter_names)
-        merge_layers(self.model, adapter_names, safe_merge, progressbar, for_good=True)
-        self._warn_of_unknown(adapter_names)
-        return self._unload(merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
+        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
         """
@@ -417,9 +409,37 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         Biases that were trained (`bias="all"`) are part of the base model and stay; modules that were trained in full
         stay with them then, so that the result is not half of one model and half of another.
         """
-        unmerge_layers(self._layers())
-        biases = [name for name in self.active_adapters if getattr(self.peft_config[name], "bias", "none") != "none"]
-        return self._unload(merge=bool(biases), safe_merge=False, adapter_names=None)
+        return self._unload_and_optionally_merge(merge=False)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """
+        Do what `merge_and_unload` and `unload` do. Clients replace it.
+
+        Args:
+            merge: merge adapters before they are taken out.
+            progressbar: show progress.
+            safe_merge: see `merge_and_unload`.
+            adapter_names: which adapters; the active ones if left out.
+        """
+        if not merge:
+            unmerge_layers(self._layers())
+            biases = [
+                name for name in self.active_adapters if getattr(self.peft_config[name], "bias", "none") != "none"
+            ]
+            return self._unload(merge=bool(biases), safe_merge=False, adapter_names=None)
+        if safe_merge:  # what wrappers would refuse later is refused while nothing is merged yet
+            for _, module in adapter_modules(self.model):
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.unload_and_optionally_merge_module(True, True, adapter_names)
+        merge_layers(self.model, adapter_names, safe_merge, progressbar, for_good=True)
+        self._warn_of_unknown(adapter_names)
+        return self._unload(merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
 
     def _unload(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         with original_weights(self._layers()):

@@ -10,19 +10,17 @@ from ..anatomy.walking import adapter_modules, base_modules, base_parameters, st
 from ..config import PeftConfig
 from ..layers.base_layer import BaseTunerLayer
 from ..layers.merging.sharing import note_sharing
-from ..layers.new_tensors import making_tensors
+from ..layers.new_tensors import making_tensors, on_meta
 from ..layers.shared_tensors import SharedParameters
 from ..surgery.saved_modules import set_additional_trainable_modules
 from ..surgery.shield import shield_tie_weights
 from ..surgery.slots import Slots
-from ..surgery.switching import (
-    set_requires_grad,
-)
-from ..tying.record import (
-    explaining_tie,
-)
+from ..surgery.switching import cast_adapter_dtype, set_requires_grad
+from ..tying.record import explaining_tie
 from ..tying.settle import one_object_each
+from ..utils.error import PeftRuntimeError
 from ..utils.quantization_utils import accompany_layer, get_quantization_kwargs, resolve_quantization_backend
+from .placement import Placement
 from .plan import AdapterPlan, Target
 
 
@@ -44,9 +42,13 @@ class Placing:
         """
         model, config, name = self.model, plan.config, plan.adapter_name
         present = [module for _, module in adapter_modules(model)]
-        making = making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype)
+        # a client that replaces the cast gets tensors of the base's type to decide about
+        casts = getattr(self._cast_adapter_dtype, "__func__", None) is not Placing._cast_adapter_dtype
+        making = making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype and not casts)
         with one_object_each(model), making:
             self._place_layers(plan)
+            if casts:
+                self._cast_adapter_dtype(name, autocast_adapter_dtype)
             # the second stage: followers are given what their owners have
             set_additional_trainable_modules(
                 model, config, self.get_model_config(model), name, name in self.active_adapters, plan.additional
@@ -57,40 +59,153 @@ class Placing:
             for module in [module for _, module in adapter_modules(model) if id(module) not in known]:
                 module.enable_adapters(False)  # as the others are
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """
+        Bring an adapter's tensors that are in half precision to float32. Clients replace it.
+
+        Args:
+            adapter_name: name.
+            autocast_adapter_dtype: False to leave everything as it is.
+        """
+        cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
+
     def _place_layers(self, plan: AdapterPlan) -> None:
-        """Create the layers for all targets, then put them into the model."""
-        name, config = plan.adapter_name, plan.config
-        owners = {target.name: target.owner for target in plan.targets if target.owner is not None}
-        layers: dict[str, BaseTunerLayer] = {}
-        created: list[tuple[nn.Module, BaseTunerLayer]] = []
+        """Call the hook for each target, which makes the layer and puts it into the model."""
         shared = self._shared_containers()
         if shared:
-            self.make_shared(name, config, plan.own_layers)
-        outermost: dict[int, nn.Module] = {}
-        for target in plan.targets:
-            module, arguments = target.module, dict(target.arguments)
-            if target.owner is not None:  # owners come first, so it is there
-                arguments["owner"] = layers[target.owner]
-            layer = self._present_layer(module, target.parameter)
-            if layer is not None:
-                with explaining_tie(target.name, owners, config):
-                    layer.update_layer(name, config=config, **arguments)
-                if not module.training:
-                    module.train(False)
-            else:
-                arguments.update({"shared": shared} if shared else {})
-                inner = outermost.get(id(module), module)
-                with explaining_tie(target.name, owners, config):
-                    layer = self._create_layer(inner, target, name, config, arguments)
-                created.append((inner, layer))
-                outermost[id(module)] = layer
-            layers[target.name] = layer
-        slots = Slots(self.model) if created else None
-        for module, layer in created:
-            if not module.training:
+            self.make_shared(plan.adapter_name, plan.config, plan.own_layers)
+        placement = Placement(plan, shared, Slots(self.model))
+        self.__dict__["_placement"] = placement
+        try:
+            for target in plan.targets:
+                if target.parameter is None:
+                    self._place_target(placement, target)
+            parameters = []
+            if plan.parameters:
+                parameters = self._inject_parameters(plan.config, self.model, plan.adapter_name, on_meta())
+        finally:
+            del self.__dict__["_placement"]
+        placement.report(self._create_and_replace)
+        self.targeted_module_names = placement.without_left_out(plan.module_names)
+        self.targeted_parameter_names = placement.without_left_out(parameters or ())
+
+    def _place_target(self, placement: Placement, target: Target) -> None:
+        """Call the hook for one target, and see what it has done."""
+        plan, stands = placement.plan, placement.outermost(target.module)
+        parent, key = placement.slots.place_of(stands)
+        arguments = {} if target.parameter is None else {"parameter_name": target.parameter}
+        returned = self._create_and_replace(
+            plan.config, plan.adapter_name, stands, key, parent, current_key=target.name, **arguments
+        )
+        if target.name not in placement.layers:
+            placement.note_what_was_done(target, stands, parent, key, returned, self._create_and_replace)
+
+    def _inject_parameters(
+        self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False
+    ) -> list[str]:
+        """
+        Call the hook for each parameter that gets a layer. Clients replace it, to choose parameters by themselves.
+
+        Args:
+            peft_config: the adapter's config.
+            model: the base model.
+            adapter_name: name of the adapter.
+            low_cpu_mem_usage: whether its tensors are made on the meta device.
+
+        Returns:
+            Full names of the parameters.
+        """
+        placement = self._running_placement("_inject_parameters")
+        targets = [target for target in placement.plan.targets if target.parameter is not None]
+        for target in targets:
+            self._place_target(placement, target)
+        return [target.name for target in targets]
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str | None = None,
+        *,
+        parameter_name: str | None = None,
+        **kwargs: Any,
+    ) -> BaseTunerLayer:
+        """
+        Make the layer for one target and put it into the model: the hook that an injection calls for each of them.
+
+        Clients replace it, on the class or on one tuner. What they then do counts: a target for which they do not call
+        this gets no layer; one for which they call it with another module, such as a layer inside of the target, gets
+        it there; and a layer that they put into `parent` by themselves, or return, is the target's.
+
+        Args:
+            peft_config: the adapter's config, as it applies to the model.
+            adapter_name: name of the adapter that is injected.
+            target: what gets the layer: a module, or the layer of other adapters around it.
+            target_name: its name in `parent`.
+            parent: the module that holds it.
+            current_key: full name of the target in the model.
+            parameter_name: the parameter of `target` that is adapted, if it is not the whole.
+            kwargs: not used; for callers of the released package.
+
+        Returns:
+            The layer.
+
+        Raises:
+            PeftRuntimeError: if no adapter is being injected.
+            PeftValueError: if the arguments do not belong together.
+            UnsupportedLayerError: if the method has no layer for the target.
+        """
+        placement = self._running_placement("_create_and_replace")
+        planned = placement.target_for(adapter_name, target, target_name, parent, current_key, parameter_name)
+        if planned.layer_class is None or planned.module is not target:
+            planned = self._redirected(planned, target, peft_config, placement)
+        arguments = dict(planned.arguments)
+        if peft_config is not placement.plan.config:
+            arguments.update(self._layer_arguments_for(peft_config)([planned.name]))
+        if planned.owner is not None:
+            arguments["owner"] = placement.owner_of(planned, self._create_and_replace)
+        layer = self._present_layer(target, planned.parameter)
+        if layer is not None:
+            with explaining_tie(planned.name, placement.owners, peft_config):
+                layer.update_layer(adapter_name, config=peft_config, **arguments)
+            if not target.training:
+                target.train(False)
+        else:
+            arguments.update(placement.shared)
+            with explaining_tie(planned.name, placement.owners, peft_config):
+                layer = self._create_layer(target, planned, adapter_name, peft_config, arguments)
+            if not target.training:
                 layer.train(False)
             layer._active_adapter = self.active_adapters
-            slots.replace(module, layer)
+            placement.put(target, layer)
+        placement.layers[planned.name] = layer
+        return layer
+
+    def _redirected(self, planned: Target, target: nn.Module, config: PeftConfig, placement: Placement) -> Target:
+        """Plan anew what a hook has sent to another module, or what could not be planned without it."""
+        if planned.parameter is None and planned.owner is None:
+            self._check_kind(target, planned.name, follows=False)
+        layer_class = self.parameter_layer_cls if planned.parameter is not None else self._layer_class(target)
+        if layer_class is None:
+            layer_class = type(placement.layers[planned.owner])
+        arguments = planned.arguments or self._layer_arguments_for(config)([planned.name])
+        return planned._replace(module=target, layer_class=layer_class, arguments=arguments)
+
+    def _running_placement(self, called: str) -> Placement:
+        placement = self.__dict__.get("_placement")
+        if placement is None:
+            raise PeftRuntimeError(
+                f"{type(self).__name__}.{called} places layers while an adapter is injected, and none is; use "
+                "get_peft_model, add_adapter or inject_adapter, which call it for each target"
+            )
+        return placement
+
+    def _hook_is_replaced(self) -> bool:
+        """Say whether a client has put something in the place of `_create_and_replace`."""
+        return getattr(self._create_and_replace, "__func__", None) is not Placing._create_and_replace
 
     def _present_layer(self, module: nn.Module, parameter: str | None) -> BaseTunerLayer | None:
         """Find the layer that adapts a module, or a parameter of it, for other adapters already."""

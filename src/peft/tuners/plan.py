@@ -26,7 +26,7 @@ class Target(NamedTuple):
         name: full name of the module, or of the parameter.
         module: what stands there: a module of the base model, or the outermost layer of other adapters around it.
         parameter: name of the parameter in its module; None if the module is adapted as a whole.
-        layer_class: class of the layer that it gets.
+        layer_class: class of the layer that it gets; None where the method has none, and a client's hook may know one.
         arguments: what the layer is made with beside the config, such as the rank, with patterns resolved.
         owner: full name of the target that it follows, which has the tensors; None if it has its own.
     """
@@ -34,7 +34,7 @@ class Target(NamedTuple):
     name: str
     module: nn.Module
     parameter: str | None
-    layer_class: type[BaseTunerLayer]
+    layer_class: type[BaseTunerLayer] | None
     arguments: Mapping[str, Any]
     owner: str | None
 

@@ -16,6 +16,7 @@ from ..anatomy.all_linear import all_linear_names
 from ..anatomy.kinds import can_use_weight, gives_features, is_quantized_linear, stores_weight_transposed
 from ..anatomy.matching import (
     Targets,
+    check_target_module_exists,
     ends_like,
     find_targets,
     layer_index,
@@ -73,6 +74,8 @@ class Targeting:
     See `BaseTuner` for the attributes that methods declare.
     """
 
+    _check_target_module_exists = staticmethod(check_target_module_exists)
+
     def plan_adapter(
         self,
         view: ModelView,
@@ -117,7 +120,8 @@ class Targeting:
         parts = self._parts(names, modules)
         whole = {name: modules[name] for name in dict.fromkeys([*names, *parts])}
         for name, module in whole.items():
-            self._check_kind(module, name, follows=name in ties)
+            if not self._hook_is_replaced():  # which may send the layer to another module, and is checked then
+                self._check_kind(module, name, follows=name in ties)
         single = {name: modules[module_of(name)] for name in self._parameters_with_ties(parameters, config)}
         check_stacks(single, whole.values())
         additional = check_additional_trainable_modules(model, config)
@@ -175,7 +179,7 @@ class Targeting:
             if name in single:
                 key, layer_class = name.rpartition(".")[2], self.parameter_layer_cls
             else:  # what cannot be adapted itself can follow
-                key, layer_class = None, self._layer_class(module) or self._layer_class(reached[owner])
+                key, layer_class = None, self._layer_class(module) or (owner and self._layer_class(reached[owner]))
             targets.append(Target(name, module, key, layer_class, arguments, owner))
         return tuple(targets)
 
@@ -278,6 +282,8 @@ class Targeting:
         if config.target_modules == DUMMY_TARGET_MODULES:
             return Targets()
         targets = find_targets(config, candidates)
+        if self._check_target_module_exists is not check_target_module_exists:  # clients replace it
+            targets.names = [name for name in targets.names if self._check_target_module_exists(config, name)]
         saved = _as_names(getattr(config, "modules_to_save", None))
         if saved:  # what is trained in full needs no adapter
             _warn_of_targets_in_full(saved, targets.names)

@@ -13,6 +13,7 @@ from ...utils.constants import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAP
 from ...utils.error import PeftTypeError, PeftValueError
 from ...utils.old_names import old_names
 from ...utils.warning import warn
+from ..base import BaseTuner
 from ..lora.model import LoraModel
 from .config import AdaLoraConfig
 from .layer import AdaLoraLayer, RankAllocator, SVDConv2d, SVDLinear
@@ -78,6 +79,8 @@ class AdaLoraModel(LoraModel):
     quantized_layer_classes = LAYER_OF_BACKEND
     pattern_fields: dict[str, str] = {}  # its `rank_pattern` says which ranks are left
     layer_parts = {}
+    # clients replace the hook of LoRA's model and of this one, each with one that calls what it has replaced
+    _create_and_replace = BaseTuner._create_and_replace
     parameter_layer_cls = None
     target_module_mapping = TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
 

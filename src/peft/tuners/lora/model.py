@@ -214,6 +214,10 @@ class LoraModel(BaseTuner):
             _warn_of_lost_biases({name: unwrapped(model.get_submodule(name)) for name in names})
         self._check_start(model, config, {name: model.get_submodule(name) for name in names})
 
+    def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
+        """Refuse one target that fused kernels pass by; for clients that choose targets by themselves."""
+        self._check_fused_kernels(model, peft_config, [target_name])
+
     def _check_fused_kernels(self, model: nn.Module, config: LoraConfig, names: list[str]) -> None:
         """
         Refuse layers that models of the Mamba family hand to kernels as mere weights.
