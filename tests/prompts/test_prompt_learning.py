@@ -8,6 +8,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -834,3 +835,50 @@ def test_prompts_are_trained_by_being_in_use() -> None:
     model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with refused(model, TypeError, "set_adapter", "inference_mode"):
         model.set_requires_grad("default")
+
+
+class OwnConfig(dict):
+    """What a model of one's own may call its config."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+
+class OwnModel(nn.Module):
+    """A model that does not say which its embedding is, if it has one."""
+
+    def __init__(self, vocabulary: int | None = 10) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2, "model_type": "own"}
+        self.config = OwnConfig(vocab_size=vocabulary, **sizes)
+        self.mix, self.words = nn.Linear(4, 4), nn.Embedding(10, 4)
+        self.seen: dict[str, Any] = {}
+
+    def prepare_inputs_for_generation(self) -> None:
+        """Asked for by the class for language models."""
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> torch.Tensor:
+        self.seen = kwargs
+        return self.mix(self.words(input_ids) if inputs_embeds is None else inputs_embeds)
+
+
+@pytest.mark.parametrize(
+    ("config_cls", "tokens"), [(PrefixTuningConfig, 5), (PromptTuningConfig, 8), (PromptEncoderConfig, 8)]
+)
+def test_models_that_do_not_say_which_their_embedding_is(config_cls: type, tokens: int, tmp_path: Path) -> None:
+    config = config_cls(task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=2, token_dim=4, num_attention_heads=2)
+    model = get_peft_model(OwnModel(), config).eval()
+    ids = torch.arange(5)[None]
+    assert model(input_ids=ids).shape == (1, tokens, 4)
+    if config_cls is PrefixTuningConfig:
+        assert model.get_base_model().seen["past_key_values"].get_seq_length() == 3
+        get_peft_model(OwnModel(vocabulary=None), config)(input_ids=ids)  # it needs no embedding at all
+    else:
+        with refused(None, ValueError, "get_input_embeddings", "vocab_size"):
+            get_peft_model(OwnModel(vocabulary=None), config)
+    model.save_pretrained(tmp_path)
+    base = OwnModel()
+    base.load_state_dict(model.get_base_model().state_dict(), strict=False)
+    assert_equal(PeftModel.from_pretrained(base, tmp_path)(input_ids=ids), model(input_ids=ids))

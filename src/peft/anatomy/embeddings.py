@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..utils.wrapped_names import WRAPPED
-from .walking import find_parameter_name_by_module, is_adapter_module
+from .walking import find_parameter_name_by_module, is_adapter_module, walk
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
@@ -27,6 +27,27 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
         model: any model, with or without adapters.
     """
     return _asked(model, "get_output_embeddings")
+
+
+def embedding_of_vocabulary(model: nn.Module, rows: int) -> nn.Module | None:
+    """
+    Find the module that holds a vector for each token of a vocabulary, in a model that does not say which it is.
+
+    Args:
+        model: any model, with or without adapters.
+        rows: size of the vocabulary.
+
+    Returns:
+        The first embedding of that size, else the first module of any other kind with such a weight; None if there is
+        none.
+    """
+    found = []
+    for _, module in walk(model):
+        base = without_adapters_around(module)
+        weight = base._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and len(weight) == rows:
+            found.append((not isinstance(base, nn.Embedding), module))
+    return min(found, key=lambda item: item[0])[1] if found else None
 
 
 def _asked(model: nn.Module, method: str) -> nn.Module | None:

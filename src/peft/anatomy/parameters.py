@@ -5,6 +5,7 @@
 from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..utils.error import NoMatchingPeftModuleError, PeftValueError
 from ..utils.near_names import FEW
@@ -36,9 +37,10 @@ def find_parameters(modules: Mapping[str, nn.Module], wanted: Collection[str], o
         base = unwrapped(module)
         if is_adapter_module(base):  # trained in full
             continue
-        for key, parameter in base._parameters.items():
+        computed = list(base.parametrizations) if parametrize.is_parametrized(base) else []
+        for key in [key for key, parameter in base._parameters.items() if parameter is not None] + computed:
             full = f"{name}.{key}" if name else key
-            entry = None if parameter is None else matching_entry(lookup, full)
+            entry = matching_entry(lookup, full)
             names.append(full)
             if entry is None:
                 continue

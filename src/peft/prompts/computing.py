@@ -49,7 +49,7 @@ def fill_cache(prompts: PromptEncoders, cache: Any, batch_size: int) -> Any:
     Returns:
         The cache.
     """
-    encoder, config, weight = prompts.active_encoder, prompts.active_config, prompts.word_embeddings.weight
+    encoder, config, weight = prompts.active_encoder, prompts.active_config, prompts.base_weight
     if cache is None:
         # not when the package is imported: it takes seconds where a library for quantised caches is installed
         from transformers import DynamicCache, EncoderDecoderCache

@@ -52,7 +52,10 @@ def call_with_prompt(prompts: PromptEncoders, args: tuple, kwargs: Inputs) -> An
     inputs = put_in_front(prompts, inputs, task_ids)
     if given_cache(inputs) is None or cache_parameter(model) is not None:
         return model(**inputs)
-    with _cache_for_backbone(model, _take_cache(inputs)):
+    cache, backbone = _take_cache(inputs), _backbone_with_cache(model)
+    if backbone is None and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return model(**inputs, past_key_values=cache)  # code of one's own, which may hand it on
+    with _cache_for_backbone(model, cache):
         return model(**inputs)
 
 
@@ -267,12 +270,18 @@ def _shift_positions(inputs: Inputs, tokens: int, in_front: bool = False) -> Non
         inputs[name] = shifted
 
 
+def _backbone_with_cache(model: nn.Module) -> nn.Module | None:
+    """Find the backbone of a model, if that takes a cache by name."""
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    return backbone if isinstance(backbone, nn.Module) and cache_parameter(backbone) is not None else None
+
+
 def _cache_for_backbone(model: nn.Module, cache: Any) -> AbstractContextManager[None]:
     """Hand a cache to the backbone of a model whose head does not pass it on, such as a classifier."""
-    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
-    name = cache_parameter(backbone) if isinstance(backbone, nn.Module) else None
-    if name is None:
+    backbone = _backbone_with_cache(model)
+    if backbone is None:
         raise PeftValueError(f"{type(model).__name__} takes no past_key_values, which prefix tuning needs")
+    name = cache_parameter(backbone)
     return _rewriting_inputs(backbone, lambda args, kwargs: (args, {**kwargs, name: cache}))
 
 

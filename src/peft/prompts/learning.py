@@ -60,12 +60,21 @@ class PromptEncoders(AdapterModule, nn.ModuleDict):
 
     # ------------------------------------------------------------------------------------------------- basic access
     @property
-    def word_embeddings(self) -> nn.Module:
-        """The base model's input embedding, without adapters around it."""
-        embedding = input_embedding(self._base_model)
+    def word_embeddings(self) -> nn.Module | None:
+        """The base model's input embedding, without adapters around it; None if it has none, as prefixes need none."""
+        try:
+            embedding = input_embedding(self._base_model)
+        except PeftValueError:
+            return None
         while isinstance(embedding, AuxiliaryTrainingWrapper):
             embedding = embedding.original_module
         return embedding
+
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """A weight of the base model, for the type and the place of what stands beside it."""
+        embedding = self.word_embeddings
+        return next(self._base_model.parameters()) if embedding is None else embedding.weight
 
     @property
     def base_model(self) -> nn.Module:
@@ -149,7 +158,9 @@ class PromptEncoders(AdapterModule, nn.ModuleDict):
         active = not self._active_adapter
         making = making_tensors(on_meta=low_cpu_mem_usage, full_precision=autocast_adapter_dtype)
         with one_object_each(model), making:
-            encoder = _make_encoder(encoder_cls, config, self.word_embeddings)
+            if not encoder_cls.fills_cache:
+                input_embedding(model)  # refuses models without one
+            encoder = _make_encoder(encoder_cls, config, self.word_embeddings, self.base_weight)
             set_additional_trainable_modules(model, config, {}, adapter_name, activate_adapter=active)
         shield_tie_weights(model)
         self[adapter_name] = encoder.train(model.training)
@@ -333,14 +344,14 @@ class PromptEncoders(AdapterModule, nn.ModuleDict):
         for module in self[adapter_name].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
-                    values = torch.empty_like(parameter, device=self.word_embeddings.weight.device)
+                    values = torch.empty_like(parameter, device=self.base_weight.device)
                     module._parameters[name] = nn.Parameter(nn.init.normal_(values, std=0.02), parameter.requires_grad)
 
 
 def _make_encoder(
-    encoder_cls: type[BasePromptEncoder], config: PromptLearningConfig, embedding: nn.Module
+    encoder_cls: type[BasePromptEncoder], config: PromptLearningConfig, embedding: nn.Module | None, base: torch.Tensor
 ) -> BasePromptEncoder:
-    """Make a prompt in float32, in which training is stable, beside the base model's embedding."""
+    """Make a prompt in float32, in which training is stable, beside a weight of the base model."""
     on_meta_already = on_meta()
     with torch.device("meta"), making_tensors(on_meta=True), warnings.catch_warnings():
         if not on_meta_already:
@@ -352,10 +363,10 @@ def _make_encoder(
         except (RuntimeError, TypeError, ValueError, OverflowError) as error:
             raise PeftValueError(f"the config asks for a prompt that cannot be made: {error}") from error
     for parameter in encoder.parameters():
-        check_size(tuple(parameter.shape), embedding.weight, torch.float32, "cpu", times_base=64)
+        check_size(tuple(parameter.shape), base, torch.float32, "cpu", times_base=64)
     if on_meta_already:
         return encoder
-    return encoder_cls.for_model(config, embedding).to(embedding.weight.device, torch.float32)
+    return encoder_cls.for_model(config, embedding).to(base.device, torch.float32)
 
 
 def input_embedding(model: nn.Module) -> nn.Module:
@@ -368,9 +379,13 @@ def input_embedding(model: nn.Module) -> nn.Module:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         model = model.get_encoder()
     embedding = embeddings.input_embedding(model)
+    rows = getattr(getattr(model, "config", None), "vocab_size", None)
+    if embedding is None and isinstance(rows, int):
+        embedding = embeddings.embedding_of_vocabulary(model, rows)
     if embedding is None:
         raise PeftValueError(
-            f"prompt learning needs the input embedding, and {type(model).__name__} has no get_input_embeddings"
+            f"prompt learning needs the input embedding, and {type(model).__name__} has no get_input_embeddings, nor "
+            "a weight with a row for each token (vocab_size of its config)"
         )
     return embedding
 

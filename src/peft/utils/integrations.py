@@ -2,7 +2,8 @@
 # peft: the fork in which tied weights stay tied
 """What other libraries need done around parameters; each is imported where it is used."""
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -24,6 +25,10 @@ __all__ = [
     "init_empty_weights",
     "skip_init_on_device",
 ]
+
+
+# what accelerate replaces to make modules without storage
+_REGISTERING = {name: getattr(nn.Module, name) for name in ("register_parameter", "register_buffer")}
 
 
 def changes_weights_while_loading() -> bool:
@@ -71,10 +76,36 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
         yield
 
 
-def skip_init_on_device(func: Any) -> Any:
-    """Mark a function so that accelerate's meta-device contexts do not reach into it."""
-    func._skip_init_on_device = True
-    return func
+def skip_init_on_device(func: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    Let `init_empty_weights`, and accelerate's context of that name, not reach into a function.
+
+    Args:
+        func: what makes modules that have storage wherever it is called.
+
+    Example:
+
+        >>> from torch import nn
+        >>> from peft.utils.integrations import init_empty_weights, skip_init_on_device
+        >>> make = skip_init_on_device(lambda: nn.Linear(2, 2))
+        >>> with init_empty_weights():
+        ...     str(make().weight.device), str(nn.Linear(2, 2).weight.device)
+        ('cpu', 'meta')
+    """
+
+    @functools.wraps(func)
+    def with_storage(*args: Any, **kwargs: Any) -> Any:
+        present = {name: getattr(nn.Module, name) for name in _REGISTERING}
+        try:
+            for name, method in _REGISTERING.items():
+                setattr(nn.Module, name, method)
+            return func(*args, **kwargs)
+        finally:
+            for name, method in present.items():
+                setattr(nn.Module, name, method)
+
+    with_storage._skip_init_on_device = True
+    return with_storage
 
 
 __getattr__ = old_names(__name__)

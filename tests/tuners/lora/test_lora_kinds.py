@@ -9,6 +9,8 @@ The reference is always the plain base model with other weights, or another plai
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -740,3 +742,62 @@ def test_experts_of_transformers(make: Callable[[], nn.Module], targets: list[st
         assert_equal(PeftModel.from_pretrained(seeded_make(), tmp_path).eval()(ids).logits, expected)
         merged = model.merge_and_unload(safe_merge=True)(ids).logits
         assert_close(merged, expected, 1e-3)
+
+
+class Tripled(nn.Module):
+    """Three times a tensor."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 3 * weight
+
+
+def test_a_parameter_that_is_computed_already_is_a_target() -> None:
+    """The delta is added to what the parametrisation gives, which stays in its place."""
+    with seeded(0):
+        base, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(5, 6)
+    nn.utils.parametrize.register_parametrization(base[0], "weight", Tripled())
+    plain = base(x)
+    model = get_peft_model(base, LoraConfig(r=3, target_parameters=["0.weight"], target_modules=[]))
+    assert_equal(model(x), plain)
+    randomise(model)
+    layer = model.base_model.model[0]
+    delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
+    for _ in range(2):
+        assert_close(model(x), plain + x @ delta.T)
+    with model.disable_adapter():
+        assert_equal(model(x), plain)
+    assert nn.utils.parametrize.is_parametrized(base[0], "weight")
+    assert_equal(model.unload()(x), plain)
+
+
+FSDP = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from peft import LoraConfig, get_peft_model
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=0, world_size=1)
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin, self.mha = nn.Linear(8, 8), nn.MultiheadAttention(8, 2)
+
+    def forward(self, x):
+        x = self.lin(x)
+        return self.mha(x, x, x)[0]
+
+for options in ({"target_modules": ["mha"]}, {"target_modules": [], "target_parameters": ["lin.weight"]}):
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 8)
+    model = get_peft_model(Attention(), LoraConfig(init_lora_weights=False, **options)).eval()
+    expected = model(x).detach()
+    divided = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    torch.testing.assert_close(divided(x), expected)
+"""
+
+
+def test_whole_weights_have_their_adapters_under_fsdp(tmp_path: Path) -> None:
+    """While FSDP computes, attributes stand before parameters, and would hide what replaces those."""
+    done = subprocess.run([sys.executable, "-c", FSDP, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.stateless import _reparametrize_module
 from transformers.pytorch_utils import Conv1D
 
@@ -92,7 +93,11 @@ class OnWholeWeight:
         if any(self.lora_bias[adapter] for adapter in active_adapters):
             tensors[inside + self.bias_name] = self._with_biases(active_adapters)
         # another name of the same parameter is another place, which has an adapter of its own if it has one
-        with onloaded(self.get_base_layer()), _reparametrize_module(self.base_layer, tensors, tie_weights=False):
+        with (
+            onloaded(self.get_base_layer()),
+            _standing_in(self.base_layer, tensors) as others,
+            _reparametrize_module(self.base_layer, others, tie_weights=False),
+        ):
             yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,6 +136,52 @@ class OnWholeWeight:
         if merge:
             merge_layer(self, adapter_names, safe_merge)
         return self.base_layer
+
+
+class _Given(nn.Module):
+    """Gives a tensor where a parametrisation would compute it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self.__dict__["tensor"] = tensor
+
+    def forward(self) -> torch.Tensor:
+        return self.tensor
+
+
+@contextmanager
+def _standing_in(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """
+    Let a module read other tensors than its own inside a context, where these are no mere parameters.
+
+    While FSDP computes, plain attributes stand before the parameters of the same name, and would be read in the place
+    of what replaces those. A parametrised weight is computed whenever it is read.
+
+    Args:
+        module: a module.
+        tensors: full name in the module -> tensor.
+
+    Yields:
+        Those that are left: parameters that can be replaced as such.
+    """
+    left, replaced = {}, []
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        holder = module.get_submodule(path)
+        if key in holder.__dict__:
+            replaced.append((holder.__dict__, key, holder.__dict__[key]))
+            holder.__dict__[key] = tensor
+        elif parametrize.is_parametrized(holder, key):
+            lists = holder.parametrizations._modules
+            replaced.append((lists, key, lists[key]))
+            lists[key] = _Given(tensor)
+        else:
+            left[name] = tensor
+    try:
+        yield left
+    finally:
+        for place, key, before in replaced:
+            place[key] = before
 
 
 class OnOutputProjection(OnWholeWeight):
