@@ -512,6 +512,9 @@ def delete(cell: Cell, folder: Path) -> None:
     cell.add_second(model)
     model.base_model.set_adapter(["default", "other"])
     model.merge_adapter()
+    with pytest.raises(ValueError, match="is merged"):
+        model.delete_adapter("other")
+    model.unmerge_adapter()
     model.delete_adapter("other")
     assert set(model.state_dict()) == keys
     assert list(model.peft_config) == ["default"] == model.active_adapters
