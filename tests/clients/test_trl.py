@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from support.helpers import assert_close, assert_equal, logits, randomise
+from support.helpers import assert_close, assert_equal, differs, logits, randomise
 from support.tied_models import llama
 from transformers import AutoModelForCausalLM
 
-from peft import LoraConfig, PeftModel, get_peft_model, weight_tying_report
+from peft import LoraConfig, PeftModel, PeftWarning, PrefixTuningConfig, get_peft_model, weight_tying_report
 
 
 CLIENT = "trl"
@@ -102,6 +102,57 @@ def test_supervised_training_is_saved_merged_and_loaded_by_transformers(route, t
     assert again.config.tie_word_embeddings
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert_equal(logits(again, IDS), logits(merged, IDS))
+
+
+def test_a_prefix_is_trained_although_checkpointing_is_the_default(tokenizer, sentences, tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    trainer = SFTTrainer(
+        model=llama(),
+        args=SFTConfig(**two_steps(tmp_path)),
+        train_dataset=Dataset.from_dict({"text": sentences}),
+        processing_class=tokenizer,
+        peft_config=PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    )
+    assert trainer.args.gradient_checkpointing
+    start = trained(trainer.model)
+    with pytest.warns(PeftWarning, match="gradient checkpointing is switched off"):
+        trainer.train()
+    assert start and all(not torch.equal(tensor, start[name]) for name, tensor in trained(trainer.model).items())
+    expected = logits(trainer.model.eval(), IDS)
+    assert differs(expected, logits(trainer.model.get_base_model(), IDS))
+    trainer.save_model(str(tmp_path / "prefix"))
+    assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "prefix"), IDS), expected)
+
+
+def test_new_tokens_and_the_head_are_trained_as_one(tokenizer, sentences, tmp_path):
+    """What the trainer asks for where a chat template brings new tokens."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    config = LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        trainable_token_indices={"embed_tokens": [4, 5]},
+        modules_to_save=["lm_head"],
+        ensure_weight_tying=True,
+        task_type="CAUSAL_LM",
+    )
+    with pytest.warns(PeftWarning, match="the whole matrix is trained"):
+        trainer = SFTTrainer(
+            model=llama(),
+            args=SFTConfig(**two_steps(tmp_path)),
+            train_dataset=Dataset.from_dict({"text": sentences}),
+            processing_class=tokenizer,
+            peft_config=config,
+        )
+    start = trained(trainer.model)
+    trainer.train()
+    assert all(not torch.equal(tensor, start[name]) for name, tensor in trained(trainer.model).items())
+    assert weight_tying_report(trainer.model).holds
+    merged = trainer.model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("reference", ["base model", "second adapter"])

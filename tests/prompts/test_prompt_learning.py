@@ -61,6 +61,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.anatomy.embeddings import checkpoints_activations
 from peft.utils import _prepare_prompt_learning_config
 
 
@@ -387,11 +388,16 @@ class TestPrefix:
         base.gradient_checkpointing_enable()
         with refused(base, ValueError, "gradient checkpointing"):
             get_peft_model(base, CONFIGS["prefix"](task_type="CAUSAL_LM"))
-        model = prompted(llama(), "prefix")
+        model = prompted(llama(), "prefix").train()
+        expected = model(input_ids=IDS).logits
         model.gradient_checkpointing_enable()
-        model.train()
-        with refused(model, ValueError, "gradient checkpointing"):
-            model(input_ids=IDS)
+        with warned("gradient checkpointing is switched off", "prompt tuning"):
+            outputs = model(input_ids=IDS, labels=IDS)
+        assert_equal(outputs.logits, expected)
+        outputs.loss.backward()
+        assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+        assert not checkpoints_activations(model.base_model)
+        model(input_ids=IDS)  # with one warning in all
 
 
 # ------------------------------------------------------------------------------------------ generation

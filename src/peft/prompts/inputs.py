@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..anatomy import embeddings
 from ..layers.call_context import calling, current_call
 from ..registry import TaskType
 from ..utils.caches import CACHE_NAMES, cache_parameter, given_cache
@@ -172,14 +173,33 @@ def _put_prefix(prompts: PromptEncoders, inputs: Inputs) -> None:
     """Put keys and values into the cache of the model, or of its decoder."""
     model, tokens = prompts.base_model, prompts.active_config.num_virtual_tokens
     side = "decoder_" if _has_encoder(model) else ""
-    if model.training:
-        refuse_checkpointing(model)
+    if model.training and embeddings.checkpoints_activations(model):
+        _keep_activations(model)
     if not _is_filled(given_cache(inputs)):
         cache = _take_cache(inputs)
         name = cache_parameter(model) or CACHE_NAMES[0]
         inputs[name] = fill_cache(prompts, cache, _batch_size(inputs, side, "labels"))
     _lengthen(inputs, f"{side}attention_mask", tokens, 1)
     _shift_positions(inputs, tokens)
+
+
+def _keep_activations(model: nn.Module) -> None:
+    """
+    Switch gradient checkpointing off, which trainers switch on by default: it uses no cache, where a prefix stands.
+
+    Raises:
+        PeftValueError: if the model has no switch for it.
+    """
+    names = ("activation_checkpointing_disable", "gradient_checkpointing_disable")  # transformers 5 has renamed it
+    disable = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+    if disable is None:
+        refuse_checkpointing(model)
+        return
+    warn(
+        "gradient checkpointing is switched off: it uses no cache in training, and a prefix stands in the cache. Set "
+        "gradient_checkpointing=False to say so yourself, or use prompt tuning to keep it"
+    )
+    disable()
 
 
 def _leave_out_what_has_no_place(prompts: PromptEncoders, inputs: Inputs) -> None:
