@@ -596,3 +596,28 @@ def test_kinds_are_all_there() -> None:
     on_factors = [kind for kind in COMBINATION_TYPES if not kind.endswith("svd") and kind != "cat"]
     assert {f"{kind}_svd" for kind in on_factors} - set(COMBINATION_TYPES) == {"linear_svd"}
     assert len(set(COMBINATION_TYPES)) == len(COMBINATION_TYPES)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+def test_what_dare_drops_follows_the_seed(init: bool | str) -> None:
+    """As in the released package: after the start of the new adapter, one layer after the other, factor A first."""
+
+    def model() -> PeftModel:
+        config = LoraConfig(r=4, lora_alpha=4, target_modules=["0", "1"], init_lora_weights=init)
+        made = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config, "a")
+        made.add_adapter("b", config)
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if "lora_" in name:
+                    parameter.fill_(1 if ".a." in name else 100)
+        return made
+
+    combined, other = model(), model()
+    torch.manual_seed(7)
+    combined.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", combination_type="dare_linear", density=0.5)
+    torch.manual_seed(7)
+    other.add_adapter("c", other.peft_config["a"])
+    for layer in combined.get_base_model():
+        for factor in (layer.lora_A["c"].weight, layer.lora_B["c"].weight):
+            kept = [torch.bernoulli(torch.full(factor.shape, 0.5)) for _ in range(2)]
+            assert_close(factor, 2 * (kept[0] + 100 * kept[1]))

@@ -172,10 +172,8 @@ class Combination:
         coefficients = parts[0].factors.b.new_tensor([part.coefficient for part in parts])
         roots = coefficients.abs().sqrt()  # each of the two factors gets a half, and A the sign
         function = self.function()
-        return Factors(
-            function([part.factors.b for part in parts], roots),
-            function([part.factors.a for part in parts], roots * coefficients.sign()),
-        )
+        a = function([part.factors.a for part in parts], roots * coefficients.sign())  # first, as the release draws
+        return Factors(function([part.factors.b for part in parts], roots), a)
 
     def _approximation(self, parts: Sequence[Part], rank: int) -> Factors:
         """Find the best approximation of the combined deltas."""
@@ -263,10 +261,6 @@ class _Combined:
     factors: Factors
     bias: torch.Tensor | None
 
-    @property
-    def rank(self) -> int:
-        return self.factors.b.shape[-1] * _groups(self.layer)
-
     def write(self, adapter: str, exact: bool) -> None:
         """Set the factors of an adapter that has been made; `exact` makes up for a scaling other than one."""
         into, out = self.layer.factor_weights(adapter)
@@ -315,23 +309,21 @@ def add_weighted_adapter(
     config = copy.copy(configs[0])
     config.target_modules = _joined_targets(configs)
     layers, followers = _layers_of(model, list(weighted))
-    combined = {
-        name: _combine_layer(layer, {a: w for a, w in weighted.items() if layer.has_adapter(a)}, combination)
-        for name, layer in layers.items()
-    }
+    parts = {name: {a: w for a, w in weighted.items() if layer.has_adapter(a)} for name, layer in layers.items()}
     rows = combined_tokens(model.model, weighted)
     config.trainable_token_indices = _joined_tokens(configs, rows)
     config.modules_to_save = None if source is None else model.peft_config[source].modules_to_save
     config.ensure_weight_tying = any(other.ensure_weight_tying for other in configs)
-    config.lora_bias = any(result.bias is not None for result in combined.values())
-    config.init_lora_weights = True
-    _set_ranks(config, {name: result.rank for name, result in combined.items()})
+    config.lora_bias = any(layer.lora_bias[a] for name, layer in layers.items() for a in parts[name])
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        config.init_lora_weights = True  # what else there is may look at base weights, or change them
+    _set_ranks(config, {name: combination.rank_of([layers[name].r[a] for a in parts[name]]) for name in layers})
     _narrow_targets(model, config, set(layers), followers)
     exact = not _leaves_root_of_rank(combination, configs)
     with all_or_nothing(model):
-        model.add_adapter(adapter_name, config)
-        for result in combined.values():
-            result.write(adapter_name, exact)
+        model.add_adapter(adapter_name, config)  # first, as in the release: what is drawn comes after its start
+        for name, layer in layers.items():
+            _combine_layer(layer, parts[name], combination).write(adapter_name, exact)
         if source is not None:
             _copy_saved_modules(model, source, adapter_name)
         write_tokens(model.model, adapter_name, rows)
