@@ -15,13 +15,26 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import assert_close, assert_equal, differs, llama, logits, refused, token_ids, warned
+from support.helpers import (
+    assert_close,
+    assert_equal,
+    differs,
+    features,
+    llama,
+    logits,
+    randomise,
+    refused,
+    stack,
+    token_ids,
+    warned,
+)
 from support.registry import strategies_put_back
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.methods import LoraVariant, Start, register_start, register_variant
+from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.starts import find_start
 from peft.utils.error import PeftValueError
 
@@ -227,3 +240,39 @@ def test_an_unknown_name_is_refused_with_those_that_there_are() -> None:
 def test_two_variants_at_once_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be combined"):
         adapted("linear", "gated", use_dora=True)
+
+
+class Halved(Linear):
+    """A layer of one's own: half of what LoRA's gives."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, **kwargs)
+        self.made_with = kwargs
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute it."""
+        return super().forward(*args, **kwargs) / 2
+
+
+def test_layers_of_ones_own(tmp_path: Path) -> None:
+    def own() -> LoraConfig:
+        config = LoraConfig(r=2, target_modules=["head"])
+        config._register_custom_module({nn.Linear: Halved})
+        return config
+
+    config = own()
+    model = get_peft_model(stack(), config).eval()
+    layer = model.base_model.model.head
+    assert type(layer) is Halved and layer.made_with["target_name"] == "head"
+    assert {"config", "r", "lora_alpha", "target_name", "parameter_name"} <= set(layer.made_with)
+    randomise(model)
+    assert differs(logits(model, features()), logits(stack(), features()))
+    model.save_pretrained(tmp_path)
+    assert "custom" not in (tmp_path / "adapter_config.json").read_text() and config == LoraConfig(
+        r=2, target_modules=["head"]
+    )
+    again = PeftModel.from_pretrained(stack(), tmp_path, config=own())
+    assert_equal(logits(again, features()), logits(model, features()))
+    model.add_adapter("other", own())
+    assert type(model.base_model.model.head) is Halved and layer.available_adapters == {"default", "other"}
+    assert not isinstance(PeftModel.from_pretrained(stack(), tmp_path).base_model.model.head, Halved)

@@ -373,6 +373,22 @@ class LoraConfig(PeftConfig):
         self._check_initialisation()
         self._warn_of_effects()
 
+    # kind of base layer -> layer of one's own; about a run, so neither a field nor saved
+    _custom_modules = None
+
+    def _register_custom_module(self, mapping: dict[type, type]) -> None:
+        """
+        Let layers of one's own be made for kinds of base layers, in models that get this config.
+
+        They are called with the base layer and the name of the adapter, and with `config`, `r`, `lora_alpha`,
+        `target_name` and `parameter_name` by keyword. The mapping is not saved: it has to be registered on the config
+        that is given to `PeftModel.from_pretrained` too.
+
+        Args:
+            mapping: class of base layers -> class that derives from one of the layers of LoRA.
+        """
+        self._custom_modules = {**(self._custom_modules or {}), **mapping}
+
     def _build_nested_configs(self) -> None:
         """Turn dictionaries, as they stand in a file, into the configs they are."""
         for name, config_cls in _NESTED.items():

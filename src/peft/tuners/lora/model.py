@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...anatomy.matching import pattern_lookup
-from ...anatomy.walking import adapter_modules, base_parameters, names_of_modules, unwrapped
+from ...anatomy.walking import adapter_modules, base_parameters, names_of_modules, stack_of, unwrapped
 from ...checkpoints.state_dict import collect_tensors
 from ...config import PeftConfig
 from ...surgery.replication import remove_replicas, replicate_layers, separate_replicas
@@ -26,7 +26,7 @@ from ...utils.near_names import FEW
 from ...utils.old_names import old_names
 from ...utils.warning import warn
 from ..base import BaseTuner
-from ..plan import AdapterPlan
+from ..plan import AdapterPlan, Target
 from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig
 from .layer import LAYER_CLASSES, Conv2d, LoraLayer, ParamWrapper
@@ -96,6 +96,31 @@ class LoraModel(BaseTuner):
 
             convert_peft_config_for_transformers(config, model, conversions_of(model))
         super()._resolve_targets(model, config)
+
+    def _layer_class(self, target: nn.Module) -> type[LoraLayer] | None:
+        """Find the layer for a kind of base layer: one that a config of the model brings, or LoRA's own."""
+        base = unwrapped(target)
+        for config in reversed(self.peft_config.values()):
+            custom = getattr(config, "_custom_modules", None) or {}
+            found = next((layer_cls for kind, layer_cls in custom.items() if isinstance(base, kind)), None)
+            if found is not None:
+                return found
+        return super()._layer_class(target)
+
+    def _present_layer(self, module: nn.Module, parameter: str | None) -> LoraLayer | None:
+        present = super()._present_layer(module, parameter)
+        if present is not None or parameter is not None:
+            return present
+        mappings = [getattr(config, "_custom_modules", None) or {} for config in self.peft_config.values()]
+        custom = {layer_cls for mapping in mappings for layer_cls in mapping.values()}
+        return next((layer for layer in stack_of(module) if type(layer) in custom), None)
+
+    def _create_layer(
+        self, base: nn.Module, target: Target, adapter_name: str, config: PeftConfig, arguments: dict[str, Any]
+    ) -> LoraLayer:
+        if target.parameter is None and target.layer_class in (config._custom_modules or {}).values():
+            arguments.update(target_name=target.name, parameter_name=None)
+        return super()._create_layer(base, target, adapter_name, config, arguments)
 
     def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
         super()._check_new_adapter_config(adapter_name, config)
