@@ -44,5 +44,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "peft.utils.labels": ["shift_tokens_right"],
         "peft.utils.model_inputs": ["create_attention_mask"],
         "transformers.pytorch_utils": ["id_tensor_storage"],
+        "peft.tuners.lora.variants": ["get_alora_offsets_for_forward", "get_alora_offsets_for_generate"],
     },
 )

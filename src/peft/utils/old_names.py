@@ -100,6 +100,12 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ),
     ("peft.tuners.adalora.quantized", "SVDQuantLinear", "tuners.adalora.model"),
     ("peft.tuners.lora.layer", "Conv1d Conv2d Conv3d Embedding Linear LoraLayer", "tuners.lora.variants"),
+    (
+        "peft.tuners.lora.variants.dora_layers",
+        "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraEmbeddingLayer DoraLinearLayer",
+        "tuners.lora.variants tuners.lora.variants.dora",
+    ),
+    ("peft.tuners.lora.tensor_parallel", "add_lora_tp_hooks_dtensor get_tp_plan_and_mesh", "tuners.lora.model"),
     ("peft.tuners.lora.whole_weight", "_LoraParameterProxy", "tuners.lora.layer"),
     ("peft.tuners.lora.model", "LoraModel", "helpers"),
     ("peft.tuners.oft.layer", "Conv2d Embedding Linear OFTLayer", "tuners.oft.model"),

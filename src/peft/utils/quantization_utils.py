@@ -33,11 +33,15 @@ class QuantizationBackend(ABC):
 
     Attributes:
         name: name for people.
+        layer_type: kind of its layers.
+        supports_merge: whether a weight can be quantised anew after something was merged into it.
         stored_name: attribute of a layer that holds its quantised weight.
         casts_inputs: whether its layers take inputs of any floating type.
     """
 
     name = ""
+    layer_type = "linear"
+    supports_merge = False
     stored_name = "weight"
     casts_inputs = False
 
@@ -137,6 +141,7 @@ class Bnb4bitBackend(QuantizationBackend):
     """bitsandbytes, 4 bits per weight: `Linear4bit`, `Embedding4bit`."""
 
     name = "bnb 4bit"
+    supports_merge = True
     casts_inputs = True
     _settings = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
 
@@ -169,6 +174,7 @@ class Bnb8bitBackend(QuantizationBackend):
     """bitsandbytes, LLM.int8(): `Linear8bitLt`, `Embedding8bit`."""
 
     name = "bnb 8bit"
+    supports_merge = True
     casts_inputs = True
 
     def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
@@ -190,6 +196,7 @@ class HqqBackend(QuantizationBackend):
     """HQQ: `HQQLinear`."""
 
     name = "hqq"
+    supports_merge = True
     stored_name = "W_q"
 
     def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
@@ -215,6 +222,7 @@ class TorchaoBackend(QuantizationBackend):
     """
 
     name = "torchao"
+    supports_merge = True
 
     def __init__(self, get_apply_tensor_subclass: Callable[[], Any] | None) -> None:
         self.get_apply_tensor_subclass = get_apply_tensor_subclass

@@ -21,7 +21,7 @@ from .config import LoraConfig
 from .conv import OnConvolution
 from .mixed_batch import MixedBatches
 from .starts import find_start
-from .variants import LoraVariant, make_variant
+from .variants import LoraVariant, find_variant, make_variant, variants_by_field
 from .variants.layer import VariantLayer
 from .whole_weight import OnAttention, OnOutputProjection, OnParameter, warn_of_dropout
 
@@ -60,6 +60,24 @@ class LoraLayer(MixedBatches, VariantLayer):
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         super().__init__(base_layer)
         self.__dict__.update(ephemeral_gpu_offload=ephemeral_gpu_offload, cast_input_dtype_enabled=True, variants={})
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> type[LoraVariant] | None:
+        """
+        Find the variant of LoRA that a config asks for.
+
+        Args:
+            config: an adapter's config.
+            kwargs: not used; kept for callers of the released package.
+
+        Raises:
+            PeftValueError: if it asks for two at once.
+        """
+        return find_variant(config)
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant]]:
+        """The variants that this kind of layer has, by the fields of a config that ask for them."""
+        return {(name,): variant for name, variant in variants_by_field().items() if variant.supports(self)}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """

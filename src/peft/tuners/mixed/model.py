@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...config import PeftConfig
-from ...registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+from ...registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from ...surgery.saved_modules import check_additional_trainable_modules, set_additional_trainable_modules
 from ...surgery.switching import remove_empty_layers
 from ...surgery.transaction import all_or_nothing
@@ -29,6 +29,12 @@ COMPATIBLE_TUNER_TYPES = (
     PeftType.OFT,
     PeftType.SHIRA,
 )
+# what the names of their tensors start with
+PREFIXES = [
+    PEFT_TYPE_TO_PREFIX_MAPPING[method]
+    for method in dict.fromkeys(COMPATIBLE_TUNER_TYPES)
+    if method in PEFT_TYPE_TO_PREFIX_MAPPING
+]
 
 
 class MixedModel(BaseTuner):

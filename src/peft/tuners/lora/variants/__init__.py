@@ -3,7 +3,13 @@
 """What an adapter of LoRA may do otherwise: strategies, by what in the config asks for them, a file for each."""
 
 from ....utils.old_names import old_names
-from .alora import ActivatedLora, calculate_alora_offsets
+from .alora import (
+    ActivatedLora,
+    calculate_alora_offsets,
+    get_alora_offsets_for_forward,
+    get_alora_offsets_for_generate,
+    is_alora_relevant_in_batch,
+)
 from .base import LoraVariant
 from .dora import Dora
 from .registry import (
@@ -13,6 +19,7 @@ from .registry import (
     make_variant,
     names_asked_for,
     register_variant,
+    variants_by_field,
 )
 
 
@@ -24,10 +31,18 @@ __all__ = [
     "calculate_alora_offsets",
     "detach_variants",
     "find_variant",
+    "get_alora_offsets_for_forward",
+    "get_alora_offsets_for_generate",
+    "is_alora_relevant_in_batch",
     "make_variant",
     "names_asked_for",
     "register_variant",
+    "variants_by_field",
 ]
+
+# the released package has a class for each kind of layer, which is one here
+ALoraLinearVariant = ActivatedLora
+DoraLinearVariant = DoraEmbeddingVariant = DoraConv1dVariant = DoraConv2dVariant = DoraConv3dVariant = Dora
 
 
 __getattr__ = old_names(__name__)

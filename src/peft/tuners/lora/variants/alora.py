@@ -273,3 +273,81 @@ def calculate_alora_offsets(
         start = int(find_invocations(input_ids[row : row + 1], tokens)) if tokens else _NEVER
         offsets.append(input_ids.shape[1] - start if start < _NEVER else None)
     return offsets
+
+
+def is_alora_relevant_in_batch(model: nn.Module, adapter_names: Sequence[str] | None = None) -> bool:
+    """
+    Say whether an adapter that is invoked takes part in a batch.
+
+    Args:
+        model: a `PeftModel`.
+        adapter_names: adapter of each sample; the active one of all if left out.
+    """
+    names = adapter_names if adapter_names is not None else model.active_adapters
+    return any(getattr(model.peft_config.get(name), "alora_invocation_tokens", None) for name in names)
+
+
+def get_alora_offsets_for_forward(
+    model: nn.Module,
+    input_ids: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """
+    Say where a batch invokes its adapters, for those who call the base model by themselves.
+
+    A `PeftModel` finds that out of the token ids that it is given, and needs none of it.
+
+    Args:
+        model: a `PeftModel`.
+        input_ids: (batch, length) token ids.
+        inputs_embeds: embeddings in their place, of which it is not known.
+        kwargs: other arguments of the forward pass, among them `adapter_names`.
+
+    Returns:
+        The other arguments, with `alora_offsets` if an adapter that is invoked takes part and they are not given.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft.peft_model import get_alora_offsets_for_forward
+        >>> config = LoraConfig(target_modules=["1"], alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
+        >>> net = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+        >>> net.prepare_inputs_for_generation = None
+        >>> model = get_peft_model(net, config)
+        >>> get_alora_offsets_for_forward(model, torch.tensor([[1, 5, 6, 2]]))
+        {'alora_offsets': [3]}
+    """
+    names = kwargs.get("adapter_names")
+    if kwargs.get("alora_offsets") is not None or not is_alora_relevant_in_batch(model, names):
+        return kwargs
+    if input_ids is None:
+        warn(
+            "without token ids it is not known where the input invokes the adapter (aLoRA), and the base model "
+            "computes it; give input_ids, or alora_offsets"
+        )
+        return {**kwargs, "alora_offsets": None}
+    active = next(iter(model.active_adapters), "")
+    return {**kwargs, "alora_offsets": calculate_alora_offsets(model.peft_config, active, input_ids, names)}
+
+
+def get_alora_offsets_for_generate(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """
+    Do what `get_alora_offsets_for_forward` does for the arguments of `generate`.
+
+    Args:
+        model: a `PeftModel`.
+        args: arguments by position, of which the first is the token ids.
+        kwargs: arguments by name.
+
+    Returns:
+        The arguments by name, with `alora_offsets` if an adapter that is invoked takes part.
+    """
+    ids = next((kwargs[name] for name in ("input_ids", "inputs") if kwargs.get(name) is not None), None)
+    found = get_alora_offsets_for_forward(
+        model,
+        ids if ids is not None or not args else args[0],
+        **{name: value for name, value in kwargs.items() if name not in ("input_ids", "inputs_embeds")},
+    )
+    return {**kwargs, **found}

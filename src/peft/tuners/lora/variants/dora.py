@@ -6,7 +6,8 @@ DoRA: magnitude and direction of a weight are learned apart.
 Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, arXiv:2402.09353.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ..low_rank import LowRankLayer
 from ..starts import Start
 from ..whole_weight import OnWholeWeight
 from .base import LoraVariant
+from .dora_layers import LAYER_OF_KIND, DoraLinearLayer
 from .registry import register_variant
 
 
@@ -46,21 +48,33 @@ def switch_caching(enabled: bool) -> None:
     _switched += 1
 
 
-# numbers of a weight in half precision that are merged at a time
-_MERGED_AT_A_TIME = 1 << 22
-
-
-class Magnitude(nn.Module):
+def cache_decorator(cache_key: str) -> Callable[[Callable], Callable]:
     """
-    The magnitudes of one adapter.
+    Make a decorator that keeps what a method gives, by adapter, while caching is on and the module in eval mode.
 
     Args:
-        weight: one number per output feature, (out,), for convolutions (1, out, 1, ...).
+        cache_key: name for what is kept; the method takes `adapter_name`.
     """
 
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight
+    def decorate(method: Callable) -> Callable:
+        @wraps(method)
+        def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            kept = self.__dict__.setdefault("_kept", {})
+            if self.training or not ENABLE_DORA_CACHING:
+                kept.clear()
+                return method(self, *args, **kwargs)
+            key = (cache_key, kwargs.get("adapter_name"))
+            if key not in kept:
+                kept[key] = method(self, *args, **kwargs)
+            return kept[key]
+
+        return wrapped
+
+    return decorate
+
+
+# numbers of a weight in half precision that are merged at a time
+_MERGED_AT_A_TIME = 1 << 22
 
 
 class Kept:
@@ -126,7 +140,11 @@ class Dora(LoraVariant):
         """Make the magnitudes."""
         dimensions = 2 + len(getattr(layer.get_base_layer(), "kernel_size", ()))
         shape = (1, layer.out_features, *[1] * (dimensions - 2)) if dimensions > 2 else (layer.out_features,)
-        layer.container("lora_magnitude_vector")[adapter] = Magnitude(layer.new_parameter(*shape))
+        base = layer.get_base_layer()
+        kind = next((kind for kind in LAYER_OF_KIND if isinstance(base, kind)), None)
+        magnitude = LAYER_OF_KIND.get(kind, DoraLinearLayer)(bool(getattr(layer, "fan_in_fan_out", False)))
+        magnitude.weight = layer.new_parameter(*shape)
+        layer.container("lora_magnitude_vector")[adapter] = magnitude
 
     def start(self, layer: LowRankLayer, adapter: str, start: Start) -> None:
         """Start the factors, and the magnitudes so that the weight is W + scaling * B A at first."""

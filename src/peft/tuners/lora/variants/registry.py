@@ -61,6 +61,11 @@ def names_asked_for(config: LoraConfig) -> list[str]:
     return asked + [name for name in _PLANNED if getattr(config, name, None)]
 
 
+def variants_by_field() -> dict[str, type[LoraVariant]]:
+    """Give the variants that are registered, by the fields of a config that ask for them."""
+    return dict(_VARIANTS)
+
+
 def find_variant(config: LoraConfig) -> type[LoraVariant] | None:
     """
     Find the variant that a config asks for.
