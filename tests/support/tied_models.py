@@ -168,9 +168,9 @@ def _vectors() -> dict[str, torch.Tensor]:
     return {"x": torch.linspace(-1, 1, 3 * WIDTH).reshape(3, WIDTH)}
 
 
-def llama(tie: bool = True) -> nn.Module:
-    """A causal language model; the tie can be left out."""
-    return _hub("LlamaForCausalLM", **_LLAMA, tie_word_embeddings=tie)()
+def llama(tie: bool = True, **changes: Any) -> nn.Module:
+    """A causal language model; the tie can be left out, and the config changed."""
+    return _hub("LlamaForCausalLM", **{**_LLAMA, **changes}, tie_word_embeddings=tie)()
 
 
 def _causal(build: Callable, targets: list[str], inputs: str, prefix: str) -> TiedModel:
