@@ -38,7 +38,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"peft": ["py.typed", "utils/data/*.json"]},
+    package_data={"peft": ["py.typed", "utils/data/*.json", "tuners/waveft/filters.json"]},
     zip_safe=False,
     python_requires=">=3.10",
     install_requires=[

@@ -75,7 +75,7 @@ class MethodSize:
         lines: lines of code beside its config, its registration and its maths.
         maths: those of `maths.py`, which has functions of tensors that know nothing of layers.
         config: those of its config.
-        registration: those of `__init__.py`, which lists names, and those elsewhere that give old names.
+        registration: those of `__init__.py` and of tables of names, and those elsewhere that give old names.
         kinds: names of the kinds of layers that it adapts.
     """
 
@@ -114,6 +114,11 @@ def count_files(paths: Iterable[Path]) -> int:
     return sum(count_lines(path.read_text(encoding="utf-8")) for path in paths)
 
 
+def is_table(path: Path) -> bool:
+    """Say whether a file is nothing but a table of names."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").startswith("Table of names: ")
+
+
 def method_sizes() -> list[MethodSize]:
     """Measure every registered method that has a package of its own in `tuners`, the largest first."""
     methods = {getattr(key, "value", key): PEFT_TYPE_TO_TUNER_MAPPING[key] for key in PEFT_TYPE_TO_TUNER_MAPPING}
@@ -124,7 +129,7 @@ def method_sizes() -> list[MethodSize]:
 def _measure(name: str, model_cls: type) -> MethodSize:
     files = set(Path(sys.modules[model_cls.__module__].__file__).parent.rglob("*.py"))
     config = {path for path in files if path.name == "config.py"}
-    registration = {path for path in files if path.name == "__init__.py"}
+    registration = {path for path in files if path.name == "__init__.py" or is_table(path)}
     maths = {path for path in files if path.name == "maths.py"}
     rest = files - config - registration - maths
     counts = [count_files(group) for group in (rest, maths, config, registration)]

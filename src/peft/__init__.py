@@ -99,6 +99,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.vera.model": ["VeraModel"],
         ".tuners.trainable_tokens.config": ["TrainableTokensConfig"],
         ".tuners.trainable_tokens.model": ["TrainableTokensModel"],
+        ".tuners.waveft.config": ["WaveFTConfig"],
+        ".tuners.waveft.model": ["WaveFTModel"],
         ".utils.error": ["NoMatchingPeftModuleError", "PeftError"],
         ".surgery.kbit_training": ["prepare_model_for_kbit_training"],
         ".surgery.switching": ["cast_mixed_precision_params"],

@@ -56,7 +56,6 @@ METHODS_NOT_IMPLEMENTED = {
     "SHIRA",
     "SUPERTUNING",
     "UNILORA",
-    "WAVEFT",
 }
 
 Condition = Callable[[str, list[dict]], bool]

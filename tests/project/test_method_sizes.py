@@ -76,3 +76,8 @@ def test_every_method_of_the_package_is_measured():
     folders = {path.parent for path in counting.TUNERS.glob("*/__init__.py")}
     assert len(SIZES) == len({path for path in folders if (path / "config.py").exists()})
     assert all(size.lines and size.config and size.registration for size in SIZES.values())
+
+
+def test_tables_of_old_names_count_as_registration():
+    assert counting.is_table(counting.TUNERS / "c3a" / "utils.py")
+    assert not counting.is_table(counting.TUNERS / "c3a" / "maths.py")

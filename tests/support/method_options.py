@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "TRAINABLE_TOKENS": {"token_indices": [3, 5, 7]},
     "VBLORA": {"r": 2, "num_vectors": 8, "vector_length": 4},
     "VERA": {"r": 4},
+    "WAVEFT": {"n_frequency": 24},
 }
 # what a second adapter of the same model needs to be otherwise
 SECOND: dict[str, dict[str, Any]] = {

@@ -64,5 +64,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".vera.model": ["VeraModel"],
         ".trainable_tokens.config": ["TrainableTokensConfig"],
         ".trainable_tokens.model": ["TrainableTokensModel"],
+        ".waveft.config": ["WaveFTConfig"],
+        ".waveft.model": ["WaveFTModel"],
     },
 )

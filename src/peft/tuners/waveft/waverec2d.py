@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Table of names: the inverse wavelet transform."""
+
+from ...utils.lazy import lazy_exports
+
+
+NAMES = ["Wavelet", "WaveletDetailTuple2d", "WaveletTensorTuple", "waverec2d"]
+__getattr__, __dir__, __all__ = lazy_exports(__name__, {"peft.tuners.waveft.maths": NAMES})
