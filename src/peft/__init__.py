@@ -93,6 +93,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.prompt_tuning.model": ["PromptEmbedding"],
         ".tuners.tinylora.config": ["TinyLoraConfig"],
         ".tuners.tinylora.model": ["TinyLoraModel"],
+        ".tuners.unilora.config": ["UniLoraConfig"],
+        ".tuners.unilora.model": ["UniLoraModel"],
         ".tuners.vblora.config": ["VBLoRAConfig"],
         ".tuners.vblora.model": ["VBLoRAModel"],
         ".tuners.vera.config": ["VeraConfig"],

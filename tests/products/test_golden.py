@@ -56,6 +56,7 @@ METHODS_NOT_IMPLEMENTED = {
     "SHIRA",
     "SUPERTUNING",
     "UNILORA",
+    "WAVEFT",
 }
 
 Condition = Callable[[str, list[dict]], bool]

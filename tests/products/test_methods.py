@@ -241,8 +241,8 @@ NOT_MERGEABLE = {
     **{("LORA", f"conv{n}d_grouped"): "groups" for n in (1, 2, 3)},
     **{("LORA-bias", kind): "no bias" for kind in ("linear_no_bias", "conv2d_pointwise")},
 }
-# methods whose fresh adapter is not the identity, since their tensors are mixtures of one bank
-NOT_IDENTITY = {("VBLORA", "*"): "bank"}
+# methods whose fresh adapter is not the identity, since all of their tensors come from a bank or a vector
+NOT_IDENTITY = {("VBLORA", "*"): "bank", ("UNILORA", "*"): "vector"}
 # where dropout has no effect: token ids cannot be dropped, nor the inputs of attention for the adapter alone
 NO_DROPOUT = {
     ("HIRA", "embedding"): "ids",

@@ -58,6 +58,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".prompt_tuning.model": ["PromptEmbedding"],
         ".tinylora.config": ["TinyLoraConfig"],
         ".tinylora.model": ["TinyLoraModel"],
+        ".unilora.config": ["UniLoraConfig"],
+        ".unilora.model": ["UniLoraModel"],
         ".vblora.config": ["VBLoRAConfig"],
         ".vblora.model": ["VBLoRAModel"],
         ".vera.config": ["VeraConfig"],
