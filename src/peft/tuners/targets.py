@@ -119,9 +119,9 @@ class Targeting:
         self._believe_layers(config, [modules[name] for name in names])
         parts = self._parts(names, modules)
         whole = {name: modules[name] for name in dict.fromkeys([*names, *parts])}
-        for name, module in whole.items():
-            if not self._hook_is_replaced():  # which may send the layer to another module, and is checked then
-                self._check_kind(module, name, follows=name in ties)
+        # a client's hook may send the layer to another module, which is checked then
+        for name, module in whole.items() if not self._hook_is_replaced() else ():
+            self._check_kind(module, name, follows=name in ties)
         single = {name: modules[module_of(name)] for name in self._parameters_with_ties(parameters, config)}
         check_stacks(single, whole.values())
         additional = check_additional_trainable_modules(model, config)

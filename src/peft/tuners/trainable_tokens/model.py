@@ -2,6 +2,8 @@
 # peft: the fork in which tied weights stay tied
 """Trainable tokens in a whole model."""
 
+from typing import Any
+
 from torch import nn
 
 from ...config import PeftConfig
@@ -37,6 +39,26 @@ class TrainableTokensModel(BaseTuner):
     prefix = "trainable_tokens_"
     tuner_layer_cls = TrainableTokensLayer
     layer_classes = {nn.Embedding: TrainableTokensLayer, nn.Linear: TrainableTokensLayer}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Put an adapter into the model, with the signature that the released package has here; see `BaseTuner`.
+
+        Args:
+            model: the base model.
+            adapter_name: name of the adapter.
+            autocast_adapter_dtype: keep the rows in float32 where the base is in half precision.
+            low_cpu_mem_usage: make the rows on the meta device.
+            kwargs: `state_dict`.
+        """
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
 
     def _resolve_targets(self, model: nn.Module, config: PeftConfig) -> None:
         if config.target_modules is None:
