@@ -37,7 +37,6 @@ METHODS = {getattr(method, "value", method) for method in PEFT_TYPE_TO_CONFIG_MA
 METHODS_NOT_IMPLEMENTED = {
     "ADAMSS",
     "ADAPTION_PROMPT",
-    "BEFT",
     "CARTRIDGE",
     "CPT",
     "DEFT",
@@ -51,7 +50,6 @@ METHODS_NOT_IMPLEMENTED = {
     "PSOFT",
     "PVERA",
     "RANDLORA",
-    "ROAD",
     "SHADOW",
     "SHIRA",
     "SUPERTUNING",
@@ -96,6 +94,7 @@ DEFECTS_OF_THE_RELEASE = {
     **dict.fromkeys(
         (
             "bert_seqcls/ia3_mts",
+            "roberta_seqcls/beft",
             "roberta_seqcls/delora",
             "roberta_seqcls/fourierft",
             "roberta_seqcls/ia3",

@@ -240,6 +240,7 @@ REFUSED: dict[tuple[str, str], str] = {
 NOT_MERGEABLE = {
     **{("LORA", f"conv{n}d_grouped"): "groups" for n in (1, 2, 3)},
     **{("LORA-bias", kind): "no bias" for kind in ("linear_no_bias", "conv2d_pointwise")},
+    ("BEFT", "linear_no_bias"): "no bias",
 }
 # methods whose fresh adapter is not the identity, since all of their tensors come from a bank or a vector
 NOT_IDENTITY = {("VBLORA", "*"): "bank", ("UNILORA", "*"): "vector"}

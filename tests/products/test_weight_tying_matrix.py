@@ -108,9 +108,14 @@ class Cell:
             return "the method has no trainable_token_indices"
         if self.route == "tokens" and self.name == "plain_two_linears":
             return "no embedding takes part in the tie"
-        kinds = {type(module) for name, module in base(self.name).named_modules() if self._is_usual_target(name)}
+        usual = [module for name, module in base(self.name).named_modules() if self._is_usual_target(name)]
+        kinds = set(map(type, usual))
         if Conv1D in kinds and not any(issubclass(Conv1D, kind) for kind in self.tuner_cls.layer_classes):
             return "the method has no layer for Conv1D, which the usual targets are"
+        if self.method == "BEFT" and any(
+            getattr(module, "bias", None) is None for module in [*usual, *self._members()]
+        ):
+            return "the method cannot be merged into layers without a bias"
         return None
 
     def _is_usual_target(self, name: str) -> bool:
@@ -120,9 +125,14 @@ class Cell:
         """Say whether the method has a layer for none of the members."""
         if not self.route.startswith("targeted"):
             return False
+        return not self._members()
+
+    def _members(self) -> list[nn.Module]:
+        """Give the members of the tie that the method has a layer for, where they are targets."""
         model = base(self.name)
+        found = [model.get_submodule(member.rpartition(".")[0]) for member in self.tied.members]
         kinds = tuple(self.tuner_cls.layer_classes)
-        return not any(isinstance(model.get_submodule(m.rpartition(".")[0]), kinds) for m in self.tied.members)
+        return [module for module in found if self.route.startswith("targeted") and isinstance(module, kinds)]
 
     def adapted(self) -> PeftModel:
         """Put the adapter into a fresh model."""

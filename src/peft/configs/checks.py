@@ -29,14 +29,7 @@ def check_layer_selection(
     Raises:
         ValueError: if the fields contradict each other, or a pattern is not a regular expression.
     """
-    for name in ("target_modules", "exclude_modules"):
-        value = getattr(config, name, None)
-        if value is not None and not isinstance(value, str):
-            check_names(name, value)
-        if isinstance(value, (list, tuple)):
-            setattr(config, name, set(value))
-        elif isinstance(value, str):
-            check_pattern(name, value)
+    check_targets(config)
     if isinstance(config.target_modules, str):
         for name in refused_with_pattern:
             if getattr(config, name) is not None:
@@ -46,6 +39,27 @@ def check_layer_selection(
                 )
     if pattern_needs_indices and config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("layers_pattern was given without layers_to_transform; give the indices of the layers too")
+
+
+def check_targets(config: Any) -> None:
+    """
+    Check the fields that choose modules by name, and turn lists of names into sets.
+
+    Args:
+        config: a config with `target_modules`, with or without `exclude_modules`.
+
+    Raises:
+        ValueError: if a pattern is not a regular expression.
+        TypeError: if a value is neither a pattern nor a list of names.
+    """
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name, None)
+        if value is not None and not isinstance(value, str):
+            check_names(name, value)
+        if isinstance(value, (list, tuple)):
+            setattr(config, name, set(value))
+        elif isinstance(value, str):
+            check_pattern(name, value)
 
 
 def check_names(name: str, value: Any) -> None:

@@ -10,6 +10,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         ".adalora.config": ["AdaLoraConfig"],
         ".adalora.model": ["AdaLoraModel"],
+        ".beft.config": ["BeftConfig"],
+        ".beft.model": ["BeftModel"],
         ".boft.config": ["BOFTConfig"],
         ".boft.model": ["BOFTModel"],
         ".c3a.config": ["C3AConfig"],
@@ -60,6 +62,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tinylora.model": ["TinyLoraModel"],
         ".unilora.config": ["UniLoraConfig"],
         ".unilora.model": ["UniLoraModel"],
+        ".road.config": ["RoadConfig"],
+        ".road.model": ["RoadModel"],
         ".vblora.config": ["VBLoRAConfig"],
         ".vblora.model": ["VBLoRAModel"],
         ".vera.config": ["VeraConfig"],

@@ -40,8 +40,9 @@ def merge_sharing(
     done = len(state.contributions)
     if not done and copied:
         _replace_weight(layers)
-    for layer, name in everything[done:]:
-        layer.source(name).prepare_merge(name)
+    for _, target in members:
+        for layer, name in target[done:]:
+            layer.prepare_merge(name)
     weight = first.get_base_weight() if is_held else first.get_base_weight().detach().clone()
     if is_held:
         keep_values([weight])

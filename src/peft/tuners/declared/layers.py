@@ -9,18 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...anatomy.kinds import CONVOLUTIONS, apply_weight, has_outputs_last, is_linear, scale_rows
-from ...anatomy.offload import computing_device
+from ...anatomy.kinds import CONVOLUTIONS, apply_weight, feature_axis, has_outputs_last, is_linear, scale_rows
+from ...anatomy.offload import computing_device, tensor_of
 from ...config import PeftConfig
 from ...layers.activation import ActivationLayer
 from ...layers.additive import AdditiveLayer
 from ...layers.base_layer import BaseTunerLayer
 from ...layers.merging.changes import changes_adapter
 from ...layers.merging.layer import take_adapter_out
+from ...layers.merging.state import original_weights
 from ...layers.new_tensors import check_size
 from ...layers.replacement import ReplacementLayer
 from ...layers.saved_form import SavedForm
 from ...layers.weight import WeightLayer
+from ...utils.error import PeftValueError
 from .tensors import Frozen, Kept, Shape, Tensors, Trained, TrainedModule, _matrix_shape, as_rows
 
 
@@ -288,15 +290,23 @@ class DeclaredLayer(BaseTunerLayer):
             return matrix.reshape(base.weight.shape)
         return matrix.T if has_outputs_last(base) else matrix
 
+    def has_outputs_of_owner(self, adapter: str) -> bool:
+        """Say whether the outputs of this layer are the features that an adapter knows as outputs, as its owner's."""
+        if adapter not in self._owners:
+            return True
+        owner = self.source(adapter).get_base_layer()
+        return feature_axis(self.get_base_layer(), of_input=False) == feature_axis(owner, of_input=False)
 
-_PREPARED = "(delta)"  # of `made`; no name of a tensor
+
+_PREPARED, _PREPARED_BIAS = "(delta)", "(bias)"  # of `made`; no names of tensors
 
 
 class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
-    """Rule of `delta`."""
+    """Rule of `delta`, of what is added to the `bias`, and of both."""
 
     has_views_of_owner = True
     delta_takes_weight: ClassVar[bool] = False
+    changes_bias: ClassVar[bool] = False
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """
@@ -332,6 +342,15 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
             adapter: name.
             x: the layer's input.
         """
+        if not self.changes_bias:
+            return self._weight_term(adapter, x)
+        bias = self.bias_delta(adapter)
+        if not self.changes_weight:
+            return x.new_zeros(()) if bias is None else bias
+        term = self._weight_term(adapter, x)
+        return term if bias is None else term + bias
+
+    def _weight_term(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         source = self.source(adapter)
         drop = None if self.dropout_field is None else source._modules[self.dropout_field]._modules[adapter]
         if drop is not None and not drop.training:
@@ -363,18 +382,79 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
         """Say whether the delta is the same whatever else is done to the weight."""
         return not self.delta_takes_weight
 
+    def bias_delta(self, adapter: str) -> torch.Tensor | None:
+        """
+        Compute what an adapter adds to this layer's bias.
+
+        Args:
+            adapter: name.
+
+        Returns:
+            (out,); None if that is nothing.
+        """
+        if not self.changes_bias or not self.has_outputs_of_owner(adapter):
+            return None
+        source = self.source(adapter)
+        return self.declared.bias(
+            Tensors(source, adapter), source.shape, source.settings[adapter], self._bias_before_merge()
+        )
+
+    def _bias_before_merge(self) -> torch.Tensor | None:
+        if not self._merge_state.replaces("bias"):
+            return tensor_of(self.get_base_layer(), "bias")
+        with original_weights([self]):
+            return tensor_of(self.get_base_layer(), "bias")
+
     def prepare_merge(self, adapter: str) -> None:
-        """Compute a delta that depends on the weight before others are merged into that."""
+        """Compute what depends on the weight before others are merged into that."""
         if self.delta_takes_weight:
-            self.made.setdefault(adapter, {})[_PREPARED] = self.get_delta_weight(adapter)
+            source = self.source(adapter)
+            source.made.setdefault(adapter, {})[_PREPARED] = source.get_delta_weight(adapter)
+            if self.changes_bias:
+                self.made.setdefault(adapter, {})[_PREPARED_BIAS] = self.bias_delta(adapter)
 
     def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Add the delta, the one that was prepared if there is one."""
         delta = self.made.get(adapter, {}).pop(_PREPARED, None)
-        if delta is None:
-            super().merge_weight_(adapter, weight)
-        else:
+        if delta is not None:
             weight.add_(delta.to(weight.device, weight.dtype))
+        elif self.changes_weight:
+            super().merge_weight_(adapter, weight)
+
+    def unmerge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
+        """Subtract the delta."""
+        if self.changes_weight:
+            super().unmerge_weight_(adapter, weight)
+
+    def merged_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
+        """Add to the bias, what was prepared if there is something."""
+        delta = self.made.get(adapter, {}).pop(_PREPARED_BIAS, None)
+        delta = self.bias_delta(adapter) if delta is None else delta
+        bias = tensor_of(self.get_base_layer(), "bias")
+        return {} if delta is None else {"bias": bias + delta.to(bias)}
+
+    def bias_after(self, adapter: str, bias: torch.Tensor) -> torch.Tensor:
+        """Add to a bias."""
+        delta = self.bias_delta(adapter)
+        return bias if delta is None else bias + delta.to(bias)
+
+    def check_mergeable(self, adapter_name: str) -> None:
+        """
+        Refuse an adapter that adds to a bias that is not there.
+
+        Args:
+            adapter_name: name.
+
+        Raises:
+            PeftValueError: if the layer has no bias.
+        """
+        super().check_mergeable(adapter_name)
+        if self.changes_bias and tensor_of(self.get_base_layer(), "bias") is None:
+            if self.bias_delta(adapter_name) is not None:
+                raise PeftValueError(
+                    f"adapter {adapter_name!r} adds to the bias of a layer, and the layer has no bias to merge it "
+                    "into; keep the adapter unmerged, or leave out layers without a bias"
+                )
 
     def can_unmerge(self, adapter: str) -> bool:
         """Say whether the delta can be computed while it is merged; if not, the weight that it comes from is kept."""
@@ -382,7 +462,7 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether the delta is that of a linear layer, and not one of full rank that its weight tells."""
-        return is_linear(self.get_base_layer()) and not self.delta_takes_weight
+        return is_linear(self.get_base_layer()) and not self.delta_takes_weight and not self.changes_bias
 
 
 class DeclaredWeight(DeclaredLayer, WeightLayer):
@@ -405,6 +485,54 @@ class DeclaredWeight(DeclaredLayer, WeightLayer):
     def can_unmerge(self, adapter: str) -> bool:
         """Say whether the method has an inverse."""
         return hasattr(self.declared, "inverse")
+
+
+class DeclaredMixing(DeclaredLayer, WeightLayer):
+    """Rule of `mix`: a linear function of a layer's outputs, so of the rows of its weight and of its bias."""
+
+    @property
+    def corrects_output(self) -> bool:
+        """Whether the outputs are what is mixed, as they are unless the owner of a tied weight has others."""
+        return is_linear(self.get_base_layer()) and all(map(self.has_outputs_of_owner, self._owners))
+
+    def mixed(self, adapter: str, outputs: torch.Tensor, function: str = "mix") -> torch.Tensor:
+        """
+        Mix outputs, with the digits and in the type that they have.
+
+        Args:
+            adapter: name.
+            outputs: (..., out)
+            function: "unmix" to undo it.
+        """
+        source = self.source(adapter)
+        dtype = torch.promote_types(outputs.dtype, next(source.adapter_parameters(adapter)).dtype)
+        compute = getattr(self.declared, function)
+        return compute(Tensors(source, adapter), outputs.to(dtype), source.settings[adapter]).to(outputs.dtype)
+
+    def correct_output(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Mix the outputs."""
+        return self.mixed(adapter, result)
+
+    def transform_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Mix the rows of the weight."""
+        return self.from_rows(self.mixed(adapter, self.as_rows(weight).T).T)
+
+    def inverse_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Undo that."""
+        return self.from_rows(self.mixed(adapter, self.as_rows(weight).T, "unmix").T)
+
+    def can_unmerge(self, adapter: str) -> bool:
+        """Say whether the rows can be found again; if not, the weight that they come from is kept."""
+        return self.declared.can_unmix(Tensors(self, adapter), self.settings[adapter])
+
+    def merged_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
+        """Mix the bias."""
+        bias = tensor_of(self.get_base_layer(), "bias")
+        return {} if bias is None else {"bias": self.bias_after(adapter, bias)}
+
+    def bias_after(self, adapter: str, bias: torch.Tensor) -> torch.Tensor:
+        """Mix a bias likewise."""
+        return self.mixed(adapter, bias) if self.has_outputs_of_owner(adapter) else bias
 
 
 class DeclaredActivation(DeclaredLayer, ActivationLayer):

@@ -25,6 +25,7 @@ from ..base import BaseTuner
 from .layers import (
     DeclaredActivation,
     DeclaredAdditive,
+    DeclaredMixing,
     DeclaredReplacement,
     DeclaredWeight,
     frozen_tensor,
@@ -142,6 +143,8 @@ class DeclaredModel(BaseTuner):
 # ---------------------------------------------------------------------------------------------------------- declaring
 RULES: dict[str, type[BaseTunerLayer]] = {
     "delta": DeclaredAdditive,
+    "bias": DeclaredAdditive,
+    "mix": DeclaredMixing,
     "weight": DeclaredWeight,
     "scale": DeclaredActivation,
 }
@@ -171,9 +174,11 @@ def method(
 
         tensors(shape, c)               name -> `Trained`, `Frozen`, `Kept`, `TrainedModule`; None if not needed
         delta(t, shape, c)              W + delta: (out, in); `delta(t, shape, c, w)` is given the base weight as well
+        bias(t, shape, c, b)            b + this: (out,), or None; b is the base layer's bias, None if it has none
         low_rank(t, shape, c)           W + B A: B (out, r) and A (r, in), in place of `delta` and `apply`; embeddings,
                                         (in, out) = (tokens, width), look up columns of A
         weight(t, w, c)                 f(W): (out, in); `inverse(t, w, c)` where there is one
+        mix(t, y, c)                    M W and M b: y (..., out) -> M y; with `unmix(t, y, c)` and `can_unmix(t, c)`
         scale(t, shape, c)              factors of the outputs, or of the inputs where `of_input(c)` says so
         apply(t, x, shape, c)           optional: what the delta adds to the output of a linear layer, without it
         values(c, names, shape)         optional: more values for a target of these names, put into `c`
@@ -324,5 +329,7 @@ def _declare_tensors(layer: type[BaseTunerLayer], declared: type, attributes: di
     buffers.update({attributes[name]: nn.ModuleDict for name in getattr(declared, "modules", ())})
     copies = dict.fromkeys(layer.adapter_layer_names, nn.ModuleDict) if issubclass(layer, ReplacementLayer) else {}
     layer.container_classes = {**layer.container_classes, **buffers, **copies}
+    if issubclass(layer, DeclaredAdditive):
+        layer.changes_weight, layer.changes_bias = hasattr(declared, "delta"), hasattr(declared, "bias")
     if hasattr(declared, "delta"):
         layer.delta_takes_weight = "w" in inspect.signature(declared.delta).parameters
