@@ -263,7 +263,7 @@ def check_names_in_file(cell: Cell, model: PeftModel, place: Any, once: bool) ->
     names = [f"base_model.model.{member}" for member in cell.tied.members]
     if not cell.route.startswith("saved"):  # the names of an adapter's tensors begin with that of the module
         names = [name.removesuffix("weight") for name in names]
-    tied = [key for key in keys if not key.endswith("bias")]  # which each member may have of its own
+    tied = [key for key in keys if not key.endswith(".bias")]  # which each member may have of its own
     present = [any(key.startswith(name) for key in tied) for name in names]
     if once:
         assert sum(present) == 1

@@ -31,7 +31,7 @@ class BiasModel(DeclaredModel):
 
     def _believe_layers(self, config: BeftConfig, targets: list[nn.Module]) -> None:
         super()._believe_layers(config, targets)
-        if any(getattr(target, "bias", None) is None for target in targets):
+        if any(target.bias is None for target in targets if isinstance(target, nn.Linear)):
             warn(
                 "BEFT was given layers without a bias; they can be trained and saved, but not merged, so leave them "
                 "out if adapters are to be merged"
