@@ -65,7 +65,8 @@ def name_tied_targets(config: PeftConfig, model: nn.Module, tensors: Mapping[str
     Returns:
         The config itself if there is nothing to add, else a copy.
     """
-    keys, ties = [key.removeprefix(_BASE) for key in tensors], config.target_modules_to_tie or {}
+    keys = [key.removeprefix(_BASE) for key in tensors]
+    ties = (config.ensure_weight_tying and config.target_modules_to_tie) or {}
     more = [
         name
         for name in dict.fromkeys([*ties.values(), *ties])
