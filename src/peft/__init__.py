@@ -89,6 +89,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.oft.model": ["OFTModel"],
         ".tuners.p_tuning.config": ["PromptEncoderConfig", "PromptEncoderReparameterizationType"],
         ".tuners.p_tuning.model": ["PromptEncoder"],
+        ".tuners.poly.config": ["PolyConfig"],
+        ".tuners.poly.model": ["PolyModel"],
         ".tuners.prefix_tuning.config": ["PrefixTuningConfig"],
         ".tuners.prefix_tuning.model": ["PrefixEncoder"],
         ".tuners.prompt_tuning.config": ["PromptTuningConfig", "PromptTuningInit"],

@@ -97,6 +97,8 @@ def test_offloaded_base_is_as_good_as_one_in_memory(name: str, offload: str, tmp
         assert_close(model(IDS), expected)
         with model.disable_adapter():
             assert_equal(model(IDS), make_base()(IDS))
+        if not all(layer.is_mergeable for layer in model.base_model._layers()):
+            return
         model.merge_adapter(safe_merge=True)
         assert_close(model(IDS), expected)
         model.unmerge_adapter()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.effects import move
 from support.helpers import assert_close, assert_equal, refused, seeded, warned
-from support.method_options import OF_ROWS, OPTIONS, layered_methods, linear_methods
+from support.method_options import OF_ROWS, OPTIONS, linear_methods, mergeable_methods
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -458,7 +458,7 @@ PARAMETRISATIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "orthogonal": parametrizations.orthogonal,
 }
 CAN_BE_WRITTEN = ("weight_norm", "weight_norm_by_hook")
-ON_LINEAR = [name for name in layered_methods() if name != "TRAINABLE_TOKENS"] + ["LORA-dora"]
+ON_LINEAR = [name for name in mergeable_methods() if name != "TRAINABLE_TOKENS"] + ["LORA-dora"]
 each_parametrisation = pytest.mark.parametrize("parametrisation", PARAMETRISATIONS)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.effects import move
 from support.helpers import assert_close, differs, randomise, refused, seeded
-from support.method_options import OPTIONS, layered_methods
+from support.method_options import OPTIONS, mergeable_methods
 from torch import nn
 from transformers import (
     DebertaV2Config,
@@ -91,7 +91,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "call"])
-@pytest.mark.parametrize("method", layered_methods())
+@pytest.mark.parametrize("method", mergeable_methods())
 def test_reading_is_calling(method: str, way: str) -> None:
     model = started(get_peft_model(reader(way), config_of(method, ["head"]))).eval()
     x, expected = inputs(), copy.deepcopy(model)
@@ -126,7 +126,7 @@ def test_layers_of_several_methods_and_adapters_are_read_together() -> None:
     assert_close(model(inputs()), expected(inputs()), atol=1e-4)
 
 
-@pytest.mark.parametrize("method", layered_methods())
+@pytest.mark.parametrize("method", mergeable_methods())
 def test_elsewhere_the_weight_is_the_stored_parameter(method: str) -> None:
     model = started(get_peft_model(reader(), config_of(method, ["head"])))
     head, base = model.base_model.model.head, model.base_model.model.head.get_base_layer()
@@ -194,7 +194,7 @@ def encoder() -> Encoder:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("targets", [["linear1"], ["linear1", "linear2"], ["out_proj"], ["norm1"], ["self_attn"]])
-@pytest.mark.parametrize("method", layered_methods())
+@pytest.mark.parametrize("method", mergeable_methods())
 def test_fast_path_of_transformer_encoders(method: str, targets: list[str], masked: bool) -> None:
     try:
         model = get_peft_model(encoder(), config_of(method, targets))

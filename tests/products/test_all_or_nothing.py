@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from support.helpers import llama, randomise, refused, seeded, snapshot
-from support.method_options import OPTIONS, SECOND, layered_methods
+from support.method_options import OPTIONS, SECOND, is_mergeable, layered_methods
 from torch import nn
 
 import peft
@@ -217,9 +217,13 @@ def merged(method: str) -> nn.Module:
     """A model without a wrapper whose adapter is merged, if it can be."""
     model = inject_adapter_in_model(config(method), net(), "a")
     randomise(model, r"\.a\b|\.a\.")
-    if method != "LORA-invoked":
+    if can_merge(method):
         merge_layers(model)
     return model
+
+
+def can_merge(method: str) -> bool:
+    return method != "LORA-invoked" and is_mergeable(method)
 
 
 def two(method: str) -> PeftModel:
@@ -385,7 +389,7 @@ def test_a_saved_module_that_cannot_be_copied(way: str) -> None:
     assert differences(before, everything(model)[0]) == {} and alive
 
 
-@pytest.mark.parametrize("method", [method for method in LAYERED if method != "LORA-invoked"])
+@pytest.mark.parametrize("method", [method for method in LAYERED if can_merge(method)])
 def test_a_refused_injection_keeps_the_old_adapter_merged(method: str) -> None:
     model = merged(method)
     before, alive = everything(model)

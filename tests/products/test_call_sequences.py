@@ -34,7 +34,7 @@ from hypothesis.stateful import (
 )
 from support.effects import add_noise, rounding, size_that_matters
 from support.helpers import seeded, snapshot
-from support.method_options import OPTIONS, SECOND, layered_methods
+from support.method_options import OPTIONS, SECOND, is_mergeable, layered_methods, mergeable_methods
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -158,7 +158,10 @@ class Cell:
 
 def cells() -> list[Cell]:
     """List one cell per method, tied and not, and those of other routes, variants and pairs."""
-    found = [Cell((method, method), tied) for method in [*layered_methods(), "LORA+dora"] for tied in (False, True)]
+    methods = [*mergeable_methods(), "LORA+dora"]
+    found = [Cell((method, method), tied) for method in methods for tied in (False, True)]
+    # what is no weight's is not followed by an embedding
+    found += [Cell((method, method), False) for method in layered_methods() if not is_mergeable(method)]
     found += [Cell(("LORA", "LORA"), tied, route) for route in ("saved", "tokens") for tied in (False, True)]
     pairs = (("LORA", "OFT"), ("LOHA", "LORA+dora"))
     return found + [Cell(pair, tied) for pair in pairs for tied in (False, True)]

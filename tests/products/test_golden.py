@@ -46,7 +46,6 @@ METHODS_NOT_IMPLEMENTED = {
     "MISS",
     "OSF",
     "PEANUT",
-    "POLY",
     "PSOFT",
     "PVERA",
     "RANDLORA",

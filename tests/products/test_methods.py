@@ -23,7 +23,7 @@ import pytest
 import torch
 from support.effects import add_noise, rounding, size_that_matters
 from support.helpers import refused, seeded
-from support.method_options import OPTIONS, SECOND, layered_methods
+from support.method_options import OPTIONS, SECOND, is_mergeable, layered_methods
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -161,6 +161,10 @@ class Cell:
         """Say whether the config has a field for how weights are stored."""
         return "fan_in_fan_out" in PEFT_TYPE_TO_CONFIG_MAPPING[self.name].__dataclass_fields__
 
+    def is_mergeable(self) -> bool:
+        """Say whether there is a weight for what the method does."""
+        return is_mergeable(self.name) and not self.exception(NOT_MERGEABLE)
+
     def is_usual(self) -> bool:
         """Say whether the cell is part of the default run; the others are much of the same."""
         return (self.kind, self.type_name) in (ALWAYS if self.method == self.name else ALWAYS_WITH_VARIANTS)
@@ -250,6 +254,7 @@ NO_DROPOUT = {
     ("LORA", "embedding"): "ids",
     ("LORA", "attention"): "cannot be dropped",
     ("LN_TUNING", "batch_norm"): "outputs are others in training anyway",
+    ("POLY", "*"): "mixtures are drawn while training",
     ("OFT-shared", "*"): "the one block that all inputs share is never left out",
 }
 # adapters whose tensors are copies of the base's, and so of its type
@@ -643,10 +648,7 @@ def parameter(cell: Cell, *others: Any) -> Any:
 def working_cells() -> list[Any]:
     working = [cell for cell in cells() if cell.is_declared() and not cell.exception(REFUSED)]
     return [
-        parameter(cell, stage)
-        for cell in working
-        for stage in STAGES
-        if not (stage in MERGING and cell.exception(NOT_MERGEABLE))
+        parameter(cell, stage) for cell in working for stage in STAGES if cell.is_mergeable() or stage not in MERGING
     ]
 
 
@@ -655,7 +657,7 @@ def refused_cells() -> list[Any]:
 
 
 def unmergeable_cells() -> list[Any]:
-    return [parameter(cell) for cell in cells() if cell.is_declared() and cell.exception(NOT_MERGEABLE)]
+    return [parameter(cell) for cell in cells() if cell.is_declared() and not cell.is_mergeable()]
 
 
 def undeclared_cells() -> list[Any]:
@@ -704,7 +706,7 @@ def test_combination_is_refused(cell: Cell) -> None:
 def test_merging_is_refused(cell: Cell) -> None:
     model = cell.adapted()
     for merging in (model.merge_adapter, model.merge_and_unload):
-        with refused(model, (), cell.exception(NOT_MERGEABLE)):
+        with refused(model, (), cell.exception(NOT_MERGEABLE) or "depends on the call"):
             merging()
 
 

@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LOKR": {"r": 2},
     "LORA": {"r": 2},
     "OFT": {"r": 0, "oft_block_size": 4},
+    "POLY": {"r": 2, "n_skills": 2},
     "TINYLORA": {"u": 4},
     "ROAD": {"group_size": 4},
     "TRAINABLE_TOKENS": {"token_indices": [3, 5, 7]},
@@ -50,9 +51,19 @@ def layered_methods() -> list[str]:
     return [name for name in found if issubclass(PEFT_TYPE_TO_TUNER_MAPPING[name], BaseTuner)]
 
 
+def is_mergeable(method: str) -> bool:
+    """Say whether there is a weight for what a method, or a variant of it, does."""
+    return PEFT_TYPE_TO_TUNER_MAPPING[method.partition("-")[0]].tuner_layer_cls.is_mergeable
+
+
+def mergeable_methods() -> list[str]:
+    """Name those of them whose adapters can be merged."""
+    return [name for name in layered_methods() if is_mergeable(name)]
+
+
 def linear_methods() -> list[str]:
-    """Name those of them that change what a linear layer computes, and do not replace it by a copy."""
-    classes = {name: PEFT_TYPE_TO_TUNER_MAPPING[name] for name in layered_methods() if name not in OF_ROWS}
+    """Name those of them that change the weight of a linear layer, and do not replace it by a copy."""
+    classes = {name: PEFT_TYPE_TO_TUNER_MAPPING[name] for name in mergeable_methods() if name not in OF_ROWS}
     return [
         name
         for name, cls in classes.items()

@@ -12,19 +12,55 @@ call that recorded gradients is found again through the outputs that it gave.
 """
 
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..utils.error import PeftValueError
+from ..utils.error import PeftIndexError, PeftTypeError, PeftValueError
+
+
+class TaskIds(NamedTuple):
+    """
+    The task of each sample of a batch.
+
+    Attributes:
+        ids: (batch,) integers; negative ones count from the end.
+        lowest: the least of them. They are looked at once, since each look would wait for a GPU.
+        highest: the greatest of them.
+    """
+
+    ids: torch.Tensor
+    lowest: int
+    highest: int
+
+    @classmethod
+    def of(cls, given: "torch.Tensor | Sequence[int] | TaskIds") -> "TaskIds":
+        """
+        Take what a caller has given.
+
+        Args:
+            given: one number per sample.
+
+        Raises:
+            PeftTypeError: if it is anything else.
+        """
+        if isinstance(given, TaskIds):
+            return given
+        ids = torch.as_tensor(given)
+        if ids.dim() != 1 or not len(ids) or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+            raise PeftTypeError(
+                "task_ids are integers, one for each sample of the batch; found a tensor of "
+                f"{ids.dtype} and shape {tuple(ids.shape)}"
+            )
+        return cls(ids.long(), *(int(bound) for bound in ids.aminmax()))
 
 
 @dataclass(eq=False)
@@ -35,6 +71,7 @@ class Call:
     Attributes:
         adapter_names: the adapter of each sample; None if all have those that are active.
         modules: ids of the modules that this is said to; a model that is called in between has modules of its own.
+        task_ids: the task of each sample; None if nothing is said. Given as numbers.
         repeats: whether samples may come several times in a row, as with beams.
         notes: whoever notes something for the time of the call -> what it is.
         token: what the variable is given back its former value with.
@@ -42,9 +79,14 @@ class Call:
 
     adapter_names: Sequence[str] | None = None
     modules: Collection[int] = ()
+    task_ids: TaskIds | None = None
     repeats: bool = False
     notes: Mapping[Any, Any] = field(default_factory=dict)
     token: Token | None = None
+
+    def __post_init__(self) -> None:
+        if self.task_ids is not None:
+            self.task_ids = TaskIds.of(self.task_ids)
 
     def names_for(self, module: nn.Module, args: tuple) -> Sequence[str] | None:
         """
@@ -106,6 +148,37 @@ def names_of_rows(module: nn.Module, args: tuple) -> Sequence[str] | None:
     """
     call = current_call()
     return None if call is None else call.names_for(module, args)
+
+
+def task_of_rows(x: torch.Tensor, n_tasks: int) -> torch.Tensor:
+    """
+    Give the task of each sample of a layer's input, as the call that is computed says.
+
+    Args:
+        x: (rows, ...), or (rows * length, features) of a model that flattens its batches.
+        n_tasks: how many tasks there are. If there is one, nothing need be said.
+
+    Returns:
+        (batch,) integers. A multiple of so many rows are these samples' in this order, the same number for each.
+
+    Raises:
+        PeftIndexError: for a task that there is not.
+        PeftValueError: if nothing is said, or not for this number of rows.
+    """
+    call = current_call()
+    given = None if call is None else call.task_ids
+    if given is None:
+        if n_tasks == 1:
+            return torch.zeros(len(x), dtype=torch.long, device=x.device)
+        raise PeftValueError(f"the adapter knows {n_tasks} tasks, so task_ids has to say which one each sample is")
+    if given.highest >= n_tasks or given.lowest < -n_tasks:
+        raise PeftIndexError(
+            f"task_ids has to be below n_tasks={n_tasks}, found {given.lowest} to {given.highest}; tasks count from 0"
+        )
+    count = len(given.ids)
+    if len(x) != count and (len(x) % count or not (call.repeats or x.dim() == 2)):
+        raise PeftValueError(f"task_ids has {count} entries for a batch of {len(x)}; give one each")
+    return given.ids
 
 
 def begin(**changes: Any) -> Call:
@@ -182,3 +255,20 @@ def calling(**changes: Any) -> Iterator[Call]:
         yield call
     finally:
         end(call)
+
+
+def call_with(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], **changes: Any) -> Any:
+    """
+    Compute a function as a call, which what is computed again in the backward pass finds too.
+
+    Args:
+        function: such as the forward pass of a model.
+        args: for it.
+        kwargs: for it.
+        changes: see `begin`.
+    """
+    with calling(**changes) as call:
+        outputs = function(*args, **kwargs)
+        if torch.is_grad_enabled():
+            remember(call, outputs)
+        return outputs

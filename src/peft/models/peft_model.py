@@ -203,7 +203,7 @@ class PeftModel(ModelWrapper):
         with adapter_per_sample(self, kwargs.pop("adapter_names", None), copies=True):
             if "prompt_encoder" in self._modules:
                 return generate_with_prompt(self.prompt_encoder, args, kwargs)
-            return self.get_base_model().generate(*args, **kwargs)
+            return self.base_model.generate(*args, **kwargs)
 
     def get_prompt(
         self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None

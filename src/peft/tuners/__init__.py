@@ -54,6 +54,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".oft.model": ["OFTModel"],
         ".p_tuning.config": ["PromptEncoderConfig", "PromptEncoderReparameterizationType"],
         ".p_tuning.model": ["PromptEncoder"],
+        ".poly.config": ["PolyConfig"],
+        ".poly.model": ["PolyModel"],
         ".prefix_tuning.config": ["PrefixTuningConfig"],
         ".prefix_tuning.model": ["PrefixEncoder"],
         ".prompt_tuning.config": ["PromptTuningConfig", "PromptTuningInit"],

@@ -431,8 +431,11 @@ class Targeting:
         for tie in ties:
             modules = {module_of(m): unwrapped(model.get_submodule(module_of(m))) for m in tie.group.members}
             useless = [name for name, module in modules.items() if not can_use_weight(module)]
-            if all(self._layer_class(module) is None for module in modules.values()):
+            adaptable = [name for name, module in modules.items() if self._layer_class(module) is not None]
+            if not adaptable:
                 useless = list(modules)
+            elif not self.tuner_layer_cls.is_mergeable:  # others follow by what the adapter makes of the weight
+                useless = [name for name in modules if name not in adaptable]
             if useless:
                 kinds = ", ".join(f"{name!r} ({type(modules[name]).__name__})" for name in useless)
                 raise UnsupportedLayerError(

@@ -28,6 +28,7 @@ class MergeableLayer(AdapterModule, ABC):
         weight_name: name of the base layer's parameter that is adapted.
         parameter_name: the same for layers that adapt a named parameter, whatever their base layer does with it.
         changes_weight: whether merging changes that parameter; False if it only replaces tensors (`merged_tensors`).
+        is_mergeable: whether there are adapters that can be merged; False where no weight stands for what they do.
         quantization_backend: what the base layer's weight is quantised by; None if it is not.
         base_layer: the wrapped layer.
     """
@@ -37,6 +38,7 @@ class MergeableLayer(AdapterModule, ABC):
     weight_name: str = "weight"
     parameter_name: str | None = None
     changes_weight: bool = True
+    is_mergeable: bool = True
     quantization_backend: QuantizationBackend | None = None
 
     _owners: dict[str, "MergeableLayer"]

@@ -22,7 +22,7 @@ from ...layers.new_tensors import check_size
 from ...layers.replacement import ReplacementLayer
 from ...layers.saved_form import SavedForm
 from ...layers.weight import WeightLayer
-from ...utils.error import PeftValueError
+from ...utils.error import PeftNotImplementedError, PeftValueError
 from .tensors import Frozen, Kept, Shape, Tensors, Trained, TrainedModule, _matrix_shape, as_rows
 
 
@@ -463,6 +463,38 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether the delta is that of a linear layer, and not one of full rank that its weight tells."""
         return is_linear(self.get_base_layer()) and not self.delta_takes_weight and not self.changes_bias
+
+
+class DeclaredTerm(DeclaredAdditive):
+    """Rule of `apply` alone: what is added to the output depends on the call or the batch, and is no weight's."""
+
+    is_mergeable = False
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Refuse: there is no weight."""
+        raise self._no_weight(adapter)
+
+    def check_mergeable(self, adapter_name: str) -> None:
+        """Refuse."""
+        raise self._no_weight(adapter_name)
+
+    def _no_weight(self, adapter: str) -> PeftNotImplementedError:
+        return PeftNotImplementedError(
+            f"what adapter {adapter!r} ({self.declared.__name__}) adds to outputs depends on the call, and cannot be "
+            "merged into a weight; keep it unmerged"
+        )
+
+    def adds_delta(self, adapter: str) -> bool:
+        """There is none."""
+        return False
+
+    def builds_delta(self, adapter: str, x: torch.Tensor) -> bool:
+        """There is none."""
+        return False
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """There is no delta."""
+        return False
 
 
 class DeclaredWeight(DeclaredLayer, WeightLayer):

@@ -27,6 +27,7 @@ from .layers import (
     DeclaredAdditive,
     DeclaredMixing,
     DeclaredReplacement,
+    DeclaredTerm,
     DeclaredWeight,
     frozen_tensor,
     setting,
@@ -147,6 +148,7 @@ RULES: dict[str, type[BaseTunerLayer]] = {
     "mix": DeclaredMixing,
     "weight": DeclaredWeight,
     "scale": DeclaredActivation,
+    "apply": DeclaredTerm,
 }
 
 
@@ -200,8 +202,9 @@ def method(
     those in `kept`, are buffers, and it is saved what is `Kept`: `(Kept if c.save_them else Frozen)(make)` lets the
     config decide. In half precision they are rounded like the base weight where they are `rounded`.
 
-    A class without `delta`, `low_rank`, `weight` and `scale` trains a copy of the layer, which stands in its one
-    trained name.
+    A class with `apply` alone adds a term to outputs that no weight stands for, since it depends on the call
+    (`layers.call_context`) or on the batch; it is never merged. One without any of these functions trains a copy of
+    the layer, which stands in its one trained name.
 
     Args:
         name: name of the method; in upper case it is the value of `peft_type`.
