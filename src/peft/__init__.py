@@ -95,6 +95,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.prefix_tuning.model": ["PrefixEncoder"],
         ".tuners.prompt_tuning.config": ["PromptTuningConfig", "PromptTuningInit"],
         ".tuners.prompt_tuning.model": ["PromptEmbedding"],
+        ".tuners.shira.config": ["ShiraConfig"],
+        ".tuners.shira.model": ["ShiraModel"],
         ".tuners.tinylora.config": ["TinyLoraConfig"],
         ".tuners.tinylora.model": ["TinyLoraModel"],
         ".tuners.unilora.config": ["UniLoraConfig"],

@@ -98,8 +98,11 @@ class Case:
         """Return the keys that the model's state dict has to have; few methods have others after loading."""
         keys = (loaded and self.facts.get("state_dict_keys_loaded")) or self.facts["state_dict_keys"]
         if isinstance(keys, list):
-            return set(keys)
-        return {keys["prefix"] + key for key in self.base.state_dict_keys} - set(keys["minus"]) | set(keys["plus"])
+            keys = set(keys)
+        else:
+            keys = {keys["prefix"] + key for key in self.base.state_dict_keys} - set(keys["minus"]) | set(keys["plus"])
+        # the release saves the places of SHiRA's numbers, but they are missing in its state dict
+        return keys | {key.replace("shira_weight", "shira_indices") for key in keys}
 
     def comparable_saved(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Leave out base embeddings that the release wrote without being asked to."""

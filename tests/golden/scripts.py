@@ -509,7 +509,8 @@ def frozen_tensors(script: Script, step: dict) -> Problems:
     found = {}
     for name, tensor in tensors.items():
         base_key = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        if base_key not in base_keys and "inv_freq" not in name:
+        # SHiRA's places are no buffers in the release
+        if base_key not in base_keys and "inv_freq" not in name and "shira_indices" not in name:
             found[name] = {
                 "shape": list(tensor.shape),
                 "dtype": str(tensor.dtype),

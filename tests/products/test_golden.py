@@ -50,7 +50,6 @@ METHODS_NOT_IMPLEMENTED = {
     "PVERA",
     "RANDLORA",
     "SHADOW",
-    "SHIRA",
     "SUPERTUNING",
     "UNILORA",
     "WAVEFT",

@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "POLY": {"r": 2, "n_skills": 2},
     "TINYLORA": {"u": 4},
     "ROAD": {"group_size": 4},
+    "SHIRA": {"r": 2},
     "TRAINABLE_TOKENS": {"token_indices": [3, 5, 7]},
     "UNILORA": {"r": 2, "theta_d_length": 16, "save_indices": True},
     "VBLORA": {"r": 2, "num_vectors": 8, "vector_length": 4},

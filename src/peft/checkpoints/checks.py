@@ -35,12 +35,17 @@ def not_finite(tensors: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
 def mistyped(
     found: Mapping[str, torch.Tensor], keys: Mapping[str, Place], live: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[str, str]]:
-    """List the tensors of which only one, that of the checkpoint or that of the model, is for real numbers."""
+    """
+    List the tensors of which only one, that of the checkpoint or that of the model, is for real numbers.
+
+    Whole numbers that a checkpoint has as real ones do no harm.
+    """
     types = {saved: (value.dtype, live[keys[saved].key].dtype) for saved, value in found.items()}
     return {
         saved: tuple(str(dtype).removeprefix("torch.") for dtype in pair)
         for saved, pair in types.items()
         if pair[0].is_floating_point != pair[1].is_floating_point
+        and not (pair[0].is_floating_point and torch.equal(found[saved], found[saved].trunc()))
     }
 
 

@@ -22,7 +22,7 @@ def check_layer_selection(
     Check the fields that choose layers by index, and turn lists of names into sets.
 
     Args:
-        config: a config with `target_modules`, `layers_to_transform` and `layers_pattern`.
+        config: a config with `target_modules`; `layers_to_transform` and `layers_pattern` if it has them.
         refused_with_pattern: fields that the method does not allow where `target_modules` is a regular expression.
         pattern_needs_indices: whether `layers_pattern`, which alone does nothing, is refused alone.
 
@@ -32,12 +32,12 @@ def check_layer_selection(
     check_targets(config)
     if isinstance(config.target_modules, str):
         for name in refused_with_pattern:
-            if getattr(config, name) is not None:
+            if getattr(config, name, None) is not None:
                 raise ValueError(
                     f"{name} has no effect where target_modules is a regular expression; choose the layers in "
                     "target_modules itself, or give target_modules as a list"
                 )
-    if pattern_needs_indices and config.layers_pattern and config.layers_to_transform is None:
+    if pattern_needs_indices and getattr(config, "layers_pattern", None) and config.layers_to_transform is None:
         raise ValueError("layers_pattern was given without layers_to_transform; give the indices of the layers too")
 
 

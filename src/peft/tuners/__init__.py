@@ -60,6 +60,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".prefix_tuning.model": ["PrefixEncoder"],
         ".prompt_tuning.config": ["PromptTuningConfig", "PromptTuningInit"],
         ".prompt_tuning.model": ["PromptEmbedding"],
+        ".shira.config": ["ShiraConfig"],
+        ".shira.model": ["ShiraModel"],
         ".tinylora.config": ["TinyLoraConfig"],
         ".tinylora.model": ["TinyLoraModel"],
         ".unilora.config": ["UniLoraConfig"],

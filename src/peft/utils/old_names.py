@@ -110,6 +110,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("peft.tuners.lora.model", "LoraModel", "helpers"),
     ("peft.tuners.oft.layer", "Conv2d Embedding Linear OFTLayer", "tuners.oft.model"),
     ("peft.tuners.oft.maths", "MultiplicativeDropoutLayer", "tuners.oft.layer"),
+    ("peft.tuners.shira.maths", "random_mask", "tuners.shira.config"),
     ("peft.tuners.vblora.config", "VBLoRAConfig", "tuners.vblora.model"),
     ("peft.tuners.vblora.layer", "Linear VBLoRALayer", "tuners.vblora.model"),
     ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING", "tuners.vblora.model"),

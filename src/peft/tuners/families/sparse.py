@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Layers of methods that change some entries of the weight."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..declared.layers import DeclaredAdditive
+from ..declared.tensors import Tensors
+
+
+def add_entries(weight: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """
+    Give a matrix with numbers added to some of its entries.
+
+    Args:
+        weight: the matrix, (out, in).
+        positions: where the entries stand in it, row after row, (k,).
+        values: what is added to them, (k,).
+
+    Returns:
+        A new matrix of the type that the first one has.
+    """
+    return weight.reshape(-1).index_add(0, positions, values.to(weight.dtype)).view(weight.shape)
+
+
+class SparseLayer(DeclaredAdditive):
+    """
+    Rule of methods that change some entries of the weight.
+
+    Their declaration has `entries(t, shape, c)`, positions and values as for `add_entries`, beside `delta`.
+
+    Multiplying by the changed weight is one product, where the weight and a delta are two.
+    """
+
+    def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the layer with the changed weight, where nothing but its weight decides what it gives."""
+        layer = self.base_layer
+        if args or kwargs or not is_plain(layer):
+            return super().adapter_forward(adapters, x, *args, **kwargs)
+        weight = layer.weight
+        for adapter in adapters:
+            source = self.source(adapter)
+            weight = add_entries(weight, *self.declared.entries(*source.arguments(adapter)))
+        result = F.linear(x, weight, layer.bias)
+        for adapter in adapters:
+            term = self.beside(adapter, x)
+            result = result if term is None else result + term.to(result.dtype)
+        return result
+
+    def arguments(self, adapter: str) -> tuple[Tensors, Any, Any]:
+        """Give what declared functions are called with."""
+        return Tensors(self, adapter), self.shape, self.settings[adapter]
+
+    def beside(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
+        """Compute what an adapter adds to the output apart from its entries."""
+        return None
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say that a few entries are nothing that a low rank approximates."""
+        return False
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """
+    Say whether a layer computes what its weight and bias tell, and nobody listens.
+
+    Args:
+        layer: any layer.
+    """
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in layer.__dict__
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+    )
