@@ -38,6 +38,7 @@ RULES = (AdditiveLayer, WeightLayer, ActivationLayer, ReplacementLayer)
 SHARED = {
     "layers/scaling.py": "LoRA, LoHa, LoKr: setting and resetting the scaling",
     "layers/trainable_tokens.py": "trained tokens, as a method and beside other ones",
+    "tuners/families/projections.py": "VeRA, PVeRA: random projections that all layers share",
     "tuners/families/lycoris.py": "LoHa, LoKr: settings, dropout, deltas that are added to the weight",
     "tuners/families/rotations.py": "OFT, BOFT, HRA: their rule, and rotations that are never built as matrices",
     "tuners/families/scales.py": "IA3: combining adapters whose factors multiply features",

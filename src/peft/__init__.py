@@ -97,6 +97,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.prompt_tuning.model": ["PromptEmbedding"],
         ".tuners.shira.config": ["ShiraConfig"],
         ".tuners.shira.model": ["ShiraModel"],
+        ".tuners.pvera.config": ["PveraConfig"],
+        ".tuners.pvera.model": ["PveraModel"],
         ".tuners.tinylora.config": ["TinyLoraConfig"],
         ".tuners.tinylora.model": ["TinyLoraModel"],
         ".tuners.unilora.config": ["UniLoraConfig"],

@@ -47,7 +47,6 @@ METHODS_NOT_IMPLEMENTED = {
     "OSF",
     "PEANUT",
     "PSOFT",
-    "PVERA",
     "RANDLORA",
     "SHADOW",
     "SUPERTUNING",

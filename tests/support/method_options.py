@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LORA": {"r": 2},
     "OFT": {"r": 0, "oft_block_size": 4},
     "POLY": {"r": 2, "n_skills": 2},
+    "PVERA": {"r": 4},
     "TINYLORA": {"u": 4},
     "ROAD": {"group_size": 4},
     "SHIRA": {"r": 2},

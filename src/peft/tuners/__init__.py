@@ -62,6 +62,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".prompt_tuning.model": ["PromptEmbedding"],
         ".shira.config": ["ShiraConfig"],
         ".shira.model": ["ShiraModel"],
+        ".pvera.config": ["PveraConfig"],
+        ".pvera.model": ["PveraModel"],
         ".tinylora.config": ["TinyLoraConfig"],
         ".tinylora.model": ["TinyLoraModel"],
         ".unilora.config": ["UniLoraConfig"],

@@ -307,6 +307,7 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
     has_views_of_owner = True
     delta_takes_weight: ClassVar[bool] = False
     changes_bias: ClassVar[bool] = False
+    apply_takes_training: ClassVar[bool] = False
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """
@@ -364,7 +365,8 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
             return apply_weight(self.get_base_layer(), x, delta)
         x = x.to(next(source.adapter_parameters(adapter)).dtype)
         x = x if drop is None else drop(x)
-        return self.declared.apply(Tensors(source, adapter), x, source.shape, source.settings[adapter])
+        training = (self.training,) if self.apply_takes_training else ()
+        return self.declared.apply(Tensors(source, adapter), x, source.shape, source.settings[adapter], *training)
 
     def _is_embedding(self) -> bool:
         return isinstance(self.get_base_layer(), nn.Embedding)

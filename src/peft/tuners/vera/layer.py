@@ -2,7 +2,6 @@
 # peft: the fork in which tied weights stay tied
 """VeRA: two trained vectors around projections that all layers share."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,8 @@ from ...utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPIN
 from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
 from ..declared.method import method
-from ..declared.tensors import Frozen, Kept, Shape, Tensors, Trained
+from ..declared.tensors import Frozen, Shape, Tensors, Trained
+from ..families.projections import corners, random_projections
 from .config import VeraConfig
 
 
@@ -41,20 +41,8 @@ class Vera:
             raise PeftValueError(f"the rank r must be a positive integer, found {c.r!r}")
 
     def shared_tensors(targets: Mapping[str, Shape], c: VeraConfig) -> dict[str, Frozen]:
-        """Tell the projections, A (r, most inputs) and B (most outputs, r); from a seed, first A and then B."""
-        outputs, inputs = (max(sizes) for sizes in zip(*targets.values(), strict=True))
-        generator = torch.Generator().manual_seed(c.projection_prng_key)
-
-        def projection(*shape: int) -> Frozen:
-            bound = math.sqrt(6 / shape[1])  # products with a vector of unit variance have variance 2
-            spec = Kept if c.save_projection else Frozen
-            return spec(
-                lambda: torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator),
-                shape,
-                rounded=True,
-            )
-
-        return {"A": projection(c.r, inputs), "B": projection(outputs, c.r)}
+        """Tell the projections, A (r, most inputs) and B (most outputs, r)."""
+        return random_projections(targets, c, c.r, c.r)
 
     def tensors(shape: Shape, c: VeraConfig) -> dict[str, Any]:
         """Tell the vectors, b (out,) and d (r,)."""
@@ -63,19 +51,13 @@ class Vera:
 
     def delta(t: Tensors, shape: Shape, c: VeraConfig) -> torch.Tensor:
         """Compute diag(b) B diag(d) A, (out, in)."""
-        a, b = _corners(t, shape)
+        a, b = corners(t, shape, t.d)
         return (t.b.unsqueeze(1) * b) @ (t.d.unsqueeze(1) * a)
 
     def apply(t: Tensors, x: torch.Tensor, shape: Shape, c: VeraConfig) -> torch.Tensor:
         """Compute b * B (d * A x)."""
-        a, b = _corners(t, shape)
+        a, b = corners(t, shape, t.d)
         return F.linear(F.linear(x, a) * t.d, b) * t.b
-
-
-def _corners(t: Tensors, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the parts of A and B that belong to a layer, (r, in) and (out, r)."""
-    like = t.d
-    return t.A[:, : shape[1]].to(like), t.B[: shape[0]].to(like)
 
 
 VeraLayer, Linear = Vera.Layer, Vera.Linear
