@@ -132,3 +132,26 @@ def test_a_tie_that_is_declared_only_stays_so_where_nothing_was_adapted() -> Non
         warnings.simplefilter("error", PeftWarning)
         get_peft_model(base, LoraConfig(target_modules=["q_proj"])).merge_and_unload()
     assert base.config.tie_word_embeddings is True
+
+
+@pytest.mark.parametrize("route", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_a_tie_that_was_kept_is_declared_although_the_flag_was_cleared_for_the_merge(route, tmp_path: Path) -> None:
+    """ms-swift clears it before it merges an adapter that has trained both members."""
+    options = {"target_modules": ["q_proj"], **route}
+    model = get_peft_model(
+        llama(tied=True), LoraConfig(**options, ensure_weight_tying=True, init_lora_weights=False)
+    ).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    expected = model(ids).logits
+    model.get_base_model().config.tie_word_embeddings = False
+    with pytest.warns(PeftWarning, match="it is True in its config now"):
+        merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert_close(type(merged).from_pretrained(tmp_path)(ids).logits, expected)
+
+
+def test_two_tensors_are_not_declared_to_be_tied() -> None:
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        assert model.merge_and_unload().config.tie_word_embeddings is False

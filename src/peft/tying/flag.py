@@ -35,6 +35,24 @@ def computes_with_flag(model: nn.Module) -> bool:
     return any(_reads_flag(cls) for cls in {type(module) for module in model.modules() if configs_that_tie(module)})
 
 
+def ties_without_flag(model: nn.Module) -> bool:
+    """
+    Say whether embedding and head are one tensor although the config says that they are two, and nothing reads that.
+
+    ms-swift, for one, clears the flag before it merges an adapter that has trained both.
+
+    Args:
+        model: the base model.
+    """
+    if getattr(getattr(model, "config", None), FLAG, None) is not False or any(map(configs_that_tie, model.modules())):
+        return False
+    if any(_reads_flag(cls) for cls in {type(module) for module in model.modules() if hasattr(module, "config")}):
+        return False
+    ends = (getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings"))
+    one, other = (getattr(end, "weight", None) for end in ends)
+    return one is not None and other is not None and identity_of(one) == identity_of(other)
+
+
 def _reads_flag(cls: type) -> bool:
     seen: set[str] = set()
     waiting = ["forward"]

@@ -11,7 +11,7 @@ from ..anatomy.matching import containing
 from ..anatomy.walking import base_modules, innermost_module
 from ..utils.same_tensor import identity_of
 from ..utils.warning import warn
-from .flag import computes_with_flag, configs_that_tie, forget_declared_ties
+from .flag import computes_with_flag, configs_that_tie, forget_declared_ties, ties_without_flag
 from .groups import TiedGroup, declared_but_untied, find_tied_groups, module_of
 
 
@@ -71,6 +71,13 @@ def settle_ties(model: nn.Module, groups: Iterable[TiedGroup], kept: Collection[
             apart.append(group)
     if apart:
         _declare_untied(model, apart)
+    elif kept and ties_without_flag(model):
+        model.config.tie_word_embeddings = True
+        warn(
+            "the merged embedding and head are one tensor, as the adapter was to keep them, but the config of the model "
+            "said tie_word_embeddings=False, with which a reader of the saved model would find only one of them; it is "
+            "True in its config now"
+        )
 
 
 def settle_declared(model: nn.Module, changed: Collection[int]) -> None:
