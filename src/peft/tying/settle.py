@@ -74,9 +74,9 @@ def settle_ties(model: nn.Module, groups: Iterable[TiedGroup], kept: Collection[
     elif kept and ties_without_flag(model):
         model.config.tie_word_embeddings = True
         warn(
-            "the merged embedding and head are one tensor, as the adapter was to keep them, but the config of the model "
-            "said tie_word_embeddings=False, with which a reader of the saved model would find only one of them; it is "
-            "True in its config now"
+            "the merged embedding and head are one tensor, as the adapter was to keep them, but the config of the "
+            "model said tie_word_embeddings=False, with which a reader of the saved model would find only one of "
+            "them; it is True in its config now"
         )
 
 
