@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""llama.cpp's converters read an adapter and a merged model; what they write holds the same numbers."""
+"""llama.cpp's converter reads adapters that consist of factors, and writes the same numbers; it refuses others."""
 
 import subprocess
 import sys
