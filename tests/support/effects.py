@@ -36,14 +36,17 @@ def add_noise(parameters: Iterable[nn.Parameter], size: float, seed: int) -> Non
             parameter.data.add_((torch.randn(parameter.shape) * size).to(parameter.dtype))
 
 
-def size_that_matters(parameters: Iterable[nn.Parameter], run: Callable[[], torch.Tensor], seed: int = 2) -> float:
+def size_that_matters(
+    parameters: Iterable[nn.Parameter], run: Callable[[], torch.Tensor], seed: int = 2, wanted: float = CHANGE
+) -> float:
     """
-    Find the size of the noise on parameters that changes what is computed by about `CHANGE`.
+    Find the size of the noise on parameters that changes what is computed by about as much as is wanted.
 
     Args:
         parameters: those of an adapter; they are left as they were.
         run: computes with them.
         seed: of the noise.
+        wanted: change of what is computed, relative to it.
     """
     parameters = list(parameters)
     starts = [parameter.detach().clone() for parameter in parameters]
@@ -64,16 +67,18 @@ def size_that_matters(parameters: Iterable[nn.Parameter], run: Callable[[], torc
     low, size, high = 0.0, CHANGE, float("inf")
     for _ in range(24):
         found = change(size)
-        if CHANGE / 1.5 <= found <= CHANGE * 1.5:
+        if wanted / 1.5 <= found <= wanted * 1.5:
             break
-        low, high = (size, high) if found < CHANGE else (low, size)
+        low, high = (size, high) if found < wanted else (low, size)
         size = 2 * size if high == float("inf") else size / 2 if low == 0.0 else (low * high) ** 0.5
     else:
-        raise AssertionError(f"noise of size {size:.2g} changes what is computed by {found:.2g}, not by {CHANGE}")
+        raise AssertionError(f"noise of size {size:.2g} changes what is computed by {found:.2g}, not by {wanted}")
     return size
 
 
-def move(parameters: Iterable[nn.Parameter], run: Callable[[], torch.Tensor], seed: int = 2) -> None:
-    """Move parameters so far that what is computed with them changes by about `CHANGE`."""
+def move(
+    parameters: Iterable[nn.Parameter], run: Callable[[], torch.Tensor], seed: int = 2, wanted: float = CHANGE
+) -> None:
+    """Move parameters so far that what is computed with them changes by about as much as is wanted."""
     parameters = list(parameters)
-    add_noise(parameters, size_that_matters(parameters, run, seed), seed)
+    add_noise(parameters, size_that_matters(parameters, run, seed, wanted), seed)

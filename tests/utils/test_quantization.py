@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.effects import move
 from support.helpers import assert_close, assert_equal, differs, llama, logits, token_ids, trainable, warned
 from support.helpers import refused as refused_by_package
 from support.method_options import OPTIONS, linear_methods
@@ -42,6 +43,7 @@ from peft.utils import get_quantization_config, get_quantization_kwargs, resolve
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from peft.utils.quantization_utils import (
     ForwardOnlyQuantizationBackend,
+    QuantizedWeightError,
     TorchaoBackend,
     is_gptqmodel_awq_layer,
     is_gptqmodel_quant_linear,
@@ -197,14 +199,18 @@ def adapter(method: str = "LORA", **changes: Any) -> Any:
     return PEFT_TYPE_TO_CONFIG_MAPPING[method](**options)
 
 
-def adapted(model: nn.Module, config: Any) -> nn.Module:
-    """Put an adapter in, with an effect that is large against the rounding of 4 bits."""
+def adapted(model: nn.Module, config: Any, wanted: float | None = None) -> nn.Module:
+    """Put an adapter in, with an effect, of a size that is wanted or of any."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="AdaLoRA")
         peft_model = get_peft_model(model, config).eval()
-    with torch.no_grad():
-        for parameter in (parameter for parameter in peft_model.parameters() if parameter.requires_grad):
-            nn.init.normal_(parameter, mean=0.1, std=0.3)
+    parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    if wanted is not None:
+        move(parameters, lambda: logits(peft_model, IDS), wanted=wanted)
+    else:
+        with torch.no_grad():
+            for parameter in parameters:
+                nn.init.normal_(parameter, mean=0.1, std=0.3)
     return peft_model
 
 
@@ -234,7 +240,10 @@ IDS = token_ids()
 def check_contract(model: nn.Module, config: Any, fresh: Callable[[], nn.Module], folder: Any) -> None:
     """Adapt, train, switch, copy, save, load."""
     base = logits(model, IDS)
-    peft_model = adapted(model, config)
+    if refuses_to_be_read(model, config):
+        return
+    # large against the rounding of 4 bits; reflections change little, however far they are moved
+    peft_model = adapted(model, config, wanted=None if config.peft_type == "HRA" else 0.3)
     assert {p.dtype for p in peft_model.parameters() if p.requires_grad} == {torch.float32}
     expected = logits(peft_model, IDS)
     assert differs(expected, base)
@@ -249,8 +258,24 @@ def check_contract(model: nn.Module, config: Any, fresh: Callable[[], nn.Module]
 
     assert_equal(logits(copy.deepcopy(peft_model), IDS), expected)
     peft_model.save_pretrained(folder)
-    assert_close(logits(PeftModel.from_pretrained(fresh(), folder).eval(), IDS), expected)
+    again = logits(PeftModel.from_pretrained(fresh(), folder).eval(), IDS)
+    # bitsandbytes rounds the weight anew when a layer is first called, which methods see that read it
+    reads = getattr(config, "use_dora", False) or getattr(layers_of(peft_model)[0], "delta_takes_weight", False)
+    assert_close(again, expected, atol=2e-3 if reads else 1e-5)
     check_merging(peft_model, base, expected)
+
+
+def refuses_to_be_read(model: nn.Module, config: Any) -> bool:
+    """Say whether the method needs a dense weight that the backend cannot give, so that it is refused."""
+    before = (repr(model), trainable(model))
+    try:
+        get_peft_model(copy.deepcopy(model), config)
+    except QuantizedWeightError:
+        with pytest.raises(QuantizedWeightError, match="dense"):
+            get_peft_model(model, config)
+        assert before == (repr(model), trainable(model))
+        return True
+    return False
 
 
 def check_merging(peft_model: nn.Module, base: torch.Tensor, expected: torch.Tensor) -> None:
@@ -259,6 +284,10 @@ def check_merging(peft_model: nn.Module, base: torch.Tensor, expected: torch.Ten
     backend = layers[0].quantization_backend
     classes = [type(layer.get_base_layer()) for layer in layers]
     was_tied = len(find_tied_groups(peft_model))
+    if any(getattr(layer, "changes_bias", False) for layer in layers):  # the models' layers have none
+        with refused(peft_model, ValueError, "no bias to merge it into"):
+            peft_model.merge_adapter()
+        return
     if isinstance(backend, ForwardOnlyQuantizationBackend):
         for merge in (peft_model.merge_adapter, peft_model.merge_and_unload):
             with refused(peft_model, (NotImplementedError, TypeError), backend.name, "keep the adapter unmerged"):

@@ -23,6 +23,7 @@ from ...layers.replacement import ReplacementLayer
 from ...layers.saved_form import SavedForm
 from ...layers.weight import WeightLayer
 from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...utils.quantization_utils import ForwardOnlyQuantizationBackend
 from .tensors import Frozen, Kept, Shape, Tensors, Trained, TrainedModule, _matrix_shape, as_rows
 
 
@@ -308,6 +309,13 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
     delta_takes_weight: ClassVar[bool] = False
     changes_bias: ClassVar[bool] = False
     apply_takes_training: ClassVar[bool] = False
+
+    def make_adapter(self, adapter_name: str, config: PeftConfig, names: Sequence[str] = (), **values: Any) -> None:
+        """Make an adapter's tensors, if what its delta is computed from can be read; see `DeclaredLayer`."""
+        backend = self.quantization_backend
+        if self.delta_takes_weight and isinstance(backend, ForwardOnlyQuantizationBackend):
+            backend.get_base_weight(self.get_base_layer())  # refuses
+        super().make_adapter(adapter_name, config, names, **values)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """

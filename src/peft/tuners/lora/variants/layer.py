@@ -94,8 +94,9 @@ class VariantLayer(LowRankLayer):
 
     def prepare_merge(self, adapter: str) -> None:
         """Let a variant compute what it needs the unchanged weight for; see `BaseTunerLayer.prepare_merge`."""
-        if adapter in self.variants:
-            self.variants[adapter].prepare_merge(self, adapter)
+        source = self.source(adapter)  # whose tensors are merged, into the weight that all members of a tie share
+        if adapter in source.variants:
+            source.variants[adapter].prepare_merge(source, adapter)
 
     def merge_weight_(self, adapter: str, weight: torch.Tensor) -> None:
         """Add the delta, or what a variant has in its place."""
