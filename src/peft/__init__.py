@@ -63,6 +63,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.hira.model": ["HiraModel"],
         ".tuners.hra.config": ["HRAConfig"],
         ".tuners.hra.model": ["HRAModel"],
+        ".tuners.lily.config": ["LilyConfig"],
+        ".tuners.lily.model": ["LilyModel"],
         ".tuners.loha.config": ["LoHaConfig"],
         ".tuners.loha.model": ["LoHaModel"],
         ".tuners.lokr.config": ["LoKrConfig"],

@@ -42,7 +42,6 @@ METHODS_NOT_IMPLEMENTED = {
     "DEFT",
     "FROD",
     "GLORA",
-    "LILY",
     "MISS",
     "OSF",
     "PEANUT",

@@ -18,6 +18,7 @@ LIMIT = 60
 EXCEPTIONS = {
     "LORA": (2050, "seven kinds of layers, parameters as targets, registered starts and variants, and combinations"),
     "ADALORA": (350, "it hands out ranks while training, which no other method does"),
+    "LILY": (75, "layers of a group share their factors"),
     "POLY": (115, "a router, and tasks that callers give to layers, models and `generate`"),
     "MULTITASK_PROMPT_TUNING": (80, "prompts of several tasks"),
 }

@@ -21,6 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "HIRA": {"r": 2},
     "HRA": {"r": 2},
     "IA3": {"feedforward_modules": []},
+    "LILY": {"r": 2},
     "LOHA": {"r": 2},
     "LOKR": {"r": 2},
     "LORA": {"r": 2},

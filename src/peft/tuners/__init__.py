@@ -26,6 +26,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".hira.model": ["HiraModel"],
         ".hra.config": ["HRAConfig"],
         ".hra.model": ["HRAModel"],
+        ".lily.config": ["LilyConfig"],
+        ".lily.model": ["LilyModel"],
         ".loha.config": ["LoHaConfig"],
         ".loha.model": ["LoHaModel"],
         ".lokr.config": ["LoKrConfig"],

@@ -39,9 +39,8 @@ class PolyRouter(Router):
         >>> from peft import PolyConfig
         >>> from peft.tuners.poly.router import PolyRouter
         >>> router = PolyRouter(PolyConfig(n_tasks=3, n_skills=2)).eval()
-        >>> router(torch.tensor([2, 0])).sum(-1)
-        tensor([[1.],
-                [1.]], grad_fn=<SumBackward1>)
+        >>> router(torch.tensor([2, 0])).shape
+        torch.Size([2, 1, 2])
     """
 
     def __init__(self, config: PolyConfig, device: torch.device | str | None = None) -> None:
