@@ -255,9 +255,10 @@ class BaseTunerLayer(MergeableLayer):
             if adapter_name not in container:
                 continue
             value = container[adapter_name]
-            is_module = isinstance(value, nn.Module)
-            holder, names = (value, list(value._parameters)) if is_module else (container, [adapter_name])
-            for name in names:
+            holders = value.modules() if isinstance(value, nn.Module) else [container]
+            for holder, name in [
+                (h, name) for h in holders for name in ([adapter_name] if h is container else h._parameters)
+            ]:
                 tensor = holder._parameters.get(name)
                 if tensor is not None and not tensor.is_meta:
                     loaded.append((tensor, tensor.detach().clone()))

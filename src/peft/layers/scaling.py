@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """The number that an adapter's part is multiplied by, for methods that have one."""
 
+from ..utils.warning import warn
 from .merging.changes import changes_adapter, taken_out
 
 
@@ -53,3 +54,37 @@ class Scaled:
                 configured = self._configured_scaling(adapter)
                 with taken_out([self], adapter):
                     self.scaling[adapter] = configured if scale is None else self.scaling[adapter] / scale
+
+
+class Unscaled:
+    """To be mixed into layers whose adapters have no such number; callers of the released package may set it."""
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """
+        Warn: there is no scale.
+
+        Args:
+            adapter: name; a layer that does not have it is silent.
+            scale: 1 is silent too.
+        """
+        if self.has_adapter(adapter):
+            self.scale_layer(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """
+        Warn: there is no scale.
+
+        Args:
+            scale: 1 is silent.
+        """
+        if scale != 1:
+            warn(f"{type(self).__name__} has no scale; it stays as it is")
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """
+        Warn: there is no scale.
+
+        Args:
+            scale: 1 is silent.
+        """
+        self.scale_layer(0.0 if scale is None else scale)

@@ -179,15 +179,23 @@ class DeclaredLayer(BaseTunerLayer):
             if isinstance(spec, Trained):
                 container[adapter_name] = self.new_parameter(*spec.shape)
             elif isinstance(spec, TrainedModule):
-                module = container[adapter_name] = spec.make()
-                for key, parameter in module._parameters.items():
-                    if parameter is not None:
-                        module._parameters[key] = self.new_parameter(*parameter.shape)
+                container[adapter_name] = self._placed(spec.make())
             elif container is not None:
                 container.put(adapter_name, self._made(spec), isinstance(spec, Kept))
         for name in getattr(self.declared, "frozen", ()):
             if name not in getattr(self.declared, "shared", ()):
                 self.frozen(adapter_name, name)
+
+    def _placed(self, module: nn.Module) -> nn.Module:
+        """Bring the tensors of a module to where, and trained ones to the type, that the base weight calls for."""
+        device = computing_device(self.get_base_layer(), self.stored_weight())
+        for part in module.modules():
+            for key, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[key] = self.new_parameter(*parameter.shape)
+            for key, buffer in part._buffers.items():
+                part._buffers[key] = buffer.to(device)
+        return module
 
     def _made(self, spec: Frozen) -> torch.Tensor:
         """Make a tensor that is not trained, where and in the type that the base weight calls for."""
@@ -236,7 +244,8 @@ class DeclaredLayer(BaseTunerLayer):
         if not hasattr(self.declared, "saved_forms"):
             return {}
         forms = self.declared.saved_forms(self.source(adapter_name).settings[adapter_name])
-        return {self.tensor_names[name]: form for name, form in forms.items()}
+        parts = {name: name.partition(".") for name in forms}  # "A.weight" is a tensor in the module A
+        return {"".join((self.tensor_names[parts[name][0]], *parts[name][1:])): form for name, form in forms.items()}
 
     def reset_adapter(self, adapter_name: str, config: PeftConfig) -> None:
         """Give the trained tensors the values that they start with."""
@@ -308,7 +317,7 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
     has_views_of_owner = True
     delta_takes_weight: ClassVar[bool] = False
     changes_bias: ClassVar[bool] = False
-    apply_takes_training: ClassVar[bool] = False
+    apply_takes: ClassVar[frozenset[str]] = frozenset()  # what more than usual `apply` is given
 
     def make_adapter(self, adapter_name: str, config: PeftConfig, names: Sequence[str] = (), **values: Any) -> None:
         """Make an adapter's tensors, if what its delta is computed from can be read; see `DeclaredLayer`."""
@@ -327,54 +336,74 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
         weight = (self.rows_before_merge(),) if self.delta_takes_weight else ()
         return self.from_rows(self.declared.delta(Tensors(self, adapter), self.shape, self.settings[adapter], *weight))
 
-    def builds_delta(self, adapter: str, x: torch.Tensor) -> bool:
+    def builds_delta(self, adapter: str, x: torch.Tensor, outputs: torch.Tensor | None = None) -> bool:
         """
         Say whether the forward pass has to build the delta.
 
         Args:
             adapter: name.
             x: the layer's input.
+            outputs: what the weight makes of it, where that is known.
         """
         declared, source = self.declared, self.source(adapter)
         # functions know the weight as the owner has it, which another kind of layer may have transposed
         return (
             not hasattr(declared, "apply")
+            or ("y" in self.apply_takes and outputs is None)
             or not is_linear(self.get_base_layer())
             or (source is not self and not is_linear(source.get_base_layer()))
         )
 
-    def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Add the adapters' terms to the base layer's output, from which some of them follow."""
+        if "y" not in self.apply_takes or not self._gives_what_weight_does(adapters):
+            return super().adapter_forward(adapters, x, *args, **kwargs)
+        result, bias = self.base_layer(x, *args, **kwargs), tensor_of(self.get_base_layer(), "bias")
+        dtype, outputs = result.dtype, result if bias is None else result - bias
+        for adapter in adapters:
+            result = result + self.delta_forward(adapter, x, outputs)
+        return result.to(dtype)
+
+    def _gives_what_weight_does(self, adapters: Sequence[str]) -> bool:
+        """Say whether what is inside gives what the weight without any adapter does, for the owners' outputs."""
+        is_plain = self.base_layer is self.get_base_layer() and not self._merge_state.contributions
+        return is_plain and is_linear(self.base_layer) and all(map(self.has_outputs_of_owner, adapters))
+
+    def delta_forward(self, adapter: str, x: torch.Tensor, outputs: torch.Tensor | None = None) -> torch.Tensor:
         """
         Compute what an adapter adds to the output, by way of the delta only where there is no other.
 
         Args:
             adapter: name.
             x: the layer's input.
+            outputs: what the weight makes of it, where that is known.
         """
         if not self.changes_bias:
-            return self._weight_term(adapter, x)
+            return self._weight_term(adapter, x, outputs)
         bias = self.bias_delta(adapter)
         if not self.changes_weight:
             return x.new_zeros(()) if bias is None else bias
-        term = self._weight_term(adapter, x)
+        term = self._weight_term(adapter, x, outputs)
         return term if bias is None else term + bias
 
-    def _weight_term(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    def _weight_term(self, adapter: str, x: torch.Tensor, outputs: torch.Tensor | None) -> torch.Tensor:
         source = self.source(adapter)
         drop = None if self.dropout_field is None else source._modules[self.dropout_field]._modules[adapter]
         if drop is not None and not drop.training:
             drop = None
         if hasattr(self.declared, "low_rank") and self._is_embedding() and source._is_embedding():
             return self._look_up(source, adapter, x, drop)
-        if self.builds_delta(adapter, x):
+        if self.builds_delta(adapter, x, outputs):
             delta = source.get_delta_weight(adapter)
             if x.is_floating_point():
                 x = x.to(delta.dtype) if drop is None else drop(x.to(delta.dtype))
             return apply_weight(self.get_base_layer(), x, delta)
-        x = x.to(next(source.adapter_parameters(adapter)).dtype)
+        x = x.to(next(source.adapter_parameters(adapter), x).dtype)
+        more = {"training": self.training} if "training" in self.apply_takes else {}
+        if "y" in self.apply_takes:
+            more["y"] = outputs.to(x.dtype)
         x = x if drop is None else drop(x)
-        training = (self.training,) if self.apply_takes_training else ()
-        return self.declared.apply(Tensors(source, adapter), x, source.shape, source.settings[adapter], *training)
+        return self.declared.apply(Tensors(source, adapter), x, source.shape, source.settings[adapter], **more)
 
     def _is_embedding(self) -> bool:
         return isinstance(self.get_base_layer(), nn.Embedding)
@@ -391,6 +420,10 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
     def adds_delta(self, adapter: str) -> bool:
         """Say whether the delta is the same whatever else is done to the weight."""
         return not self.delta_takes_weight
+
+    def commutes_with(self, adapter: str, other: BaseTunerLayer, other_adapter: str) -> bool:
+        """Adapters of one layer see the weight without any of them, so they add up whatever they see."""
+        return other is self or super().commutes_with(adapter, other, other_adapter)
 
     def bias_delta(self, adapter: str) -> torch.Tensor | None:
         """

@@ -183,7 +183,8 @@ def method(
         mix(t, y, c)                    M W and M b: y (..., out) -> M y; with `unmix(t, y, c)` and `can_unmix(t, c)`
         scale(t, shape, c)              factors of the outputs, or of the inputs where `of_input(c)` says so
         apply(t, x, shape, c)           optional: what the delta adds to the output of a linear layer, without it;
-                                        `apply(t, x, shape, c, training)` is told whether the layer is in training
+                                        `apply(..., training)` is told whether the layer is in training, and
+                                        `apply(..., y)` what the weight makes of x
         values(c, names, shape)         optional: more values for a target of these names, put into `c`
         values_of_all(targets, c)       optional: name of a target -> such values that depend on all targets
         shared_tensors(targets, c)      tensors that layers share, in the order in which they are made
@@ -338,4 +339,4 @@ def _declare_tensors(layer: type[BaseTunerLayer], declared: type, attributes: di
     if hasattr(declared, "delta"):
         layer.delta_takes_weight = "w" in inspect.signature(declared.delta).parameters
     if hasattr(declared, "apply"):
-        layer.apply_takes_training = "training" in inspect.signature(declared.apply).parameters
+        layer.apply_takes = frozenset(inspect.signature(declared.apply).parameters) & {"training", "y"}

@@ -12,8 +12,8 @@ from torch import nn
 from ...anatomy.kinds import stores_weight_transposed
 from ...anatomy.offload import tensor_of
 from ...config import PeftConfig
+from ...layers.scaling import Unscaled
 from ...utils.error import PeftNotImplementedError, PeftValueError
-from ...utils.warning import warn
 from ..declared.layers import DeclaredWeight
 
 
@@ -91,7 +91,7 @@ def check_start(config: PeftConfig) -> None:
         raise PeftValueError(f"init_weights must be True or False, found {config.init_weights!r}")
 
 
-class RotationLayer(DeclaredWeight):
+class RotationLayer(Unscaled, DeclaredWeight):  # a rotation by half the angle is another method
     """
     Rule for methods that rotate the input of a layer: f(W) x = W g(x), where g multiplies rows of inputs by a matrix.
 
@@ -192,41 +192,6 @@ class RotationLayer(DeclaredWeight):
         if stores_weight_transposed(self.get_base_layer()):
             return rotation(weight.T).T
         return rotation(weight.flatten(1)).view_as(weight)
-
-    # A rotation by half the angle is another method; these stand here for callers of the released package.
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """
-        Warn: rotations have no scale.
-
-        Args:
-            adapter: name; a layer that does not have it is silent.
-            scale: 1 is silent too.
-        """
-        if self.has_adapter(adapter) and scale != 1:
-            self._refuse_scale()
-
-    def scale_layer(self, scale: float) -> None:
-        """
-        Warn: rotations have no scale.
-
-        Args:
-            scale: 1 is silent.
-        """
-        if scale != 1:
-            self._refuse_scale()
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """
-        Warn: rotations have no scale.
-
-        Args:
-            scale: 1 is silent.
-        """
-        if scale != 1:
-            self._refuse_scale()
-
-    def _refuse_scale(self) -> None:
-        warn(f"{type(self).__name__} rotates and has no scale; it stays as it is")
 
 
 class ScaledRotationLayer(RotationLayer):
