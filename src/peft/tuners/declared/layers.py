@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """Layers that are made from declarations: a class for each rule."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,47 +27,6 @@ from ...utils.quantization_utils import ForwardOnlyQuantizationBackend
 from .tensors import Frozen, Kept, Shape, Tensors, Trained, TrainedModule, _matrix_shape, as_rows
 
 
-class SettingsView(MutableMapping):
-    """
-    One value of the settings of all adapters of a layer, by adapter name.
-
-    Args:
-        layer: the layer.
-        field: name of the value.
-    """
-
-    def __init__(self, layer: "DeclaredLayer", field: str) -> None:
-        self._settings, self._field = layer.settings, field
-
-    def __getitem__(self, adapter: str) -> Any:
-        return getattr(self._settings[adapter], self._field)
-
-    def __setitem__(self, adapter: str, value: Any) -> None:
-        setattr(self._settings[adapter], self._field, value)
-
-    def __delitem__(self, adapter: str) -> None:
-        del self._settings[adapter]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._settings)
-
-    def __len__(self) -> int:
-        return len(self._settings)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-
-def setting(field: str) -> property:
-    """
-    Give an attribute of layers that shows one value of their settings by adapter name.
-
-    Args:
-        field: name of the value.
-    """
-    return property(lambda layer: SettingsView(layer, field))
-
-
 def with_values(config: PeftConfig, values: Mapping[str, Any]) -> PeftConfig:
     """
     Give a copy of a config with other values; it is not checked anew.
@@ -79,44 +38,6 @@ def with_values(config: PeftConfig, values: Mapping[str, Any]) -> PeftConfig:
     copied = object.__new__(type(config))
     copied.__dict__.update(config.__dict__, **values)
     return copied
-
-
-class FrozenView(Mapping):
-    """
-    One tensor that configs tell, of all adapters of a layer that have it, by adapter name.
-
-    Args:
-        layer: the layer.
-        name: name of the tensor in the functions.
-    """
-
-    def __init__(self, layer: "DeclaredLayer", name: str) -> None:
-        self._layer, self._name = layer, name
-
-    def __getitem__(self, adapter: str) -> torch.Tensor:
-        tensor = self._layer.frozen(adapter, self._name) if adapter in self._layer.settings else None
-        if tensor is None:
-            raise KeyError(adapter)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return (adapter for adapter in self._layer.settings if adapter in self)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-
-def frozen_tensor(name: str) -> property:
-    """
-    Give an attribute of layers that shows a tensor that configs tell by adapter name.
-
-    Args:
-        name: name of the tensor in the functions.
-    """
-    return property(lambda layer: FrozenView(layer, name))
 
 
 class DeclaredLayer(BaseTunerLayer):

@@ -29,11 +29,10 @@ from .layers import (
     DeclaredReplacement,
     DeclaredTerm,
     DeclaredWeight,
-    frozen_tensor,
-    setting,
 )
 from .shared import SharedPlace
 from .tensors import Shape, Tensors, shape_of
+from .views import frozen_tensor, setting
 
 
 OWN_METHODS = f"{__package__.rpartition('.')[0]}."
