@@ -107,6 +107,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.shira.model": ["ShiraModel"],
         ".tuners.pvera.config": ["PveraConfig"],
         ".tuners.pvera.model": ["PveraModel"],
+        ".tuners.supertuning.config": ["SupertuningConfig"],
+        ".tuners.supertuning.model": ["SupertuningModel"],
         ".tuners.tinylora.config": ["TinyLoraConfig"],
         ".tuners.tinylora.model": ["TinyLoraModel"],
         ".tuners.unilora.config": ["UniLoraConfig"],

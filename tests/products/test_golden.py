@@ -49,7 +49,6 @@ METHODS_NOT_IMPLEMENTED = {
     "PSOFT",
     "RANDLORA",
     "SHADOW",
-    "SUPERTUNING",
     "UNILORA",
     "WAVEFT",
 }

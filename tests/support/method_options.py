@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "TINYLORA": {"u": 4},
     "ROAD": {"group_size": 4},
     "SHIRA": {"r": 2},
+    "SUPERTUNING": {"sparsity": 0.9, "r": 2},
     "TRAINABLE_TOKENS": {"token_indices": [3, 5, 7]},
     "UNILORA": {"r": 2, "theta_d_length": 16, "save_indices": True},
     "VBLORA": {"r": 2, "num_vectors": 8, "vector_length": 4},

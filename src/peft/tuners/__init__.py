@@ -72,6 +72,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".shira.model": ["ShiraModel"],
         ".pvera.config": ["PveraConfig"],
         ".pvera.model": ["PveraModel"],
+        ".supertuning.config": ["SupertuningConfig"],
+        ".supertuning.model": ["SupertuningModel"],
         ".tinylora.config": ["TinyLoraConfig"],
         ".tinylora.model": ["TinyLoraModel"],
         ".unilora.config": ["UniLoraConfig"],

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...anatomy.kinds import is_linear
 from ..declared.layers import DeclaredAdditive
 from ..declared.tensors import Tensors
 
@@ -50,6 +51,27 @@ class SparseLayer(DeclaredAdditive):
             term = self.beside(adapter, x)
             result = result if term is None else result + term.to(result.dtype)
         return result
+
+    def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """Compute what an adapter adds to the output."""
+        if not is_linear(self.get_base_layer()):
+            return super().delta_forward(adapter, x)
+        tensors, shape, c = self.source(adapter).arguments(adapter)
+        positions, values = self.declared.entries(tensors, shape, c)
+        delta, term = add_entries(values.new_zeros(shape), positions, values), self.beside(adapter, x)
+        y = F.linear(x.to(delta.dtype), delta)
+        return y if term is None else y + term
+
+    def add_delta_(self, adapter: str, weight: torch.Tensor, sign: float) -> None:
+        """Add the entries alone, unless the adapter adds something beside them."""
+        tensors, shape, c = self.arguments(adapter)
+        others = (getattr(tensors, name) for name in getattr(self.declared, "modules", ()))
+        if weight.is_contiguous() and all(other is None for other in others):
+            positions, values = self.declared.entries(tensors, shape, c)
+            values = values.to(weight.device, weight.dtype)
+            weight.view(-1).index_add_(0, positions.to(weight.device), values, alpha=sign)
+        else:
+            super().add_delta_(adapter, weight, sign)
 
     def arguments(self, adapter: str) -> tuple[Tensors, Any, Any]:
         """Give what declared functions are called with."""
