@@ -39,6 +39,8 @@ METHODS_NOT_IMPLEMENTED = {
     "ADAPTION_PROMPT",
     "CARTRIDGE",
     "CPT",
+    "BEFT",
+    "DEFT",
     "FROD",
     "GLORA",
     "LILY",

@@ -46,6 +46,7 @@ from transformers import (
 )
 
 from peft import (
+    CartridgeConfig,
     LoraConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
@@ -83,6 +84,7 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "projection": lambda **kw: PrefixTuningConfig(
         num_virtual_tokens=TOKENS, prefix_projection=True, encoder_hidden_size=8, **kw
     ),
+    "cartridge": lambda **kw: CartridgeConfig(num_virtual_tokens=TOKENS, **kw),
     "multitask": lambda **kw: MultitaskPromptTuningConfig(
         num_virtual_tokens=TOKENS, **{"num_tasks": 2, "num_ranks": 2, **kw}
     ),
@@ -484,7 +486,10 @@ def test_gradients_reach_the_prompt_alone(method: str) -> None:
     model.train()
     model(input_ids=IDS, labels=IDS, **extra(method)).loss.backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    own = {name for name, _ in model.named_parameters() if name.startswith("prompt_encoder.default.")}
+    prompt = model.prompt_encoder["default"]
+    own = {
+        f"prompt_encoder.default.{name}" for name, _ in prompt.named_parameters() if name not in prompt.frozen_names
+    }
     assert with_gradient == own == trainable(model)
     assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in own)
 

@@ -41,6 +41,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "VERA": {"r": 4},
     "WAVEFT": {"n_frequency": 24},
 }
+# fields without which a config cannot be made
+REQUIRED: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10},
+    "CARTRIDGE": {"num_virtual_tokens": 2},
+    "CPT": {"task_type": "CAUSAL_LM"},
+}
 # what a second adapter of the same model needs to be otherwise
 SECOND: dict[str, dict[str, Any]] = {
     "ADALORA": {"inference_mode": True},

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from support.method_options import REQUIRED
 
 from peft import (
-    AdaLoraConfig,
     AutoPeftModelForCausalLM,
     LoraConfig,
     PeftConfig,
@@ -73,7 +73,8 @@ CONFIGS = [*PEFT_TYPE_TO_CONFIG_MAPPING.values(), PromptLearningConfig, _OfSomeb
 
 def values_for(config_cls: type) -> dict[str, Any]:
     """Give what a config cannot be built without."""
-    return {"total_step": 10} if config_cls is AdaLoraConfig else {}
+    required = {PEFT_TYPE_TO_CONFIG_MAPPING[method]: fields for method, fields in REQUIRED.items()}
+    return required.get(config_cls, {})
 
 
 @pytest.mark.parametrize("config_cls", CONFIGS)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..anatomy.embeddings import input_embedding, output_embedding, without_adapters_around
 from ..anatomy.walking import adapter_modules, base_parameters, is_adapter_layer, walk
-from ..layers.saved_form import SavedForm
+from ..layers.saved_form import JoinedForm, SavedForm
 from ..utils.wrapped_names import plain_name
 
 
@@ -53,7 +53,7 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:
     keys = {}
     for _, module in modules:
         prefix = prefixes[id(module)]
-        saved_prefix = "" if getattr(module, "_keys_at_top", False) else saved_prefixes[id(module)]
+        saved_prefix = saved_prefixes[id(module)]
         keys.update((saved_prefix + saved, Place(prefix + live)) for saved, live in _plain_keys(module, adapter_name))
     tuner = base_name.removesuffix("model.")
     for _, module in modules:
@@ -121,7 +121,7 @@ def _saved_prefixes(modules: Sequence[tuple[str, nn.Module]]) -> dict[int, str]:
         while key == "base_layer" and _adapts_whole_module(by_name.get(outer)) and _adapts_whole_module(module):
             name = outer
             outer, _, key = name.rpartition(".")
-        prefixes[id(module)] = f"{name}." if name else ""
+        prefixes[id(module)] = f"{name}." if name and not getattr(module, "_keys_at_top", False) else ""
     return prefixes
 
 
@@ -140,6 +140,16 @@ def _saved_forms(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Sav
                 yield prefix + key, form
 
 
+def _joined_forms(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, list[str], JoinedForm]]:
+    """Yield the key in a checkpoint, the keys of what it stands for, and the form, of the tensors that are joined."""
+    modules = list(adapter_modules(model))
+    prefixes = _saved_prefixes(modules)
+    for _, module in modules:
+        prefix = prefixes[id(module)]
+        for key, form in module.joined_forms(adapter_name).items():
+            yield prefix + key, [prefix + name for name in form.names], form
+
+
 def write_forms(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     Put tensors into the form in which the adapter's config wants them saved.
@@ -154,6 +164,9 @@ def write_forms(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch
         if form.is_used and key in written:
             parts = form.write(written.pop(key))
             written.update((key + ending, part) for ending, part in zip(form.endings, parts, strict=True))
+    for key, names, form in _joined_forms(model, adapter_name):
+        if all(name in written for name in names):
+            written[key] = form.join(*(written.pop(name) for name in names))
     return written
 
 
@@ -170,6 +183,9 @@ def read_forms(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.
     for key, form in _saved_forms(model, adapter_name):
         if all(key + ending in read for ending in form.endings):
             read[key] = form.read(*(read.pop(key + ending) for ending in form.endings))
+    for key, names, form in _joined_forms(model, adapter_name):
+        if key in read:
+            read.update(zip(names, form.split(read.pop(key)), strict=True))
     return read
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from .borrowing import Borrowed
 from .containers import keys_in, parameters_in
-from .saved_form import SavedForm
+from .saved_form import JoinedForm, SavedForm
 
 
 class AdapterModule:
@@ -254,6 +254,18 @@ class AdapterModule:
 
         Returns:
             Key, as `adapter_keys` or `adapter_aliases` yield it first -> form.
+        """
+        return {}
+
+    def joined_forms(self, adapter_name: str) -> Mapping[str, JoinedForm]:
+        """
+        Say which tensors of a checkpoint stand for several ones of the model.
+
+        Args:
+            adapter_name: name of an adapter that this module has.
+
+        Returns:
+            Key in a checkpoint -> form, whose names are keys as `adapter_keys` yields them first.
         """
         return {}
 

@@ -24,3 +24,24 @@ class SavedForm(Protocol):
 
     def read(self, *tensors: torch.Tensor) -> torch.Tensor:
         """Turn the tensors of a checkpoint into the model's."""
+
+
+class JoinedForm(Protocol):
+    """
+    How several tensors are written to a checkpoint as one, and read back from it.
+
+    Attributes:
+        names: keys that the tensors would have in a checkpoint if each stood there by itself.
+    """
+
+    names: tuple[str, ...]
+
+    def join(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Turn the model's tensors, in the order of `names`, into that of the checkpoint."""
+
+    def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        Turn the tensor of a checkpoint into the model's, in the order of `names`.
+
+        One of another shape than `join` gives is no error here: what comes of it does not fit, and is reported.
+        """

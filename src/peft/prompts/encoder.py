@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.saved_form import JoinedForm
+
 
 class BasePromptEncoder(nn.Module):
     """
@@ -22,6 +24,9 @@ class BasePromptEncoder(nn.Module):
         fills_cache: the prompt is keys and values for each layer, not embeddings.
         prompts_decoder: with encoder-decoder models, the decoder gets the second half of the prompt.
         needs_task_ids: the prompt depends on the task of each sample.
+        frozen_names: parameters that are never trained.
+        has_loss: the method has a loss of its own, which `add_loss` computes in the place of the base model's.
+        loss_inputs: inputs that this loss takes, which the base model does not know.
     """
 
     network_names: tuple[str, ...] = ()
@@ -29,6 +34,9 @@ class BasePromptEncoder(nn.Module):
     fills_cache: bool = False
     prompts_decoder: bool = False
     needs_task_ids: bool = False
+    frozen_names: tuple[str, ...] = ()
+    has_loss: bool = False
+    loss_inputs: tuple[str, ...] = ()
 
     embedding: nn.Embedding
 
@@ -40,6 +48,24 @@ class BasePromptEncoder(nn.Module):
     def indices(self) -> torch.Tensor:
         """Give the positions of the prompt, (tokens,)."""
         return torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device)
+
+    def saved_form(self) -> JoinedForm | None:
+        """Say how a checkpoint's prompt follows from several parameters; None if it is the table."""
+        return None
+
+    def add_loss(self, outputs: Any, labels: torch.Tensor, **inputs: Any) -> Any:
+        """
+        Compute the loss of a method that has one of its own.
+
+        Args:
+            outputs: what the base model gives for the lengthened input, without a loss.
+            labels: (batch, length) as the caller gave them.
+            inputs: those of `loss_inputs` that were given.
+
+        Returns:
+            The outputs with the loss.
+        """
+        raise NotImplementedError
 
     @property
     def is_computed(self) -> bool:
@@ -57,6 +83,9 @@ class BasePromptEncoder(nn.Module):
             (tokens, width).
         """
         tensors = dict(self.named_parameters()) if tensors is None else tensors
+        form = self.saved_form()
+        if form is not None:
+            return form.join(*(tensors[name] for name in form.names))
         if not self.is_computed:
             return tensors["embedding.weight"]
         training = self.training

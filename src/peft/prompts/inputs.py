@@ -40,19 +40,27 @@ def call_with_prompt(prompts: PromptEncoders, args: tuple, kwargs: Inputs) -> An
     Args:
         prompts: the prompts of the model.
         args: inputs by position.
-        kwargs: inputs by name; `task_ids` for methods with several tasks.
+        kwargs: inputs by name; `task_ids` for methods with several tasks, and what a method's own loss takes.
     """
     model = prompts.base_model
     task_ids = kwargs.pop("task_ids", None)
+    of_loss = {name: kwargs.pop(name) for name in prompts.loss_inputs if name in kwargs}
     if not prompts.in_use:
         return model(*args, **kwargs)
     parameters = inspect.signature(model.forward).parameters
     inputs = {**dict(zip(parameters, args, strict=False)), **kwargs}
     inputs = {name: value for name, value in inputs.items() if value is not None}
     _leave_out_what_has_no_place(prompts, inputs)
-    inputs = put_in_front(prompts, inputs, task_ids)
+    labels = inputs.pop("labels", None) if prompts.active_encoder.has_loss else None
+    outputs = _call(model, put_in_front(prompts, inputs, task_ids))
+    return outputs if labels is None else prompts.active_encoder.add_loss(outputs, labels, **of_loss)
+
+
+def _call(model: nn.Module, inputs: Inputs) -> Any:
+    """Call a model with a prompt in its inputs, or in a cache, which is for the backbone if the head takes none."""
     if given_cache(inputs) is None or cache_parameter(model) is not None:
         return model(**inputs)
+    parameters = inspect.signature(model.forward).parameters
     cache, backbone = _take_cache(inputs), _backbone_with_cache(model)
     if backbone is None and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return model(**inputs, past_key_values=cache)  # code of one's own, which may hand it on

@@ -20,6 +20,7 @@ from ..config import PeftConfig, PromptLearningConfig
 from ..layers.adapter_module import AdapterModule
 from ..layers.adapter_names import check_adapter_name
 from ..layers.new_tensors import check_size, making_tensors, on_meta
+from ..layers.saved_form import JoinedForm
 from ..layers.training_wrapper import AuxiliaryTrainingWrapper
 from ..registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from ..surgery.saved_modules import check_additional_trainable_modules, set_additional_trainable_modules
@@ -110,6 +111,11 @@ class PromptEncoders(AdapterModule, nn.ModuleDict):
     def active_config(self) -> PromptLearningConfig:
         """Config of the adapter that is in use."""
         return self.peft_config[self._active_adapter[0]]
+
+    @property
+    def loss_inputs(self) -> tuple[str, ...]:
+        """Inputs that are for the loss of the method, and not for the base model."""
+        return next((encoder.loss_inputs for encoder in self.values()), ())
 
     # ------------------------------------------------------------------------------------------------------ adapters
     def add_adapter(
@@ -205,8 +211,8 @@ class PromptEncoders(AdapterModule, nn.ModuleDict):
         """
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self.forget_trained_before(name)
-            for parameter in self.adapter_parameters(name):
-                parameter.requires_grad_(requires_grad)
+            for key, parameter in self[name].named_parameters() if name in self else ():
+                parameter.requires_grad_(requires_grad and key not in self[name].frozen_names)
         for _, module in adapter_modules(self._base_model):
             module.set_requires_grad(adapter_names, requires_grad)
 
@@ -276,8 +282,16 @@ class PromptEncoders(AdapterModule, nn.ModuleDict):
     def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Yield for each tensor of a prompt its key in a checkpoint and its key in this module's state dict."""
         if adapter_name in self:
-            yield "prompt_embeddings", f"{adapter_name}.embedding.weight"
-            yield from ((name, f"{adapter_name}.{name}") for name in self[adapter_name].saved_names)
+            form = self[adapter_name].saved_form()
+            names = self[adapter_name].saved_names if form is None else form.names
+            if form is None:
+                yield "prompt_embeddings", f"{adapter_name}.embedding.weight"
+            yield from ((name, f"{adapter_name}.{name}") for name in names)
+
+    def joined_forms(self, adapter_name: str) -> dict[str, JoinedForm]:
+        """Say how the prompt in a checkpoint stands for several parameters; see `AdapterModule.joined_forms`."""
+        form = self[adapter_name].saved_form() if adapter_name in self else None
+        return {} if form is None else {"prompt_embeddings": form}
 
     def adapter_aliases(self, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
         """Yield nothing: no prompt follows another one."""
