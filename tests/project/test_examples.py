@@ -10,10 +10,14 @@ import pytest
 from safetensors import safe_open
 from transformers.utils import logging
 
+from peft import PeftType
+
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # examples are run as modules, from the root
 
+from examples.method_comparison import __main__ as comparison  # noqa: E402
+from examples.method_comparison import methods as compared  # noqa: E402
 from examples.multi_adapter import __main__ as multi_adapter  # noqa: E402
 from examples.sequence_classification import __main__ as sequences  # noqa: E402
 from examples.tied_embeddings.base_models import byte_tokenizer  # noqa: E402
@@ -118,3 +122,19 @@ def test_the_server_gives_every_user_the_answers_of_that_users_adapter(tmp_path,
 
     for user in multi_adapter.USERS:
         assert (tmp_path / "adapters" / user / "adapter_model.safetensors").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------- the comparison
+def test_methods_are_compared(tmp_path, capsys):
+    chosen = ["IA3", "LORA", "PROMPT_TUNING"]
+    results = comparison.main(["--quick", "--steps", "2", "--output", str(tmp_path), "--methods", *chosen])
+
+    assert [result.method for result in results] == chosen
+    assert all(0 < result.bits < 9 and result.trained and result.kilobytes for result in results)
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "results.csv").read_text(encoding="utf-8").splitlines()) == 1 + len(chosen)
+    assert "(no adapter)" in capsys.readouterr().out
+
+
+def test_every_method_is_compared():
+    assert set(compared.SETUPS) <= set(PeftType) and "LORA" in compared.methods()
