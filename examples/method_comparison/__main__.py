@@ -6,84 +6,19 @@ import argparse
 import csv
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, pstdev
 
 import matplotlib
 import torch
-from examples.method_comparison.base import Base, Texts, bits_per_byte, read_texts, train
-from examples.method_comparison.methods import RATES, config_of, methods, setup_of
+from examples.method_comparison.base import Base, bits_per_byte, read_texts
+from examples.method_comparison.comparing import Result, compare
+from examples.method_comparison.methods import methods
 from examples.tables import table
 from tqdm import tqdm
-
-from peft import get_peft_model
-
-
-SAMPLES = 16  # of a batch
-
-
-@dataclass(frozen=True)
-class Result:
-    """
-    What a method has reached.
-
-    Attributes:
-        method: its name.
-        bits: bits per byte of the test text, the mean over the seeds; fewer are better.
-        spread: their standard deviation.
-        trained: numbers that were trained.
-        milliseconds: per step.
-        kilobytes: of the saved adapter.
-        rate: learning rate that was chosen.
-    """
-
-    method: str
-    bits: float
-    spread: float
-    trained: int
-    milliseconds: float
-    kilobytes: float
-    rate: float
-
-
-def run(method: str, base: Base, texts: Texts, steps: int, rate: float, seed: int, folder: Path) -> dict[str, float]:
-    """Train one adapter from a seed, measure and save it."""
-    torch.manual_seed(seed)
-    model, extra = base.copy(), setup_of(method).inputs(SAMPLES)
-    model = get_peft_model(model, config_of(method, model, folder))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    seconds = train(model, texts.train, steps, rate, seed, extra)
-    target = folder / f"{method}-{rate}-{seed}"
-    model.save_pretrained(target)
-    return {
-        "validation": bits_per_byte(model, texts.validation, extra),
-        "test": bits_per_byte(model, texts.test, extra),
-        "trained": trained,
-        "seconds": seconds,
-        "bytes": sum(file.stat().st_size for file in target.rglob("*.safetensors")),
-    }
-
-
-def compare(method: str, base: Base, texts: Texts, arguments: argparse.Namespace, folder: Path) -> Result:
-    """Choose the rate with the first seed, and repeat it with the others."""
-    tried = {
-        rate: run(method, base, texts, arguments.steps, rate, 0, folder)
-        for rate in (RATES[1:2] if arguments.quick else RATES)
-    }
-    rate = min(tried, key=lambda rate: tried[rate]["validation"])
-    runs = [tried[rate]]
-    runs += [run(method, base, texts, arguments.steps, rate, seed, folder) for seed in range(1, arguments.seeds)]
-    bits = [found["test"] for found in runs]
-    return Result(
-        method=method,
-        bits=mean(bits),
-        spread=pstdev(bits),
-        trained=int(runs[0]["trained"]),
-        milliseconds=1000 * min(found["seconds"] for found in runs),
-        kilobytes=runs[0]["bytes"] / 1024,
-        rate=rate,
-    )
 
 
 def as_table(results: list[Result], before: float) -> str:
@@ -128,9 +63,10 @@ def main(argv: list[str] | None = None) -> list[Result]:
     parser.add_argument("--methods", nargs="*", help="names; all that are registered if left out")
     parser.add_argument("--steps", type=int, help="batches that an adapter is trained on")
     parser.add_argument("--seeds", type=int, help="how often it is trained")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--output", type=Path, default=Path("outputs/method_comparison"))
     arguments = parser.parse_args(argv)
-    arguments.steps = arguments.steps or (10 if arguments.quick else 150)
+    arguments.steps = arguments.steps or (10 if arguments.quick else 100)
     arguments.seeds = arguments.seeds or (1 if arguments.quick else 3)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -139,10 +75,15 @@ def main(argv: list[str] | None = None) -> list[Result]:
     texts = read_texts()
     base = Base(texts, steps=50 if arguments.quick else 1500)
     before = bits_per_byte(base.copy(), texts.test, {})
-    results = []
+    chosen = arguments.methods or methods()
     with tempfile.TemporaryDirectory() as folder:
-        for method in tqdm(arguments.methods or methods(), desc="methods"):
-            results.append(compare(method, base, texts, arguments, Path(folder)))
+        work = partial(compare, base=base, texts=texts, arguments=arguments, folder=Path(folder))
+        if arguments.jobs > 1:
+            pool = ProcessPoolExecutor(arguments.jobs, get_context("spawn"), torch.set_num_threads, (1,))
+            with pool:
+                results = list(tqdm(pool.map(work, chosen), total=len(chosen), desc="methods"))
+        else:
+            results = [work(method) for method in tqdm(chosen, desc="methods")]
     print(as_table(results, before))
     with (arguments.output / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(results[0])))
