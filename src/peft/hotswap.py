@@ -21,10 +21,10 @@ from .layers.undo import keep_values, on_failure
 from .registry import PeftType
 from .surgery.slots import without_collecting
 from .surgery.transaction import all_or_nothing
+from .tuners.families.ranks import RankAxis
 from .tuners.lora.config import LoraConfig
 from .tuners.lora.layer import LoraLayer, ParamWrapper
 from .tuners.lora.model import layers_by_names
-from .tuners.lora.rank_axis import RankAxis
 from .tuners.lora.starts import changes_base
 from .utils.error import PeftRuntimeError, PeftValueError
 from .utils.warning import warn

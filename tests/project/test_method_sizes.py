@@ -85,3 +85,12 @@ def test_every_method_of_the_package_is_measured():
 def test_tables_of_old_names_count_as_registration():
     assert counting.is_table(counting.TUNERS / "c3a" / "utils.py")
     assert not counting.is_table(counting.TUNERS / "c3a" / "maths.py")
+
+
+def test_nothing_that_methods_share_is_left_out():
+    folders = ("tuners/families", "prompts")
+    files = {
+        path.relative_to(counting.PACKAGE).as_posix() for d in folders for path in (counting.PACKAGE / d).glob("*.py")
+    }
+    assert {path for path in files if not path.endswith("__init__.py")} <= set(counting.SHARED)
+    assert all((counting.PACKAGE / path).exists() for path in counting.SHARED)

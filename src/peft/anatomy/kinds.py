@@ -13,6 +13,8 @@ from ..utils.quantization_utils import resolve_quantization_backend
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# dimensions of space -> function that convolves
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def is_quantized_linear(layer: nn.Module) -> bool:
@@ -140,6 +142,24 @@ def apply_weight(
     if stores_weight_transposed(layer):
         weight = weight.T
     return F.linear(x, weight, bias)
+
+
+def convolve(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """
+    Convolve with another weight as a layer would: with its stride, dilation and padding of whatever mode.
+
+    Args:
+        layer: the layer.
+        x: its input, (..., in_channels, *space).
+        weight: (channels, in_channels / groups, *kernel), the kernel as large as the layer's.
+        groups: groups of channels that do not mix.
+    """
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = 0
+    convolution = CONVOLVE[len(layer.kernel_size)]
+    return convolution(x, weight, None, layer.stride, padding, layer.dilation, groups)
 
 
 def along_features(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:

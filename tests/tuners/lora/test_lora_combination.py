@@ -30,8 +30,8 @@ from support.helpers import (
 from torch import nn
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.combination import COMBINATION_TYPES
 from peft.utils import merge_utils
+from peft.utils.low_rank_sums import COMBINATION_TYPES
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")

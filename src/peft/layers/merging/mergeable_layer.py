@@ -167,7 +167,11 @@ class MergeableLayer(AdapterModule, ABC):
         return bias
 
     def prepare_merge(self, adapter: str) -> None:
-        """Compute what merging an adapter needs the base weight for, before others are merged into it."""
+        """
+        Compute what merging an adapter needs the base weight for, before others are merged into it.
+
+        It is asked of every layer that shares the weight, also of those that follow the one with the tensors.
+        """
         return
 
     def commutes_with(self, adapter: str, other: "MergeableLayer", other_adapter: str) -> bool:

@@ -11,7 +11,7 @@ from ...anatomy.walking import adapter_modules
 from ...utils.error import PeftKeyError
 from ..lora.layer import LoraLayer
 from .config import AdaLoraConfig
-from .ranks import RANK_AXIS
+from .maths import RANK_AXIS, greatest
 
 
 class RankAllocator:
@@ -140,15 +140,8 @@ class RankAllocator:
         Returns:
             Name of a layer's E -> for each of its ranks, whether it is left.
         """
-        layers = dict(self.layers(model))
-        importances = {name: self._importance(name, layer) for name, layer in layers.items()}
-        everything = torch.cat([values.cpu() for values in importances.values()])
-        surplus = everything.numel() - budget
-        if surplus > 0:
-            threshold = torch.kthvalue(everything, surplus).values.item()
-            pattern = {f"{name}.lora_E": (values > threshold).tolist() for name, values in importances.items()}
-        else:
-            pattern = {f"{name}.lora_E": [True] * len(values) for name, values in importances.items()}
+        importances = {f"{name}.lora_E": self._importance(name, layer) for name, layer in self.layers(model)}
+        pattern = greatest(importances, budget)
         self.mask_using_rank_pattern(model, pattern)
         return pattern
 

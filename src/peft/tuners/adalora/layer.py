@@ -15,10 +15,11 @@ from ...layers.merging.changes import changes_adapter
 from ...layers.new_tensors import draw_
 from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
+from ..families.ranks import RanksLeft
 from ..lora.layer import LoraLayer, OnLinear, WithAdapter, make_dropout
 from .allocation import RankAllocator
 from .config import AdaLoraConfig
-from .ranks import RANK_AXIS, RanksLeft
+from .maths import RANK_AXIS
 
 
 __all__ = ["AdaLoraConfig", "AdaLoraLayer", "LoraLayer", "RankAllocator", "SVDConv2d", "SVDLinear"]
@@ -134,16 +135,16 @@ class AdaLoraLayer(LoraLayer):
             adapter_name: name.
             mask: one truth value for each rank that the tensors have now; False takes it away.
         """
-        kept = torch.tensor(mask, dtype=torch.bool).nonzero().flatten()
         for name, axis in RANK_AXIS.items():
             factor = getattr(self, name)[adapter_name]
             if factor.shape[axis] != len(mask):
                 raise PeftValueError(f"the pattern has {len(mask)} ranks, the adapter has {factor.shape[axis]}")
-            smaller = factor.index_select(axis, kept.to(factor.device))
+            (smaller,) = RanksLeft(mask, axis).write(factor)
             getattr(self, name)[adapter_name] = nn.Parameter(smaller, requires_grad=factor.requires_grad)
         self.settle_ranks(adapter_name, mask)
-        self.ranks_made[adapter_name] = [self.ranks_made[adapter_name][rank] for rank in kept.tolist()]
-        self.r[adapter_name] = len(kept)
+        made = zip(self.ranks_made[adapter_name], mask, strict=True)
+        self.ranks_made[adapter_name] = [rank for rank, is_left in made if is_left]
+        self.r[adapter_name] = len(self.ranks_made[adapter_name])
 
     def settle_ranks(self, adapter_name: str, mask: Sequence[bool]) -> list[bool]:
         """

@@ -14,11 +14,12 @@ from ...utils.error import PeftTypeError, PeftValueError
 from ...utils.old_names import old_names
 from ...utils.warning import warn
 from ..base import BaseTuner
+from ..families.ranks import RanksLeft
 from ..lora.model import LoraModel
 from .config import AdaLoraConfig
 from .layer import AdaLoraLayer, RankAllocator, SVDConv2d, SVDLinear
+from .maths import RANK_AXIS, distances_from_orthonormal
 from .quantized import LAYER_OF_BACKEND
-from .ranks import RANK_AXIS
 
 
 # fields of LoRA that mean nothing here
@@ -154,9 +155,7 @@ class AdaLoraModel(LoraModel):
         distances = []
         for _, layer in self.rankallocator.layers(self.model):
             if not layer.disable_adapters:
-                a, b = layer.lora_A[name], layer.lora_B[name]
-                products = (a @ a.T, b.T @ b)
-                distances += [torch.linalg.matrix_norm(p - torch.eye(len(p)).to(p)) for p in products if len(p)]
+                distances += distances_from_orthonormal(layer.lora_A[name], layer.lora_B[name])
         if not distances:
             return None
         average = torch.stack([distance.to(distances[0].device) for distance in distances]).mean()
@@ -223,12 +222,11 @@ class AdaLoraModel(LoraModel):
         """
         resized = dict(state_dict)
         for name, mask in rank_pattern.items():
-            index = torch.tensor(mask, dtype=torch.bool).nonzero().flatten()
             for factor, axis in RANK_AXIS.items():
                 saved = f"base_model.model.{_module_of(name, adapter_name)}.{factor}"
                 for key in (saved, f"{saved}.{adapter_name}"):
                     if key in resized and resized[key].shape[axis] == len(mask):
-                        resized[key] = resized[key].index_select(axis, index.to(resized[key].device))
+                        (resized[key],) = RanksLeft(mask, axis).write(resized[key])
         return resized
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:

@@ -5,44 +5,22 @@
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from ...anatomy.kinds import CONVOLUTIONS, CONVOLVE, convolve
 from ...layers.additive import AdditiveLayer
 from ...layers.base_layer import BaseTunerLayer
 from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.warning import warn
+from ..families.ranks import RankAxis
 from .config import LoraConfig
-from .rank_axis import RankAxis
-
-
-_CLASSES = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-def convolve(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """
-    Convolve with another weight as a layer would: with its stride, dilation and padding of whatever mode.
-
-    Args:
-        layer: the layer.
-        x: its input, (..., in_channels, *space).
-        weight: (channels, in_channels / groups, *kernel), the kernel as large as the layer's.
-        groups: groups of channels that do not mix.
-    """
-    padding = layer.padding
-    if layer.padding_mode != "zeros":
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        padding = 0
-    convolution = _FUNCTIONS[len(layer.kernel_size)]
-    return convolution(x, weight, None, layer.stride, padding, layer.dilation, groups)
 
 
 def _factor(weight: nn.Parameter, bias: nn.Parameter | None = None, **geometry: object) -> nn.Module:
     """Make a convolution around a weight that is made elsewhere, so that nothing is drawn at random twice."""
     channels, in_channels, *kernel = weight.shape
     groups = geometry.get("groups", 1)
-    layer = _CLASSES[len(kernel)](
+    layer = CONVOLUTIONS[len(kernel) - 1](
         in_channels * groups, channels, tuple(kernel), bias=bias is not None, device="meta", **geometry
     )
     layer._parameters.update(weight=weight, bias=bias)
@@ -151,7 +129,7 @@ class OnConvolution:
             return convolve(base, x, source.get_delta_weight(adapter), self._groups)
         hidden = convolve(base, x, a) * source.scaling[adapter]
         bias = None if b.bias is None else b.bias * source.scaling[adapter]
-        return _FUNCTIONS[len(base.kernel_size)](hidden, b.weight, bias, groups=base.groups)
+        return CONVOLVE[len(base.kernel_size)](hidden, b.weight, bias, groups=base.groups)
 
     def check_mergeable(self, adapter_name: str) -> None:
         """

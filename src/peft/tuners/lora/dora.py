@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""The old path of `peft.tuners.lora.variants.dora`: the module itself, since clients set a switch in it."""
+"""Table of names: all of `peft.tuners.lora.variants.dora`, the module itself, since clients set a switch in it."""
 
 import sys
 

@@ -353,27 +353,6 @@ class OutputProjection(OnOutputProjection, Linear):
         super()._make_factors(adapter, r, config)
 
 
-class LoraEmbeddingATPHolder(nn.Embedding):
-    """
-    Factor A of an embedding as an embedding, which tensor parallelism knows how to divide among processes.
-
-    Args:
-        weight: (rank, num_embeddings); it is held itself, as (num_embeddings, rank).
-
-    Example:
-
-        >>> import torch
-        >>> from peft.tuners.lora.layer import LoraEmbeddingATPHolder
-        >>> factor = torch.nn.Parameter(torch.eye(2, 3))
-        >>> LoraEmbeddingATPHolder(factor)(torch.tensor([1])).tolist()
-        [[0.0, 1.0]]
-    """
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        rank, count = weight.shape
-        super().__init__(count, rank, _weight=weight.detach().T, _freeze=not weight.requires_grad)
-
-
 class ParamWrapper(OnParameter, WithAdapter, LoraLayer, nn.Module):
     """
     LoRA on a parameter that a module holds directly, such as the experts of a layer; see `OnParameter`.

@@ -14,8 +14,8 @@ from ...anatomy.offload import tensor_of
 from ...layers.additive import AdditiveLayer
 from ...layers.scaling import Scaled
 from ...utils.error import PeftRuntimeError
+from ..families.ranks import RankAxis, WithinRoom
 from .factors import NO_FACTORS, Factor, FactorDict, TiedFactor, TiedSettings
-from .rank_axis import RankAxis, WithinRoom
 
 
 # rows of a merged weight that are computed at a time where the factors have another type than the weight

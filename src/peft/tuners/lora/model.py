@@ -4,6 +4,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ...utils.error import PeftNotImplementedError, PeftValueError
 from ...utils.integrations import changes_weights_while_loading
 from ...utils.near_names import FEW
 from ...utils.old_names import old_names
+from ...utils.progress import showing_progress
 from ...utils.warning import warn
 from ..base import BaseTuner
 from ..plan import AdapterPlan, Target
@@ -32,8 +34,8 @@ from .config import LoraConfig
 from .layer import LAYER_CLASSES, Conv2d, LoraLayer, ParamWrapper
 from .plain_lora import convert_on_save, without_start
 from .quantized import LAYER_OF_BACKEND
-from .starts import check_start, find_start
-from .starts.base_weight import showing_progress, warn_of_changed_bases
+from .starts import changes_base, check_start, find_start
+from .starts.base_weight import warn_of_changed_bases
 from .variants import attach_variants, detach_variants, find_variant
 
 
@@ -279,7 +281,8 @@ class LoraModel(BaseTuner):
 
     def _place_layers(self, plan: AdapterPlan) -> None:
         """Create and place the layers, with a bar for what the initialisation computes."""
-        with showing_progress(plan.config.init_lora_weights, len(plan.targets)):
+        name = plan.config.init_lora_weights
+        with showing_progress(str(name), len(plan.targets)) if changes_base(name) else nullcontext():
             super()._place_layers(plan)
 
 

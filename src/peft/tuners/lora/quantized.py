@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""
-LoRA's layers on quantised linear layers, under the names that the released package has for each library.
-
-They all compute as `Linear` does, which asks the registry of backends where it needs the weight. Each has a class of
-its own so that it can be told, and replaced, by itself.
-"""
+"""LoRA's layers on quantised linear layers, under the names that the released package has for each library."""
 
 from typing import Any
 
@@ -14,40 +9,9 @@ from torch import nn
 from ...anatomy.walking import unwrapped
 from ...utils.error import PeftNotImplementedError
 from ...utils.quantization_utils import resolve_quantization_backend
+from ..families.quantized import dispatcher, layers_of_backends
 from .config import LoraConfig
 from .layer import Linear
-
-
-class Linear8bitLt(Linear):
-    """LoRA on a linear layer that bitsandbytes has quantised to 8 bits; see `Linear`."""
-
-
-class Linear4bit(Linear):
-    """LoRA on a linear layer that bitsandbytes has quantised to 4 bits; see `Linear`."""
-
-
-class AqlmLoraLinear(Linear):
-    """LoRA on a linear layer of AQLM; see `Linear`."""
-
-
-class AwqLoraLinear(Linear):
-    """LoRA on a linear layer that AWQ has quantised; see `Linear`."""
-
-
-class EetqLoraLinear(Linear):
-    """LoRA on a linear layer of EETQ; see `Linear`."""
-
-
-class GPTQLoraLinear(Linear):
-    """LoRA on a linear layer that GPTQ has quantised; see `Linear`."""
-
-
-class HqqLoraLinear(Linear):
-    """LoRA on a linear layer of HQQ; see `Linear`."""
-
-
-class IncLoraLinear(Linear):
-    """LoRA on a linear layer of Intel's Neural Compressor; see `Linear`."""
 
 
 class TorchaoLoraLinear(Linear):
@@ -77,171 +41,22 @@ class TeLinear(Linear):
         )
 
 
-# name of a backend -> LoRA's layer for it
-LAYER_OF_BACKEND: dict[str, type[Linear]] = {
-    "bnb 8bit": Linear8bitLt,
-    "bnb 4bit": Linear4bit,
-    "aqlm": AqlmLoraLinear,
-    "awq": AwqLoraLinear,
-    "eetq": EetqLoraLinear,
-    "gptq": GPTQLoraLinear,
-    "hqq": HqqLoraLinear,
-    "inc": IncLoraLinear,
-    "torchao": TorchaoLoraLinear,
+_NAMES = {
+    "bnb 8bit": "Linear8bitLt",
+    "bnb 4bit": "Linear4bit",
+    "aqlm": "AqlmLoraLinear",
+    "awq": "AwqLoraLinear",
+    "eetq": "EetqLoraLinear",
+    "gptq": "GPTQLoraLinear",
+    "hqq": "HqqLoraLinear",
+    "inc": "IncLoraLinear",
 }
 
-
-def _dispatch(
-    backend: str, target: nn.Module, adapter_name: str, config: LoraConfig, arguments: dict[str, Any]
-) -> nn.Module | None:
-    found = resolve_quantization_backend(unwrapped(target))
-    if found is None or found.name != backend:
-        return None
-    return LAYER_OF_BACKEND[backend](target, adapter_name, config=config, **arguments)
-
-
-def dispatch_bnb_8bit(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    """
-    Make the LoRA layer for a layer that bitsandbytes has quantised to 8 bits.
-
-    Args:
-        target: layer to adapt.
-        adapter_name: name of the adapter.
-        config: its config.
-        kwargs: arguments of the layer, such as `r` and `lora_alpha`.
-
-    Returns:
-        The layer; None if the target is another kind of layer.
-    """
-    return _dispatch("bnb 8bit", target, adapter_name, config, kwargs)
-
-
-def dispatch_bnb_4bit(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    """
-    Make the LoRA layer for a layer that bitsandbytes has quantised to 4 bits.
-
-    Args:
-        target: layer to adapt.
-        adapter_name: name of the adapter.
-        config: its config.
-        kwargs: arguments of the layer, such as `r` and `lora_alpha`.
-
-    Returns:
-        The layer; None if the target is another kind of layer.
-    """
-    return _dispatch("bnb 4bit", target, adapter_name, config, kwargs)
-
-
-def dispatch_aqlm(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    """
-    Make the LoRA layer for a layer of AQLM.
-
-    Args:
-        target: layer to adapt.
-        adapter_name: name of the adapter.
-        config: its config.
-        kwargs: arguments of the layer, such as `r` and `lora_alpha`.
-
-    Returns:
-        The layer; None if the target is another kind of layer.
-    """
-    return _dispatch("aqlm", target, adapter_name, config, kwargs)
-
-
-def dispatch_awq(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    """
-    Make the LoRA layer for a layer that AWQ has quantised.
-
-    Args:
-        target: layer to adapt.
-        adapter_name: name of the adapter.
-        config: its config.
-        kwargs: arguments of the layer, such as `r` and `lora_alpha`.
-
-    Returns:
-        The layer; None if the target is another kind of layer.
-    """
-    return _dispatch("awq", target, adapter_name, config, kwargs)
-
-
-def dispatch_eetq(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    """
-    Make the LoRA layer for a layer of EETQ.
-
-    Args:
-        target: layer to adapt.
-        adapter_name: name of the adapter.
-        config: its config.
-        kwargs: arguments of the layer, such as `r` and `lora_alpha`.
-
-    Returns:
-        The layer; None if the target is another kind of layer.
-    """
-    return _dispatch("eetq", target, adapter_name, config, kwargs)
-
-
-def dispatch_gptq(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    """
-    Make the LoRA layer for a layer that GPTQ has quantised.
-
-    Args:
-        target: layer to adapt.
-        adapter_name: name of the adapter.
-        config: its config.
-        kwargs: arguments of the layer, such as `r` and `lora_alpha`.
-
-    Returns:
-        The layer; None if the target is another kind of layer.
-    """
-    return _dispatch("gptq", target, adapter_name, config, kwargs)
-
-
-def dispatch_hqq(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    """
-    Make the LoRA layer for a layer of HQQ.
-
-    Args:
-        target: layer to adapt.
-        adapter_name: name of the adapter.
-        config: its config.
-        kwargs: arguments of the layer, such as `r` and `lora_alpha`.
-
-    Returns:
-        The layer; None if the target is another kind of layer.
-    """
-    return _dispatch("hqq", target, adapter_name, config, kwargs)
-
-
-def dispatch_inc(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    """
-    Make the LoRA layer for a layer of Intel's Neural Compressor.
-
-    Args:
-        target: layer to adapt.
-        adapter_name: name of the adapter.
-        config: its config.
-        kwargs: arguments of the layer, such as `r` and `lora_alpha`.
-
-    Returns:
-        The layer; None if the target is another kind of layer.
-    """
-    return _dispatch("inc", target, adapter_name, config, kwargs)
-
-
-def dispatch_torchao(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    """
-    Make the LoRA layer for a layer that torchao has quantised.
-
-    Args:
-        target: layer to adapt.
-        adapter_name: name of the adapter.
-        config: its config.
-        kwargs: arguments of the layer, such as `r` and `lora_alpha`.
-
-    Returns:
-        The layer; None if the target is another kind of layer.
-    """
-    return _dispatch("torchao", target, adapter_name, config, kwargs)
+# name of a backend -> LoRA's layer for it, and a function `dispatch_...` for each
+LAYER_OF_BACKEND = layers_of_backends(Linear, _NAMES, globals()) | {"torchao": TorchaoLoraLinear}
+for _backend, _layer_cls in LAYER_OF_BACKEND.items():
+    _dispatch = dispatcher(_backend, _layer_cls)
+    globals()[_dispatch.__name__] = _dispatch
 
 
 def dispatch_transformer_engine(

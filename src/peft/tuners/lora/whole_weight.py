@@ -10,18 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
-from torch.nn.utils.stateless import _reparametrize_module
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy.offload import onloaded, tensor_of
 from ...layers.call_context import alone_with
 from ...layers.merging.layer import merge_layer
+from ...layers.standing_in import standing_in
 from ...utils.error import PeftNotImplementedError, PeftTypeError, PeftValueError
-from ...utils.tensor_parallel import distribute_like, is_divided
+from ...utils.tensor_parallel import _LoraParameterProxy, is_divided
 from ...utils.warning import warn
+from ..families.ranks import RankAxis
 from .config import LoraConfig
-from .rank_axis import RankAxis
 from .starts import find_start
 
 
@@ -92,11 +91,9 @@ class OnWholeWeight:
         tensors = {inside + self.weight_name: self._with_deltas(active_adapters)}
         if any(self.lora_bias[adapter] for adapter in active_adapters):
             tensors[inside + self.bias_name] = self._with_biases(active_adapters)
-        # another name of the same parameter is another place, which has an adapter of its own if it has one
         with (
             onloaded(self.get_base_layer()),
-            _standing_in(self.base_layer, tensors) as others,
-            _reparametrize_module(self.base_layer, others, tie_weights=False),
+            standing_in(self.base_layer, tensors),
         ):
             yield
 
@@ -136,52 +133,6 @@ class OnWholeWeight:
         if merge:
             merge_layer(self, adapter_names, safe_merge)
         return self.base_layer
-
-
-class _Given(nn.Module):
-    """Gives a tensor where a parametrisation would compute it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__()
-        self.__dict__["tensor"] = tensor
-
-    def forward(self) -> torch.Tensor:
-        return self.tensor
-
-
-@contextmanager
-def _standing_in(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """
-    Let a module read other tensors than its own inside a context, where these are no mere parameters.
-
-    While FSDP computes, plain attributes stand before the parameters of the same name, and would be read in the place
-    of what replaces those. A parametrised weight is computed whenever it is read.
-
-    Args:
-        module: a module.
-        tensors: full name in the module -> tensor.
-
-    Yields:
-        Those that are left: parameters that can be replaced as such.
-    """
-    left, replaced = {}, []
-    for name, tensor in tensors.items():
-        path, _, key = name.rpartition(".")
-        holder = module.get_submodule(path)
-        if key in holder.__dict__:
-            replaced.append((holder.__dict__, key, holder.__dict__[key]))
-            holder.__dict__[key] = tensor
-        elif parametrize.is_parametrized(holder, key):
-            lists = holder.parametrizations._modules
-            replaced.append((lists, key, lists[key]))
-            lists[key] = _Given(tensor)
-        else:
-            left[name] = tensor
-    try:
-        yield left
-    finally:
-        for place, key, before in replaced:
-            place[key] = before
 
 
 class OnOutputProjection(OnWholeWeight):
@@ -282,28 +233,6 @@ def warn_of_dropout(config: LoraConfig) -> None:
             f"lora_dropout={config.lora_dropout} has no effect on MultiheadAttention, whose inputs cannot be dropped "
             "for the adapter alone"
         )
-
-
-class _LoraParameterProxy(nn.Module):
-    """
-    Add a delta to a parameter, as a parametrization of torch does, where one of both is divided among processes.
-
-    Args:
-        delta_weight: what is added.
-    """
-
-    def __init__(self, delta_weight: torch.Tensor) -> None:
-        super().__init__()
-        self.delta_weight = delta_weight
-
-    def forward(self, W: torch.Tensor) -> torch.Tensor:  # noqa: N803
-        """Give the sum, divided as the one is that is."""
-        delta = self.delta_weight
-        if is_divided(W) and not is_divided(delta):
-            delta = distribute_like(delta, W)
-        elif is_divided(delta) and not is_divided(W):
-            W = distribute_like(W, delta)  # noqa: N806
-        return W + delta
 
 
 class OnParameter(OnWholeWeight):

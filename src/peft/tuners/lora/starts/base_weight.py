@@ -8,47 +8,22 @@ that is refused halfway has changed no weight.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ....anatomy.kinds import stores_weight_transposed
 from ....layers.base_changes import change_base
 from ....layers.base_layer import BaseTunerLayer
 from ....utils.computed_weights import find_computed_weight
 from ....utils.error import PeftRuntimeError, PeftTypeError, PeftValueError
+from ....utils.progress import advance
 from ....utils.quantization_utils import resolve_quantization_backend
 from ....utils.warning import warn
 from ..low_rank import LowRankLayer
 from .random import Neutral
 from .registry import Start, changes_base
-
-
-_PROGRESS: ContextVar[tqdm | None] = ContextVar("start_progress", default=None)
-
-
-@contextmanager
-def showing_progress(name: bool | str | None, layers: int) -> Iterator[None]:
-    """
-    Show a bar for starts that take longer than a moment, where somebody can see it.
-
-    Args:
-        name: value of `init_lora_weights`.
-        layers: how many layers are going to be started.
-    """
-    if not changes_base(name):
-        yield
-        return
-    with tqdm(total=layers, desc=str(name), disable=None, delay=2, leave=False) as bar:
-        token = _PROGRESS.set(bar)
-        try:
-            yield
-        finally:
-            _PROGRESS.reset(token)
 
 
 def warn_of_changed_bases(name: bool | str | None, targets: Iterable[nn.Module]) -> None:
@@ -117,8 +92,7 @@ class FromBaseWeight(Start):
         out.copy_(b)
         left, right = (a.T, b.T) if transposed else (b, a)
         change_base((id(layer), adapter), lambda: _take_out(layer, adapter, left, right))
-        if (bar := _PROGRESS.get()) is not None:
-            bar.update()
+        advance()
 
     def refusal(
         self, base: nn.Module, rank: int, layer: nn.Module | None = None, adapter: str | None = None

@@ -12,12 +12,11 @@ import re
 import torch
 
 from ....utils.error import PeftValueError
+from ..maths import leading_singular_vectors
 from .base_weight import FromBaseWeight
 from .registry import register_start
 
 
-# singular vectors beyond those wanted that a randomised decomposition computes (Halko et al. 2011 advise 5 to 10)
-_OVERSAMPLING = 8
 # a subspace has long been found by then
 _MOST_ITERATIONS = 1_000
 
@@ -66,30 +65,3 @@ class Pissa(FromBaseWeight):
         )
         root = (s[:rank] / scaling).sqrt()
         return u[:, :rank] * root, root.unsqueeze(1) * vh[:rank]
-
-
-def leading_singular_vectors(
-    weight: torch.Tensor, count: int, iterations: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Decompose a matrix approximately, by subspace iteration (Halko et al. 2011, arXiv:0909.4061).
-
-    It starts from the same numbers whenever it is called, on whatever device: an adapter that is loaded takes out of
-    the base weight what it took out when it was trained.
-
-    Args:
-        weight: (out, in).
-        count: how many singular vectors are wanted; there are some more in the result.
-        iterations: how often the subspace is improved.
-
-    Returns:
-        U, S and the transpose of V.
-    """
-    wanted = min(count + _OVERSAMPLING, *weight.shape)
-    numbers = torch.randn(weight.shape[1], wanted, generator=torch.Generator().manual_seed(0), device="cpu")
-    basis = torch.linalg.qr(weight @ numbers.to(weight)).Q
-    for _ in range(iterations):
-        basis = torch.linalg.qr(weight.T @ basis).Q
-        basis = torch.linalg.qr(weight @ basis).Q
-    u, s, vh = torch.linalg.svd(basis.T @ weight, full_matrices=False)
-    return basis @ u, s, vh

@@ -22,6 +22,7 @@ from ....utils.error import PeftNotImplementedError, PeftValueError
 from ....utils.warning import warn
 from ..config import LoraConfig
 from ..low_rank import LowRankLayer
+from ..maths import NEVER, find_invocations
 from ..whole_weight import OnWholeWeight
 from .base import LoraVariant
 from .registry import register_variant
@@ -29,8 +30,6 @@ from .registry import register_variant
 
 # attribute of a cache of keys and values: adapter -> where each of its sequences invokes it
 _STARTS = "_alora_starts"
-# start of a sequence that does not invoke an adapter, beyond any length
-_NEVER = 1 << 40
 
 
 @register_variant("alora_invocation_tokens")
@@ -184,7 +183,7 @@ class Invocations:
             past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
             for adapter, tokens in self.tokens.items():
                 starts = find_invocations(ids, tokens)
-                starts = torch.where(starts < _NEVER, starts + past, _recorded(cache, adapter, starts))
+                starts = torch.where(starts < NEVER, starts + past, _recorded(cache, adapter, starts))
                 noted.starts[adapter] = starts
                 noted.offsets[adapter] = (past + ids.shape[1] - starts).clamp(min=0)
         else:
@@ -215,28 +214,8 @@ def _recorded(cache: Any, adapter: str, like: torch.Tensor) -> torch.Tensor:
     """Read where sequences in a cache invoke an adapter; a cache that the base model has filled tells nothing."""
     starts = getattr(cache, _STARTS, {}).get(adapter)
     if starts is None or len(like) % len(starts):
-        return torch.full_like(like, _NEVER)
+        return torch.full_like(like, NEVER)
     return starts.to(like.device).repeat_interleave(len(like) // len(starts))
-
-
-def find_invocations(ids: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
-    """
-    Find the last place of a sequence of tokens in each row.
-
-    Args:
-        ids: (batch, length) token ids.
-        tokens: what to look for.
-
-    Returns:
-        (batch,) index of the first of the tokens; a number beyond any length where they do not stand in the row.
-    """
-    nowhere = torch.full((len(ids),), _NEVER, device=ids.device)
-    if ids.shape[1] < len(tokens):
-        return nowhere
-    windows = ids.unfold(1, len(tokens), 1)
-    found = (windows == torch.tensor(tokens, device=ids.device)).all(-1)
-    last = found.shape[1] - 1 - found.flip(1).int().argmax(1)
-    return torch.where(found.any(1), last, nowhere)
 
 
 def calculate_alora_offsets(
@@ -270,8 +249,8 @@ def calculate_alora_offsets(
     offsets: list[int | None] = []
     for row, name in enumerate(adapter_names if adapter_names is not None else [active_adapter] * len(input_ids)):
         tokens = getattr(peft_config.get(name), "alora_invocation_tokens", None)
-        start = int(find_invocations(input_ids[row : row + 1], tokens)) if tokens else _NEVER
-        offsets.append(input_ids.shape[1] - start if start < _NEVER else None)
+        start = int(find_invocations(input_ids[row : row + 1], tokens)) if tokens else NEVER
+        offsets.append(input_ids.shape[1] - start if start < NEVER else None)
     return offsets
 
 

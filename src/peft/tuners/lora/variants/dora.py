@@ -13,14 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ....anatomy.kinds import along_features, can_use_weight, feature_axis
 from ....utils.error import PeftRuntimeError, PeftValueError
 from ....utils.integrations import gather_params_ctx
+from ....utils.kept_values import KeptValue
 from ....utils.old_names import old_names
 from ..config import LoraConfig
 from ..low_rank import LowRankLayer
+from ..maths import squares_added
 from ..starts import Start
 from ..whole_weight import OnWholeWeight
 from .base import LoraVariant
@@ -77,43 +78,6 @@ def cache_decorator(cache_key: str) -> Callable[[Callable], Callable]:
 _MERGED_AT_A_TIME = 1 << 22
 
 
-class Kept:
-    """
-    Something that was computed from tensors, for as long as they stay as they are.
-
-    A tensor counts as changed if its storage is another one or was written to, but for writes through `.data`, which
-    torch does not count. The storages are not kept alive, and nothing is kept of tensors that count no changes.
-
-    Args:
-        value: no inference tensor, so that autograd can keep it too.
-        tensors: what it was computed from.
-        number: a number that it was computed from.
-    """
-
-    def __init__(self, value: torch.Tensor, tensors: tuple[torch.Tensor, ...], number: float):
-        self._value, self._number, self._switched = value, number, _switched
-        self._seen = [(StorageWeakRef(t.untyped_storage()), t._version) for t in tensors]
-
-    def get(self, tensors: tuple[torch.Tensor, ...], number: float) -> torch.Tensor | None:
-        """Give the value, or None if a tensor or the number has changed, or caching was switched."""
-        if self._switched != _switched:
-            return None
-        for (storage, version), tensor in zip(self._seen, tensors, strict=True):
-            if version != tensor._version or storage.cdata != tensor.untyped_storage()._cdata:
-                return None
-        return self._value if number == self._number else None
-
-    @staticmethod
-    def is_possible(tensors: tuple[torch.Tensor, ...]) -> bool:
-        """Say whether something can be kept at all: changes of the tensors are counted."""
-        if torch.compiler.is_compiling():
-            return False
-        try:
-            return not any(t.is_inference() or t.is_meta or t.untyped_storage() is None for t in tensors)
-        except NotImplementedError:  # tensors inside of `torch.func.vmap` and the like have no storage
-            return False
-
-
 @register_variant("use_dora")
 class Dora(LoraVariant):
     """
@@ -125,7 +89,7 @@ class Dora(LoraVariant):
 
     name = "DoRA (use_dora)"
     # Neither is part of the object's state, so that copies and pickles start without.
-    _norm: Kept | None = None
+    _norm: KeptValue | None = None
     _norm_before_merge: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -184,15 +148,14 @@ class Dora(LoraVariant):
         """Compute the norm, or take the one that was kept; that needs to be asked for, and is for evaluation only."""
         if layer.training or not ENABLE_DORA_CACHING:
             return weight_norm(layer, adapter)
-        tensors, scaling = (layer.stored_weight(), *layer.delta_factors(adapter)), layer.scaling[adapter]
-        if not Kept.is_possible(tensors):
+        tensors, numbers = (layer.stored_weight(), *layer.delta_factors(adapter)), (layer.scaling[adapter], _switched)
+        if not KeptValue.is_possible(tensors):
             return weight_norm(layer, adapter)
-        kept = self._norm
-        norm = kept.get(tensors, scaling) if kept is not None else None
+        norm = None if self._norm is None else self._norm.get(tensors, numbers)
         if norm is None:
             with torch.inference_mode(False):
                 norm = weight_norm(layer, adapter)
-            self._norm = Kept(norm, tensors, scaling)
+            self._norm = KeptValue(norm, tensors, numbers)
         return norm
 
     # ------------------------------------------------------------------------------------------------------- forward
@@ -300,9 +263,7 @@ def weight_norm(
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Compute ||W + s B A|| for each output feature, without B A.
-
-    ||w + s b A||^2 = ||w||^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>, for rows w of W and b of B.
+    Compute ||W + s B A|| for each output feature, without B A; see `squares_added`.
 
     Args:
         layer: the layer that has the adapter's tensors.
@@ -326,18 +287,7 @@ def _squares_added(layer: LowRankLayer, adapter: str, weight: torch.Tensor, dtyp
     b, a = (factor.to(weight.device, dtype) for factor in layer.delta_factors(adapter))
     if feature_axis(layer.get_base_layer(), of_input=False) == 1:  # each output feature shall be a row
         b, a = a.T, b.T
-    rows = _by_feature(layer, weight)
-    if groups > 1:
-        # The delta of a grouped convolution does not have the shape of its weight. In its place, release 0.21.2 takes
-        # the product of the factors in the order of their storage, and adapters are trained with that.
-        b = b.reshape(-1, a.shape[0])
-        rows, a = (
-            matrix.view(len(matrix), -1, rows.shape[1]).transpose(0, 1) for matrix in (rows.view(len(b), -1), a)
-        )
-    gram = a @ a.mT
-    met = (rows @ a.mT.to(rows.dtype)).to(dtype)
-    added = ((2 * scaling * met + scaling * scaling * (b @ gram)) * b).sum(-1)
-    return added if groups == 1 else added.T.flatten()
+    return squares_added(_by_feature(layer, weight), b, a, scaling, groups)
 
 
 __getattr__ = old_names(__name__)

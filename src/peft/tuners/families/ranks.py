@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""Factors with room for more ranks than an adapter has, so that others can take its place without new shapes."""
+"""Factors of which fewer ranks are saved than there are: there is room for more, or some have been taken away."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,3 +74,36 @@ class WithinRoom:
         if tensor.dim() <= self.place.axis or tensor.shape[self.place.axis] != self.place.length(self.rank):
             return tensor
         return self.place.pad(tensor, self.room)
+
+
+class RanksLeft:
+    """
+    How a factor is saved once it is settled which ranks are left: without the others.
+
+    Args:
+        mask: for each rank of the model's tensor, whether it is left.
+        axis: dimension of the factor that counts ranks.
+    """
+
+    endings = ("",)
+
+    def __init__(self, mask: Sequence[bool], axis: int) -> None:
+        self.rows, self.axis = len(mask), axis
+        self.index = torch.tensor(mask, dtype=torch.bool).nonzero().flatten()
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the model has more ranks than are left."""
+        return len(self.index) < self.rows
+
+    def write(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Leave the others out."""
+        return (tensor.index_select(self.axis, self.index.to(tensor.device)),)
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Put zeros in their place."""
+        if tensor.shape[self.axis] != len(self.index):
+            return tensor
+        shape = list(tensor.shape)
+        shape[self.axis] = self.rows
+        return tensor.new_zeros(shape).index_copy(self.axis, self.index.to(tensor.device), tensor)

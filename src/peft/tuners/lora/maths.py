@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""LoRA's computations with tensors alone: what starts, and what variants need."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+# singular vectors beyond those wanted that a randomised decomposition computes (Halko et al. 2011 advise 5 to 10)
+_OVERSAMPLING = 8
+# start of a sequence in which some tokens do not stand, beyond any length
+NEVER = 1 << 40
+
+
+def leading_singular_vectors(
+    weight: torch.Tensor, count: int, iterations: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Decompose a matrix approximately, by subspace iteration (Halko et al. 2011, arXiv:0909.4061).
+
+    It starts from the same numbers whenever it is called, on whatever device: an adapter that is loaded takes out of
+    the base weight what it took out when it was trained.
+
+    Args:
+        weight: (out, in).
+        count: how many singular vectors are wanted; there are some more in the result.
+        iterations: how often the subspace is improved.
+
+    Returns:
+        U, S and the transpose of V.
+    """
+    wanted = min(count + _OVERSAMPLING, *weight.shape)
+    numbers = torch.randn(weight.shape[1], wanted, generator=torch.Generator().manual_seed(0), device="cpu")
+    basis = torch.linalg.qr(weight @ numbers.to(weight)).Q
+    for _ in range(iterations):
+        basis = torch.linalg.qr(weight.T @ basis).Q
+        basis = torch.linalg.qr(weight @ basis).Q
+    u, s, vh = torch.linalg.svd(basis.T @ weight, full_matrices=False)
+    return basis @ u, s, vh
+
+
+def squares_added(
+    rows: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scaling: float, groups: int = 1
+) -> torch.Tensor:
+    """
+    Compute what is added to the squared norm of each row of a weight W by a product of factors, without that product.
+
+    ||w + s b A||^2 = ||w||^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>, for rows w of W and b of B.
+
+    Args:
+        rows: W, (out, in), in a type that may be less precise than that of the factors.
+        b: B, (out, r); for several groups (out, r / groups).
+        a: A, (r, in).
+        scaling: s.
+        groups: groups of a convolution.
+
+    Returns:
+        (out,), in the type of the factors.
+    """
+    if groups > 1:
+        # The delta of a grouped convolution does not have the shape of its weight. In its place, release 0.21.2 takes
+        # the product of the factors in the order of their storage, and adapters are trained with that.
+        b = b.reshape(-1, a.shape[0])
+        rows, a = (
+            matrix.view(len(matrix), -1, rows.shape[1]).transpose(0, 1) for matrix in (rows.view(len(b), -1), a)
+        )
+    gram = a @ a.mT
+    met = (rows @ a.mT.to(rows.dtype)).to(b.dtype)
+    added = ((2 * scaling * met + scaling * scaling * (b @ gram)) * b).sum(-1)
+    return added if groups == 1 else added.T.flatten()
+
+
+def find_invocations(ids: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    """
+    Find the last place of a sequence of tokens in each row.
+
+    Args:
+        ids: (batch, length) token ids.
+        tokens: what to look for.
+
+    Returns:
+        (batch,) index of the first of the tokens; a number beyond any length where they do not stand in the row.
+    """
+    nowhere = torch.full((len(ids),), NEVER, device=ids.device)
+    if ids.shape[1] < len(tokens):
+        return nowhere
+    windows = ids.unfold(1, len(tokens), 1)
+    found = (windows == torch.tensor(tokens, device=ids.device)).all(-1)
+    last = found.shape[1] - 1 - found.flip(1).int().argmax(1)
+    return torch.where(found.any(1), last, nowhere)
