@@ -55,6 +55,7 @@ SHARED = {
     "utils/kept_values.py": "DoRA: norms that are kept while nothing changes",
     "utils/tensor_parallel.py": "tensors that are divided among processes",
     "prompts/encoder.py": "prompt learning: what prompts have in common",
+    "prompts/computing.py": "prompt learning: the prompt of a batch",
     "prompts/sizes.py": "prompt learning: sizes that the model tells",
     "prompts/learning.py": "prompt learning: making, saving and switching prompts",
     "prompts/inputs.py": "prompt learning: putting prompts in front of inputs, for all tasks",
