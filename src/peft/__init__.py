@@ -119,6 +119,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.pvera.model": ["PveraModel"],
         ".tuners.supertuning.config": ["SupertuningConfig"],
         ".tuners.supertuning.model": ["SupertuningModel"],
+        ".tuners.randlora.config": ["RandLoraConfig"],
+        ".tuners.randlora.model": ["RandLoraModel"],
         ".tuners.tinylora.config": ["TinyLoraConfig"],
         ".tuners.tinylora.model": ["TinyLoraModel"],
         ".tuners.unilora.config": ["UniLoraConfig"],

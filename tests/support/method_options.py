@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "POLY": {"r": 2, "n_skills": 2},
     "PVERA": {"r": 4},
     "PEANUT": {"r": 2, "depth": 1},
+    "RANDLORA": {"r": 4, "randlora_alpha": 8},
     "TINYLORA": {"u": 4},
     "ROAD": {"group_size": 4},
     "SHIRA": {"r": 2},

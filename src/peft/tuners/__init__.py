@@ -78,6 +78,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".pvera.model": ["PveraModel"],
         ".supertuning.config": ["SupertuningConfig"],
         ".supertuning.model": ["SupertuningModel"],
+        ".randlora.config": ["RandLoraConfig"],
+        ".randlora.model": ["RandLoraModel"],
         ".tinylora.config": ["TinyLoraConfig"],
         ".tinylora.model": ["TinyLoraModel"],
         ".unilora.config": ["UniLoraConfig"],
