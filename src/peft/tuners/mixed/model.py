@@ -100,6 +100,7 @@ class MixedModel(BaseTuner):
     ) -> None:
         """Let the adapter's method put it into the model; see `BaseTuner.inject_adapter`."""
         with all_or_nothing(self, *self._tuners.values()):
+            remove_empty_layers(model)  # a method that is added again comes after those that are there
             tuner = self._tuner_of(self.peft_config[adapter_name])
             tuner.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self.targeted_module_names = tuner.targeted_module_names
@@ -162,7 +163,6 @@ class MixedModel(BaseTuner):
             tuner = self._tuner_of(self.peft_config[name])
             tuner.delete_adapter(name)
             self.active_adapter = tuner.active_adapter
-        remove_empty_layers(self.model)
 
     def _unload(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         # a method that does more than to take its layers off, such as LoRA, says so in its tuner
