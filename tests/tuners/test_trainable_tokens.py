@@ -23,6 +23,7 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
     get_peft_model_state_dict,
+    weight_tying_report,
 )
 from peft.layers.add_columns import AddColumns
 from peft.layers.trainable_tokens import TrainableTokensLayer, check_token_indices
@@ -426,23 +427,32 @@ def test_groups_are_handled_each_by_itself() -> None:
     torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("config", "names"),
-    [
-        ({"modules_to_save": ["lm_head"]}, ("modules_to_save", "trainable_token_indices")),
-        ({"targets": ["q_proj", "lm_head"]}, ("target_modules", "trainable_token_indices")),
-    ],
-)
-def test_contradictory_requests_on_one_group(config: dict, names: tuple[str, str]) -> None:
+def test_contradictory_requests_on_one_group() -> None:
     with pytest.raises(PeftError) as caught:
-        get_peft_model(llama(), lora(TOKENS, ensure_weight_tying=True, **config))
-    assert all(name in str(caught.value) for name in (*names, "lm_head", "embed_tokens"))
+        get_peft_model(llama(), lora(TOKENS, ensure_weight_tying=True, targets=["q_proj", "lm_head"]))
+    names = ("target_modules", "trainable_token_indices", "lm_head", "embed_tokens")
+    assert all(name in str(caught.value) for name in names)
+
+
+@pytest.mark.parametrize("config", [{"modules_to_save": ["lm_head"]}, {"targets": ["q_proj", "lm_head"]}])
+def test_tokens_of_one_member_beside_another_one(config: dict) -> None:
     model, texts = wrap(llama(), lora(TOKENS, **config))
     assert len(texts) == 1 and "share a weight" in texts[0]
     randomise(model)
     expected = logits(model)
     with pytest.warns(PeftWarning, match="no longer tied"):
         torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_of_an_embedding_that_is_trained_in_full() -> None:
+    """A list names no module, so nothing contradicts itself: the tokens are trained with the rest."""
+    asked = lora(TOKENS, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    model, texts = wrap(llama(), asked)
+    assert len(texts) == 1 and "trainable_token_indices has no effect" in texts[0]
+    assert asked.trainable_token_indices == TOKENS and model.peft_config["default"].trainable_token_indices is None
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    assert trained == ["base_model.model.model.embed_tokens.modules_to_save.default.weight"]
+    assert weight_tying_report(model).holds
 
 
 # ------------------------------------------------------------------------------------------ bad input

@@ -16,6 +16,7 @@ from ..anatomy.matching import (
     containing,
     contains_one_of,
     ends_like,
+    lies_in,
     matching_entry,
     near_names,
     outermost,
@@ -87,6 +88,7 @@ def keep_ties(
     Raises:
         PeftValueError: if one cannot be kept.
     """
+    leave_out_saved_tokens(model, config)
     groups = find_tied_groups(model)
     reached = find_reached_ties(model, config, groups)
     kept = [tie for tie in reached if config.ensure_weight_tying or unasked(tie)]
@@ -98,6 +100,27 @@ def keep_ties(
     kept = prefer_whole_matrices(model, config, kept)
     refuse_two_routes(kept)
     return kept
+
+
+def leave_out_saved_tokens(model: nn.Module, config: PeftConfig) -> None:
+    """
+    Train an input embedding in full whose tokens are to be trained, if the config does not name it for the tokens.
+
+    The tokens are part of it. They are taken out of the config, with one warning. A config that names a module in both
+    entries contradicts itself, and is refused elsewhere.
+
+    Args:
+        model: the model.
+        config: a config whose targets are resolved.
+    """
+    tokens, saved = getattr(config, "trainable_token_indices", None), getattr(config, "modules_to_save", None)
+    name = default_token_module(model) if tokens and saved and not isinstance(tokens, Mapping) else None
+    if name is not None and lies_in(saved, name):
+        config.trainable_token_indices = None
+        warn(
+            f"trainable_token_indices has no effect: its tokens are those of {name!r}, which modules_to_save trains in "
+            "full, and they with it. Leave one of the two entries out"
+        )
 
 
 def prefer_whole_matrices(model: nn.Module, config: PeftConfig, reached: list[ReachedTie]) -> list[ReachedTie]:
