@@ -118,8 +118,8 @@ def leave_out_saved_tokens(model: nn.Module, config: PeftConfig) -> None:
     if name is not None and lies_in(saved, name):
         config.trainable_token_indices = None
         warn(
-            f"trainable_token_indices has no effect: its tokens are those of {name!r}, which modules_to_save trains in "
-            "full, and they with it. Leave one of the two entries out"
+            f"trainable_token_indices has no effect: its tokens are those of {name!r}, which modules_to_save trains "
+            "in full, and they with it. Leave one of the two entries out"
         )
 
 
