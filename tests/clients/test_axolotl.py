@@ -35,9 +35,8 @@ ROUTES = {
 def imports_work() -> bool:
     """It imports them at the start, whatever it trains."""
     try:
-        from peft.optimizers import create_loraplus_optimizer  # noqa: F401
-
         from peft import AdaptionPromptConfig  # noqa: F401
+        from peft.optimizers import create_loraplus_optimizer  # noqa: F401
     except ImportError:
         return False
     return True

@@ -19,7 +19,6 @@ OF_OLD_RELEASES = {("peft", "BoneConfig")}
 # Methods and starts that are still to come bring these.
 TO_COME = {
     ("peft", "AdaptionPromptConfig"),
-    ("peft.optimizers", "create_loraplus_optimizer"),
     ("peft.tuners.lora.tp_layer", "LoraParallelLinear"),
 }
 

@@ -108,6 +108,8 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("peft.utils.tensor_parallel", "add_lora_tp_hooks_dtensor get_tp_plan_and_mesh", "tuners.lora.model"),
     ("peft.utils.tensor_parallel", "LoraEmbeddingATPHolder _LoraParameterProxy", "tuners.lora.layer"),
     ("peft.tuners.lora.model", "LoraModel", "helpers"),
+    ("peft.tuners.lora.layer", "Embedding", "optimizers.loraplus"),
+    ("peft.models.peft_model", "PeftModel", "optimizers.loraplus"),
     ("peft.tuners.oft.layer", "Conv2d Embedding Linear OFTLayer", "tuners.oft.model"),
     ("peft.tuners.oft.maths", "MultiplicativeDropoutLayer", "tuners.oft.layer"),
     ("peft.tuners.shira.maths", "random_mask", "tuners.shira.config"),

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Optimisers that know which parameters are factors of LoRA: LoRA+, LoRA-FA, Riemannian preconditioning."""
+
+from ..utils.lazy import lazy_exports
+
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        ".loraplus": ["create_loraplus_optimizer"],
+    },
+)
