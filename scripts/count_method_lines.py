@@ -41,6 +41,7 @@ SHARED = {
     "tuners/families/projections.py": "VeRA, PVeRA: random projections that all layers share",
     "tuners/families/lycoris.py": "LoHa, LoKr: settings, dropout, deltas that are added to the weight",
     "tuners/families/rotations.py": "OFT, BOFT, HRA: their rule, and rotations that are never built as matrices",
+    "tuners/families/sparse.py": "SHiRA, Super-Tuning: their rule, one product with a weight of which entries change",
     "tuners/families/scales.py": "IA3: combining adapters whose factors multiply features",
     "tuners/families/ranks.py": "LoRA, AdaLoRA: factors that are saved with fewer ranks than they have",
     "tuners/families/quantized.py": "LoRA, AdaLoRA, IA3: a class and a function for each library that quantises",

@@ -100,6 +100,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "VeloraConfig",
         ],
         ".tuners.lora.model": ["LoraModel"],
+        ".tuners.miss.config": ["MissConfig"],
+        ".tuners.miss.model": ["MissModel"],
         ".tuners.multitask_prompt_tuning.config": ["MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"],
         ".tuners.oft.config": ["OFTConfig"],
         ".tuners.oft.model": ["OFTModel"],

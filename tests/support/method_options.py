@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LOHA": {"r": 2},
     "LOKR": {"r": 2},
     "LORA": {"r": 2},
+    "MISS": {"r": 4},
     "OFT": {"r": 0, "oft_block_size": 4},
     "POLY": {"r": 2, "n_skills": 2},
     "PVERA": {"r": 4},

@@ -57,6 +57,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "VeloraConfig",
         ],
         ".lora.model": ["LoraModel"],
+        ".miss.config": ["MissConfig"],
+        ".miss.model": ["MissModel"],
         ".mixed.model": ["MixedModel"],
         ".multitask_prompt_tuning.config": ["MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"],
         ".multitask_prompt_tuning.model": ["MultitaskPromptEmbedding"],

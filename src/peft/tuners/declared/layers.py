@@ -188,13 +188,18 @@ class DeclaredLayer(BaseTunerLayer):
     @changes_adapter
     def restart(self, adapter: str, **values: Any) -> None:
         """
-        Start an adapter anew, from other values than its config has.
+        Start an adapter anew, from other values than its config has. Tensors that have another size then are replaced.
 
         Args:
             adapter: name.
-            values: the other values.
+            values: the other values, which hold from now on.
         """
-        self.start(adapter, with_values(self.settings[adapter], values))
+        c = with_values(self.settings[adapter], values)
+        for name, spec in self.specified(c):
+            if isinstance(spec, Trained) and self._modules[self.tensor_names[name]][adapter].shape != spec.shape:
+                self.resize(adapter, name, *spec.shape)
+        self.settings[adapter] = c
+        self.start(adapter, c)
 
     def resize(self, adapter: str, name: str, *shape: int) -> None:
         """

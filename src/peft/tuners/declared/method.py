@@ -22,6 +22,7 @@ from ...registry import register_peft_method
 from ...utils.error import PeftConfigError
 from ...utils.quantization_utils import stored_weight
 from ..base import BaseTuner
+from .either import DeclaredEither
 from .layers import (
     DeclaredActivation,
     DeclaredAdditive,
@@ -142,6 +143,7 @@ class DeclaredModel(BaseTuner):
 
 # ---------------------------------------------------------------------------------------------------------- declaring
 RULES: dict[str, type[BaseTunerLayer]] = {
+    "transforms": DeclaredEither,
     "delta": DeclaredAdditive,
     "bias": DeclaredAdditive,
     "mix": DeclaredMixing,
@@ -180,6 +182,7 @@ def method(
                                         (in, out) = (tokens, width), look up columns of A
         weight(t, w, c)                 f(W): (out, in); `inverse(t, w, c)` where there is one
         mix(t, y, c)                    M W and M b: y (..., out) -> M y; with `unmix(t, y, c)` and `can_unmix(t, c)`
+        transforms(c)                   whether an adapter is of `weight`, where there is `delta` too, which others add
         scale(t, shape, c)              factors of the outputs, or of the inputs where `of_input(c)` says so
         apply(t, x, shape, c)           optional: what the delta adds to the output of a linear layer, without it;
                                         `apply(..., training)` is told whether the layer is in training, and
