@@ -156,7 +156,7 @@ def rule_of(model_cls: type) -> str:
     """Name the rule that a method's layers follow; for prompt learning, what its prompts are."""
     if issubclass(model_cls, BasePromptEncoder):
         return "prefix" if model_cls.fills_cache else "virtual tokens"
-    return next(rule.__name__ for rule in RULES if issubclass(model_cls.tuner_layer_cls, rule))
+    return next((rule.__name__ for rule in RULES if issubclass(model_cls.tuner_layer_cls, rule)), "wrapper")
 
 
 def kinds_of(model_cls: type) -> tuple[str, ...]:

@@ -47,6 +47,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ],
         ".tuners.adalora.config": ["AdaLoraConfig"],
         ".tuners.adalora.model": ["AdaLoraModel"],
+        ".tuners.adaption_prompt.config": ["AdaptionPromptConfig"],
+        ".tuners.adaption_prompt.model": ["AdaptionPromptModel"],
         ".tuners.beft.config": ["BeftConfig"],
         ".tuners.beft.model": ["BeftModel"],
         ".tuners.boft.config": ["BOFTConfig"],

@@ -20,6 +20,10 @@ EXCEPTIONS = {
     "ADALORA": (350, "it hands out ranks while training, which no other method does"),
     "LILY": (75, "layers of a group share their factors"),
     "POLY": (115, "a router, and tasks that callers give to layers, models and `generate`"),
+    "ADAPTION_PROMPT": (
+        330,
+        "whole attention modules are wrapped, of three architectures, without a base weight to merge",
+    ),
     "CARTRIDGE": (210, "frozen rows, starts from caches and texts, and cartridges put together"),
     "CPT": (130, "balls around a context, and a loss of its own"),
     "MULTITASK_PROMPT_TUNING": (80, "prompts of several tasks"),

@@ -24,7 +24,7 @@ from ..prompts.learning import PromptEncoders
 from ..registry import PEFT_TYPE_TO_TUNER_MAPPING, TaskType
 from ..surgery.saved_modules import newly_started_heads
 from ..surgery.transaction import all_or_nothing
-from ..utils.error import PeftNotImplementedError, PeftPathError, PeftTypeError, PeftValueError
+from ..utils.error import PeftPathError, PeftTypeError, PeftValueError
 from ..utils.hub import push_folder
 from ..utils.warning import warn
 from .card import write_model_card
@@ -87,8 +87,6 @@ class PeftModel(ModelWrapper):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        if peft_config.is_adaption_prompt:
-            raise PeftNotImplementedError(f"{peft_config.peft_type} is not part of this version")
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names"}
         config = self._with_heads(peft_config, model)

@@ -53,7 +53,7 @@ def _check(model: ModelWrapper, adapter_names: Sequence[str], modules: list[nn.M
     if model.training:
         raise PeftValueError("adapter_names works for inference only; call eval() first")
     layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
-    whole = [layer for layer in layers if not layer.supports_mixed_batch]
+    whole = [module for module in modules if not getattr(module, "supports_mixed_batch", True)]
     if whole:
         raise PeftTypeError(
             f"adapter_names does not work on {type(whole[0]).__name__}, whose adapters change one weight for all "

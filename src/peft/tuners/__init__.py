@@ -10,6 +10,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         ".adalora.config": ["AdaLoraConfig"],
         ".adalora.model": ["AdaLoraModel"],
+        ".adaption_prompt.config": ["AdaptionPromptConfig"],
+        ".adaption_prompt.model": ["AdaptionPromptModel"],
         ".beft.config": ["BeftConfig"],
         ".beft.model": ["BeftModel"],
         ".boft.config": ["BOFTConfig"],

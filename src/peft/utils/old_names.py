@@ -98,6 +98,24 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "dispatch_transformer_engine",
         "tuners.lora.model",
     ),
+    (
+        "peft.tuners.adaption_prompt.targets",
+        "ModelTypeConfig TRANSFORMERS_MODEL_CONFIG prepare_config",
+        "tuners.adaption_prompt.config",
+    ),
+    ("peft.tuners.adaption_prompt.targets", "TRANSFORMERS_MODEL_CONFIG", "tuners.adaption_prompt.layer"),
+    ("peft.tuners.adaption_prompt.targets", "prepare_config", "tuners.adaption_prompt.model"),
+    (
+        "peft.tuners.adaption_prompt.maths",
+        "gpt2_compute_query_states llama_compute_query_states",
+        "tuners.adaption_prompt.config",
+    ),
+    ("peft.tuners.adaption_prompt.maths", "is_adaption_prompt_trainable", "tuners.adaption_prompt.model"),
+    (
+        "peft.tuners.adaption_prompt.layer",
+        "AdaptedAttention AdaptedAttentionGPT",
+        "tuners.adaption_prompt.model",
+    ),
     ("peft.tuners.adalora.quantized", "SVDQuantLinear", "tuners.adalora.model"),
     ("peft.tuners.lora.layer", "Conv1d Conv2d Conv3d Embedding Linear LoraLayer", "tuners.lora.variants"),
     (
