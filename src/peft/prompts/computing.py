@@ -8,6 +8,7 @@ import torch
 
 from ..utils.error import PeftValueError
 from .learning import PromptEncoders
+from .sizes import layers_for_prefix
 
 
 def compute_prompt(prompts: PromptEncoders, batch_size: int, task_ids: torch.Tensor | None = None) -> Any:
@@ -48,6 +49,9 @@ def fill_cache(prompts: PromptEncoders, cache: Any, batch_size: int) -> Any:
 
     Returns:
         The cache.
+
+    Raises:
+        PeftValueError: if the keys of a layer are larger than those of the prefix.
     """
     encoder, config, weight = prompts.active_encoder, prompts.active_config, prompts.base_weight
     if cache is None:
@@ -65,9 +69,11 @@ def fill_cache(prompts: PromptEncoders, cache: Any, batch_size: int) -> Any:
     parts = table.view(tokens, config.num_layers * 2, 1, heads, config.token_dim // heads)
     parts = parts.permute(1, 2, 3, 0, 4).expand(-1, batch_size, -1, -1, -1)
     decoder_cache = getattr(cache, "self_attention_cache", cache)
-    for layer in range(config.num_layers):
+    places = layers_for_prefix(getattr(prompts.base_model, "config", None), config)
+    for layer, (layer_heads, layer_width) in places.items():
         # In checkpoints of encoder-decoder models every second pair was meant for cross attention. Keys and values
         # of that come from the source alone, so these pairs are left out, and the count begins again at the end.
         first = 2 * config.num_transformer_submodules * layer % len(parts)
-        decoder_cache.update(parts[first], parts[first + 1], layer)
+        keys, values = (part[:, :layer_heads, :, :layer_width] for part in (parts[first], parts[first + 1]))
+        decoder_cache.update(keys, values, layer)
     return cache

@@ -10,6 +10,7 @@ from typing import Any
 from ..config import PromptLearningConfig
 from ..registry import PEFT_TYPE_TO_TUNER_MAPPING, TaskType
 from ..utils.error import PeftKeyError, PeftValueError
+from ..utils.warning import warn
 
 
 # what a size is called in the configs of models
@@ -20,6 +21,7 @@ _HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads
 _DECODER_HEADS = ("decoder_attention_heads",)
 _KEY_HEADS = ("num_key_value_heads",)
 _HEAD_WIDTH = ("head_dim", "d_kv")
+_SHARED_LAYERS = ("num_kv_shared_layers",)  # the last ones, which use the keys and values of earlier layers
 
 
 def complete_config(config: PromptLearningConfig, model: Any) -> PromptLearningConfig:
@@ -93,7 +95,64 @@ def _prepare_prompt_learning_config(
     return peft_config
 
 
+def layers_for_prefix(model_config: Any, config: PromptLearningConfig) -> dict[int, tuple[int, int]]:
+    """
+    Find the layers that a prefix is put into; it is cut to the size of their keys.
+
+    Where layers use keys and values of others (Gemma 4), there is one warning that names those that are left out.
+
+    Args:
+        model_config: the base model's config.
+        config: a complete config of prefix tuning.
+
+    Returns:
+        Number of a layer -> how many heads its keys have, and how wide these are.
+
+    Raises:
+        PeftValueError: if the keys of a layer are larger than those of the prefix.
+    """
+    heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
+    if hasattr(model_config, "get_text_config"):
+        model_config = model_config.get_text_config()
+    shared = _size(model_config, _SHARED_LAYERS) or 0
+    if not shared and not _differs_by_layer(model_config):
+        return dict.fromkeys(range(config.num_layers), (heads, width))
+    sizes = [_size_of_keys(layer) for layer in _layer_configs(model_config, config.num_layers)]
+    places = dict(enumerate(sizes[: len(sizes) - shared]))
+    if any(layer_heads > heads or layer_width > width for layer_heads, layer_width in places.values()):
+        raise PeftValueError(
+            f"the prefix has keys of num_attention_heads={heads} heads and width {width}, which do not fit the layers "
+            f"of the model; these have (heads, width) {sorted(set(places.values()))}. Leave token_dim and "
+            "num_attention_heads out of the config, then the model tells them"
+        )
+    if shared:
+        left_out = list(range(len(places), len(sizes)))
+        warn(
+            f"the prefix is put into layers {list(places)}, and not into layers {left_out}, which use the keys and "
+            "values of other layers"
+        )
+    return places
+
+
+def _size_of_keys(model_config: Any) -> tuple[int, int]:
+    """Read how many heads keys have, and how wide these are."""
+    heads = _size(model_config, _HEADS) or 1
+    width = _size(model_config, _HEAD_WIDTH) or (_size(model_config, _WIDTH) or 0) // heads
+    return _size(model_config, _KEY_HEADS) or heads, width
+
+
+def _differs_by_layer(model_config: Any) -> bool:
+    """Say whether the layers of a model have configs of their own; the model's then refuses to tell some sizes."""
+    return getattr(model_config, "is_heterogeneous", False) is True
+
+
+def _layer_configs(model_config: Any, layers: int = 1) -> list[Any]:
+    """Give a config for each layer, as many as asked for where they do not differ."""
+    return list(model_config.per_layer_config) if _differs_by_layer(model_config) else [model_config] * layers
+
+
 def _size(model_config: Any, names: Sequence[str]) -> int | None:
-    """Read the first of several fields that a model's config has."""
-    found = (getattr(model_config, name, None) for name in names)
-    return next((size for size in found if isinstance(size, int) and size), None)
+    """Read the first of several fields that a model's config has; the largest where layers differ in it."""
+    layers = _layer_configs(model_config)
+    found = ([getattr(layer, name, None) for layer in layers] for name in names)
+    return next((max(sizes) for sizes in found if all(isinstance(size, int) and size for size in sizes)), None)
