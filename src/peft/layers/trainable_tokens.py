@@ -162,6 +162,25 @@ class TrainableTokensLayer(WeightLayer, nn.Module):
             weight = self.source(adapter).transform_weight(adapter, weight)
         return weight
 
+    def forward_adapters(
+        self, x: torch.Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """
+        Compute the layer with the rows of given adapters, whichever are active.
+
+        Args:
+            x: input of the base layer.
+            active_adapters: names; what this layer lacks is left out, and nothing is added if adapters are off.
+            args: passed on to the base layer.
+            kwargs: passed on too.
+        """
+        if self.disable_adapters or self.merged:
+            return self.forward(x, *args, **kwargs)
+        adapters = [name for name in active_adapters if self.has_adapter(name)]
+        if not adapters:
+            return self.get_base_layer()(x, *args, **kwargs)
+        return self.adapter_forward(adapters, x, *args, **kwargs)
+
     def current_weight(self) -> torch.Tensor:
         """
         Give the weight with the rows of the active adapters in it.

@@ -112,6 +112,15 @@ class LycorisLayer(Scaled, DeclaredAdditive):
         """
         self.start(adapter_name, with_values(self.settings[adapter_name], {"init_weights": init_weights}))
 
+    def reset_adapter_parameters_random(self, adapter_name: str) -> None:
+        """
+        Start an adapter anew with tensors of which none is zero, so that it changes the layer at once.
+
+        Args:
+            adapter_name: name.
+        """
+        self.reset_adapter_parameters(adapter_name, init_weights=False)
+
     # --------------------------------------------------------------------------------------------------- the delta
     def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> torch.Tensor:
         """

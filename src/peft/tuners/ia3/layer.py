@@ -12,10 +12,24 @@ from transformers.pytorch_utils import Conv1D
 from ...anatomy.matching import matching_entry
 from ...utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 from ...utils.old_names import old_names
+from ..declared.layers import DeclaredActivation
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained
 from ..families.scales import CombinableScales
 from .config import IA3Config
+
+
+class ScaledLayer(DeclaredActivation):
+    """A layer with factors that can start anew."""
+
+    def reset_ia3_parameters(self, adapter_name: str) -> None:
+        """
+        Start an adapter's factors anew, at one.
+
+        Args:
+            adapter_name: name.
+        """
+        self.restart(adapter_name, init_ia3_weights=True)
 
 
 @method(
@@ -24,6 +38,7 @@ from .config import IA3Config
     kinds={nn.Conv2d: "Conv2d", nn.Conv3d: "Conv3d", nn.Linear: "Linear", Conv1D: "Linear"},
     targets=TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     settings={"is_feedforward": "is_feedforward"},
+    rule=ScaledLayer,
     model=CombinableScales,
 )
 class IA3:

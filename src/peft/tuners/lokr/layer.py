@@ -15,6 +15,19 @@ from .config import LoKrConfig
 from .maths import factorization, kron_forward, make_kron, make_weight_cp
 
 
+class KroneckerLayer(LycorisLayer):
+    """A layer whose factors can start as those of the LyCORIS package do."""
+
+    def reset_adapter_parameters_lycoris_way(self, adapter_name: str) -> None:
+        """
+        Start an adapter anew with a second factor of zero, or part b of it.
+
+        Args:
+            adapter_name: name.
+        """
+        self.reset_adapter_parameters(adapter_name, init_weights="lycoris")
+
+
 @method(
     "LOKR",
     LoKrConfig,
@@ -22,7 +35,7 @@ from .maths import factorization, kron_forward, make_kron, make_weight_cp
     patterns=PATTERNS,
     targets=TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING,
     settings=SETTINGS,
-    rule=LycorisLayer,
+    rule=KroneckerLayer,
     model=LycorisTuner,
 )
 class LoKr:

@@ -34,6 +34,16 @@ class BankLayer(DeclaredAdditive):
             check_trainable(adapter, logits)
         return super().delta_forward(adapter, x)
 
+    def reset_vblora_logits(self, adapter_name: str, init_logits_std: float) -> None:
+        """
+        Draw an adapter's logits anew, from a normal distribution.
+
+        Args:
+            adapter_name: name.
+            init_logits_std: its standard deviation.
+        """
+        self.restart(adapter_name, init_logits_std=init_logits_std)
+
 
 @method(
     "VBLORA",

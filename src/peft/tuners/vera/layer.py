@@ -13,10 +13,25 @@ from transformers.pytorch_utils import Conv1D
 from ...utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
+from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Frozen, Shape, Tensors, Trained
 from ..families.projections import corners, random_projections
 from .config import VeraConfig
+
+
+class VectorLayer(DeclaredAdditive):
+    """A layer with vectors that can start anew."""
+
+    def reset_vera_parameters(self, adapter_name: str, d_initial: float = 0.1) -> None:
+        """
+        Start an adapter's vectors anew, b at zero.
+
+        Args:
+            adapter_name: name.
+            d_initial: what d starts at.
+        """
+        self.restart(adapter_name, init_weights=True, d_initial=d_initial)
 
 
 @method(
@@ -28,6 +43,7 @@ from .config import VeraConfig
     dropout="vera_dropout",
     settings={"r": "r"},
     names={"A": "vera_A", "B": "vera_B"},
+    rule=VectorLayer,
     in_common=("projection_prng_key", "save_projection"),
 )
 class Vera:
