@@ -222,6 +222,41 @@ def test_second_adapter_with_larger_layers(tmp_path: Path) -> None:
     assert_equal(again(x), outputs["one"])
 
 
+def test_equal_projections_are_one(tmp_path: Path) -> None:
+    """Another adapter of that rank needs no more memory for them, also on its way through files, copies and types."""
+    base = linears(4, 6, 2)
+    model = adapted(base, "0", name="one")
+    model.add_adapter("two", VeraConfig(r=3, target_modules=["0"]))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(linears(4, 6, 2), tmp_path / "one", adapter_name="one")
+    again.load_adapter(tmp_path / "two", "two")
+    for copied in (model, again, copy.deepcopy(model), copy.deepcopy(model).double()):
+        layer = copied.get_base_model()[0]
+        assert layer.vera_A["one"] is layer.vera_A["two"] and layer.vera_B["one"] is layer.vera_B["two"]
+    with warned("'two' is active now"):
+        again.delete_adapter("one")
+    assert list(again.base_model.vera_A) == ["two"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_other_values_for_one_adapter_are_its_own(whole: bool) -> None:
+    """Projections of another origin are loaded without a change to those of the other adapters."""
+    model = adapted(linears(4, 6, 2), "0", name="one")
+    model.add_adapter("two", VeraConfig(r=3, target_modules=["0"]))
+    layer = model.get_base_model()[0]
+    before, other = layer.vera_A["one"].clone(), torch.randn_like(layer.vera_A["one"])
+    if whole:
+        state = model.state_dict()
+        model.load_state_dict({key: other if key.endswith("vera_A.two") else state[key].clone() for key in state})
+    else:
+        state = get_peft_model_state_dict(model, adapter_name="two")
+        state["base_model.vera_A"] = other
+        set_peft_model_state_dict(model, state, adapter_name="two")
+    assert_equal(layer.vera_A["one"], before)
+    assert_equal(layer.vera_A["two"], other)
+    assert layer.vera_B["one"] is layer.vera_B["two"]
+
+
 def test_delete_adapter() -> None:
     """Its projections go with it, those of others stay."""
     base = linears(4, 6, 2)

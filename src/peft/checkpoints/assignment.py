@@ -10,6 +10,7 @@ from torch import nn
 from ..anatomy.offload import computing_device, is_offloaded
 from ..anatomy.walking import adapter_modules, innermost_module
 from ..layers.base_layer import BaseTunerLayer
+from ..layers.shared_tensors import SharedBuffers
 from ..layers.undo import keep_values
 from ..utils.tensor_parallel import divide_like
 from .keys import Place
@@ -71,14 +72,25 @@ def assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], values: Mappin
     with torch.no_grad():
         for key, value in values.items():
             if id(tensors[key]) not in replaced:
-                keep_values([tensors[key]])
-                tensors[key].copy_(value)
+                _write(model, key, tensors[key], value)
     if replaced:
         for module in model.modules():
             for held in (module._parameters, module._buffers):
                 for name, tensor in held.items():
                     if id(tensor) in replaced:
                         held[name] = replaced[id(tensor)]
+
+
+def _write(model: nn.Module, key: str, tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Write a value into a tensor; what other adapters use as well stays theirs."""
+    path, _, name = key.rpartition(".")
+    container = innermost_module(model, path)
+    if isinstance(container, SharedBuffers):
+        if not container.take_value(name, value):
+            return
+        tensor = container[name]
+    keep_values([tensor])
+    tensor.copy_(value)
 
 
 def _homes(model: nn.Module) -> dict[int | None, torch.device]:

@@ -43,4 +43,5 @@ class SharedPlace(NamedTuple):
             spec.fill(parameter)
             container[key] = parameter
         else:
-            container.put(key, spec.made(self.first, self.device, dtype), isinstance(spec, Kept))
+            put = getattr(container, "put_once", container.put)
+            put(key, spec.made(self.first, self.device, dtype), isinstance(spec, Kept))
