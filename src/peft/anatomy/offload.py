@@ -155,7 +155,9 @@ class Replacements:
 
 
 def _offloading_hook(module: nn.Module) -> Any:
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")  # what has none is asked often, and `nn.Module` looks for it everywhere
+    if hook is None:
+        return None
     return next((part for part in getattr(hook, "hooks", (hook,)) if getattr(part, "offload", False)), None)
 
 

@@ -2,11 +2,12 @@
 # peft: the fork in which tied weights stay tied
 """Carrying out a plan: making the layers of an adapter, putting them into the model, and tying what has to follow."""
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
 
-from ..anatomy.walking import adapter_modules, base_modules, base_parameters, stack_of
+from ..anatomy.walking import adapter_modules, base_modules, base_parameters, is_adapter_layer, stack_of
 from ..config import PeftConfig
 from ..layers.base_layer import BaseTunerLayer
 from ..layers.merging.sharing import note_sharing
@@ -70,16 +71,17 @@ class Placing:
         cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
 
     def _place_layers(self, plan: AdapterPlan) -> None:
-        """Call the hook for each target, which makes the layer and puts it into the model."""
+        """Make the layer of each target and put it into the model, through the hook if a client has replaced it."""
         shared = self._shared_containers()
         if shared:
             self.make_shared(plan.adapter_name, plan.config, plan.own_layers)
         placement = Placement(plan, shared, Slots(self.model))
         self.__dict__["_placement"] = placement
+        place = self._place_through_hook if self._hook_is_replaced() else self._place_target
         try:
             for target in plan.targets:
                 if target.parameter is None:
-                    self._place_target(placement, target)
+                    place(placement, target)
             parameters = []
             if plan.parameters:
                 parameters = self._inject_parameters(plan.config, self.model, plan.adapter_name, on_meta())
@@ -89,7 +91,13 @@ class Placing:
         self.targeted_module_names = placement.without_left_out(plan.module_names)
         self.targeted_parameter_names = placement.without_left_out(parameters or ())
 
-    def _place_target(self, placement: Placement, target: Target) -> None:
+    def _place_target(self, placement: Placement, target: Target) -> BaseTunerLayer:
+        """Do for one target, as it is planned, what the hook does for whatever it is given."""
+        return self._make_layer(
+            placement, target, placement.outermost(target.module), placement.plan.config, dict(target.arguments)
+        )
+
+    def _place_through_hook(self, placement: Placement, target: Target) -> None:
         """Call the hook for one target, and see what it has done."""
         plan, stands = placement.plan, placement.outermost(target.module)
         parent, key = placement.slots.place_of(stands)
@@ -117,8 +125,9 @@ class Placing:
         """
         placement = self._running_placement("_inject_parameters")
         targets = [target for target in placement.plan.targets if target.parameter is not None]
+        place = self._place_through_hook if self._hook_is_replaced() else self._place_target
         for target in targets:
-            self._place_target(placement, target)
+            place(placement, target)
         return [target.name for target in targets]
 
     def _create_and_replace(
@@ -165,22 +174,39 @@ class Placing:
         arguments = dict(planned.arguments)
         if peft_config is not placement.plan.config:
             arguments.update(self._layer_arguments_for(peft_config)([planned.name]))
+        return self._make_layer(placement, planned, target, peft_config, arguments)
+
+    def _make_layer(
+        self, placement: Placement, planned: Target, stands: nn.Module, config: PeftConfig, arguments: dict[str, Any]
+    ) -> BaseTunerLayer:
+        """
+        Make the layer for a target and put it into the model, or give the adapter to the layer that is there.
+
+        Args:
+            placement: the running one.
+            planned: the target.
+            stands: what stands in its place in the model.
+            config: the adapter's config.
+            arguments: what the layer is made with beside it.
+        """
+        adapter_name = placement.plan.adapter_name
         if planned.owner is not None:
             arguments["owner"] = placement.owner_of(planned, self._create_and_replace)
-        layer = self._present_layer(target, planned.parameter)
+        layer = self._present_layer(stands, planned.parameter)
+        explaining = explaining_tie(planned.name, placement.owners, config) if placement.owners else nullcontext()
         if layer is not None:
-            with explaining_tie(planned.name, placement.owners, peft_config):
-                layer.update_layer(adapter_name, config=peft_config, **arguments)
-            if not target.training:
-                target.train(False)
+            with explaining:
+                layer.update_layer(adapter_name, config=config, **arguments)
+            if not stands.training:
+                stands.train(False)
         else:
             arguments.update(placement.shared)
-            with explaining_tie(planned.name, placement.owners, peft_config):
-                layer = self._create_layer(target, planned, adapter_name, peft_config, arguments)
-            if not target.training:
+            with explaining:
+                layer = self._create_layer(stands, planned, adapter_name, config, arguments)
+            if not stands.training:
                 layer.train(False)
             layer._active_adapter = self.active_adapters
-            placement.put(target, layer)
+            placement.put(stands, layer)
         placement.layers[planned.name] = layer
         return layer
 
@@ -209,6 +235,8 @@ class Placing:
 
     def _present_layer(self, module: nn.Module, parameter: str | None) -> BaseTunerLayer | None:
         """Find the layer that adapts a module, or a parameter of it, for other adapters already."""
+        if not is_adapter_layer(module):
+            return None
         if parameter is not None:
             return next((layer for layer in stack_of(module) if layer.parameter_name == parameter), None)
         # one method's layers may derive from another's, as AdaLoRA's do from LoRA's

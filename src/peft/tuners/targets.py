@@ -120,8 +120,11 @@ class Targeting:
         parts = self._parts(names, modules)
         whole = {name: modules[name] for name in dict.fromkeys([*names, *parts])}
         # a client's hook may send the layer to another module, which is checked then
-        for name, module in whole.items() if not self._hook_is_replaced() else ():
-            self._check_kind(module, name, follows=name in ties)
+        is_checked = not self._hook_is_replaced()
+        classes = {
+            name: self._check_kind(module, name, follows=name in ties) if is_checked else self._layer_class(module)
+            for name, module in whole.items()
+        }
         single = {name: modules[module_of(name)] for name in self._parameters_with_ties(parameters, config)}
         check_stacks(single, whole.values())
         additional = check_additional_trainable_modules(model, config)
@@ -129,7 +132,7 @@ class Targeting:
         return AdapterPlan(
             adapter_name,
             config,
-            self._plan_targets(config, modules, whole, parts, single),
+            self._plan_targets(config, modules, whole, classes, parts, single),
             matched=tuple(found.names),
             names=tuple(names),
             excluded=tuple(found.excluded),
@@ -143,6 +146,7 @@ class Targeting:
         config: PeftConfig,
         modules: dict[str, nn.Module],
         whole: dict[str, nn.Module],
+        classes: dict[str, type[BaseTunerLayer] | None],
         parts: dict[str, str],
         single: dict[str, nn.Module],
     ) -> tuple[Target, ...]:
@@ -153,6 +157,7 @@ class Targeting:
             config: config with resolved targets and recorded ties.
             modules: full name -> module of the model.
             whole: the same for those that get a layer.
+            classes: what layer each of them gets; None for what cannot be adapted itself.
             parts: those among them that are adapted along with another one -> that one, by whose names they go too.
             single: full name of a parameter that gets a layer -> module that holds it.
         """
@@ -179,7 +184,7 @@ class Targeting:
             if name in single:
                 key, layer_class = name.rpartition(".")[2], self.parameter_layer_cls
             else:  # what cannot be adapted itself can follow
-                key, layer_class = None, self._layer_class(module) or (owner and self._layer_class(reached[owner]))
+                key, layer_class = None, classes[name] or classes.get(owner)
             targets.append(Target(name, module, key, layer_class, arguments, owner))
         return tuple(targets)
 
@@ -471,21 +476,26 @@ class Targeting:
             return found if backend is None else self.quantized_layer_classes.get(backend.name, found)
         return found
 
-    def _check_kind(self, target: nn.Module, name: str, follows: bool) -> None:
+    def _check_kind(self, target: nn.Module, name: str, follows: bool) -> type[BaseTunerLayer] | None:
         """
         Refuse kinds of base layers that the method cannot adapt; one that follows another layer need not be adapted.
+
+        Returns:
+            The layer for it; None if it can only follow.
 
         Raises:
             UnsupportedLayerError: in that case.
         """
-        if not follows and self._layer_class(target) is None:
+        layer_class = self._layer_class(target)
+        if not follows and layer_class is None:
             supported = ", ".join(kind.__name__ for kind in self.layer_classes)
             raise UnsupportedLayerError(
                 f"{type(self).__name__} cannot adapt {name!r}, which is a {type(unwrapped(target)).__name__}; it "
                 f"adapts {supported}. Narrow target_modules, or list the module in modules_to_save to train it in full"
             )
-        if issubclass(self._layer_class(target) or object, (AdditiveLayer, WeightLayer, ActivationLayer)):
+        if issubclass(layer_class or object, (AdditiveLayer, WeightLayer, ActivationLayer)):
             self._check_output(unwrapped(target), name)
+        return layer_class
 
     @staticmethod
     def _check_output(layer: nn.Module, name: str) -> None:

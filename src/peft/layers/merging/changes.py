@@ -50,6 +50,8 @@ def changes_adapter(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def with_adapter_taken_out(layer: MergeableLayer, *args: Any, **kwargs: Any) -> Any:
+        if layer._sharing is None and not layer._merge_state.contributions:  # as new layers are
+            return method(layer, *args, **kwargs)
         with taken_out([layer], args[0] if args else kwargs[first]):
             return method(layer, *args, **kwargs)
 

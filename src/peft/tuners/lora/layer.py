@@ -284,6 +284,7 @@ class Embedding(WithAdapter, LoraLayer, nn.Module):
 
     is_embedding = True
     fan_in_fan_out = False
+    factor_names = ("lora_embedding_A", "lora_embedding_B")
     factor_layout = (("lora_embedding_A", True), ("lora_embedding_B", True))
 
     def __init__(

@@ -36,10 +36,12 @@ class LowRankLayer(Scaled, AdditiveLayer):
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
     _settings = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias")
     is_embedding = False
+    # the attributes that hold the factor that meets the input and the one that gives the output
+    factor_names = ("lora_A", "lora_B")
     has_views_of_owner = True
     bias_name = "bias"
-    # The attributes that hold the two matrices whose product is the delta, left one first, and whether they hold them
-    # transposed. Subclasses say it for their layout of the weight.
+    # The same for the two matrices whose product is the delta, left one first, and whether they are held transposed.
+    # Subclasses say it for their layout of the weight.
     factor_layout: tuple[tuple[str, bool], tuple[str, bool]]
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -50,7 +52,7 @@ class LowRankLayer(Scaled, AdditiveLayer):
         self.__dict__.update({name: {} for name in self._settings})
         self.__dict__.update(dict.fromkeys(self.adapter_layer_names, NO_FACTORS))
         self._modules["lora_dropout"] = nn.ModuleDict()
-        for name in sorted(name for name, _ in self.factor_layout):
+        for name in self.factor_names:
             del self.__dict__[name]
             self._modules[name] = FactorDict() if self.is_embedding else nn.ModuleDict()
 
@@ -129,12 +131,12 @@ class LowRankLayer(Scaled, AdditiveLayer):
         return not is_factor or not self.r[adapter_name] or (tensor.dim() > 1 and tensor.numel() > 0)
 
     def _factor(self, name: str, adapter: str) -> torch.Tensor:
-        value = getattr(self, name)[adapter]
+        value = self._modules[name][adapter]
         return value.weight if isinstance(value, nn.Module) else value
 
     def factor_weights(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the factor that meets the input, (r, in), and the one that gives the output, (out, r)."""
-        into, out = sorted(name for name, _ in self.factor_layout)
+        into, out = self.factor_names
         return self._factor(into, adapter), self._factor(out, adapter)
 
     def delta_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:

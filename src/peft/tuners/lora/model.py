@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from ...anatomy.matching import pattern_lookup
-from ...anatomy.walking import adapter_modules, base_parameters, names_of_modules, stack_of, unwrapped
+from ...anatomy.walking import (
+    adapter_modules,
+    base_parameters,
+    is_adapter_layer,
+    names_of_modules,
+    stack_of,
+    unwrapped,
+)
 from ...checkpoints.state_dict import collect_tensors
 from ...config import PeftConfig
 from ...surgery.replication import remove_replicas, replicate_layers, separate_replicas
@@ -102,19 +109,21 @@ class LoraModel(BaseTuner):
     def _layer_class(self, target: nn.Module) -> type[LoraLayer] | None:
         """Find the layer for a kind of base layer: one that a config of the model brings, or LoRA's own."""
         base = unwrapped(target)
-        for config in reversed(self.peft_config.values()):
-            custom = getattr(config, "_custom_modules", None) or {}
-            found = next((layer_cls for kind, layer_cls in custom.items() if isinstance(base, kind)), None)
-            if found is not None:
-                return found
+        for kind, layer_cls in self._layers_of_configs():
+            if isinstance(base, kind):
+                return layer_cls
         return super()._layer_class(target)
+
+    def _layers_of_configs(self) -> list[tuple[type[nn.Module], type[LoraLayer]]]:
+        """List the kinds of layers for which configs bring layers of their own, those of the latest config first."""
+        custom = [getattr(config, "_custom_modules", None) for config in reversed(self.peft_config.values())]
+        return [found for mapping in custom if mapping for found in mapping.items()]
 
     def _present_layer(self, module: nn.Module, parameter: str | None) -> LoraLayer | None:
         present = super()._present_layer(module, parameter)
-        if present is not None or parameter is not None:
+        if present is not None or parameter is not None or not is_adapter_layer(module):
             return present
-        mappings = [getattr(config, "_custom_modules", None) or {} for config in self.peft_config.values()]
-        custom = {layer_cls for mapping in mappings for layer_cls in mapping.values()}
+        custom = {layer_cls for _, layer_cls in self._layers_of_configs()}
         return next((layer for layer in stack_of(module) if type(layer) in custom), None)
 
     def _create_layer(
