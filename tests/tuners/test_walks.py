@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
+import torch
 from support.tied_models import llama
 from torch import nn
 
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, LoraModel, OFTConfig, PeftConfig, get_peft_model
+from peft.tuners.placement import Placement
 
 
 # to note what was there before, to see what there is, to set up what was put in
@@ -113,3 +115,23 @@ def test_second_adapter(config):
     model = get_peft_model(base, config)
     walks = walks_of(base, model.add_adapter, "other", config)
     assert len(walks) <= WALKS, explain(walks)
+
+
+def test_each_target_is_asked_about_once(monkeypatch):
+    """Thousands of layers take long enough as it is: the kind of layer is found once, and the hook stays out of it."""
+    found, hooked = [], []
+    model, find = llama(), LoraModel._layer_class
+    monkeypatch.setattr(LoraModel, "_layer_class", lambda self, target: found.append(target) or find(self, target))
+    monkeypatch.setattr(Placement, "target_for", lambda self, *args: hooked.append(args))
+    peft_model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    assert len(found) == len(peft_model.base_model.targeted_module_names) and not hooked
+
+
+def test_a_token_is_computed_without_a_look_at_the_kind_of_layer(monkeypatch):
+    layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)), OFTConfig(target_modules=["0"], oft_block_size=2, r=0))
+    layer = layer.get_base_model()[0]
+    assert layer.transforms_input and not layer.corrects_output
+    looks = []
+    monkeypatch.setattr(type(layer), "get_base_layer", lambda self: looks.append(self) or self.base_layer)
+    layer(torch.ones(1, 1, 4))
+    assert len(looks) <= 1  # for the sizes that its matrices have

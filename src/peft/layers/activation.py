@@ -49,7 +49,10 @@ class ActivationLayer(BaseTunerLayer):
 
     def _meets_input(self, adapter: str) -> bool:
         """Say whether an adapter scales the inputs of this layer; what it scales in the weight is up to its owner."""
-        return self.source(adapter)._axis(adapter) == feature_axis(self.get_base_layer(), of_input=True)
+        source = self.source(adapter)
+        if source is self:
+            return self.scales_input(adapter)
+        return source._axis(adapter) == feature_axis(self.get_base_layer(), of_input=True)
 
     def commutes_with(self, adapter: str, other: BaseTunerLayer, other_adapter: str) -> bool:
         """Factors have no order, be they those of rows or of columns."""

@@ -99,15 +99,14 @@ class RotationLayer(Unscaled, DeclaredWeight):  # a rotation by half the angle i
     channel, that is rotated; of embeddings the rows that are looked up.
     """
 
-    @property
-    def transforms_input(self) -> bool:
-        """Whether it is the input that is rotated."""
-        return not isinstance(self.get_base_layer(), (nn.Conv2d, nn.Embedding))
-
-    @property
-    def corrects_output(self) -> bool:
-        """Whether it is the output that is rotated."""
-        return isinstance(self.get_base_layer(), nn.Embedding)
+    def _wrap(self, base_layer: nn.Module) -> None:
+        super()._wrap(base_layer)
+        # asked in each forward pass, and the kind of the base layer does not change
+        base = self.get_base_layer()
+        self.__dict__.update(
+            transforms_input=not isinstance(base, (nn.Conv2d, nn.Embedding)),
+            corrects_output=isinstance(base, nn.Embedding),
+        )
 
     def make_adapter(self, adapter_name: str, config: PeftConfig, *arguments: Any, **values: Any) -> None:
         """
@@ -197,10 +196,10 @@ class RotationLayer(Unscaled, DeclaredWeight):  # a rotation by half the angle i
 class ScaledRotationLayer(RotationLayer):
     """Rule for methods that scale the outputs after that, by the factors `s` of each: f(W) x = s W g(x)."""
 
-    @property
-    def corrects_output(self) -> bool:
-        """Whether the output is scaled apart from the weight, where the input is rotated apart from it."""
-        return self.transforms_input
+    def _wrap(self, base_layer: nn.Module) -> None:
+        super()._wrap(base_layer)
+        # where the input is rotated apart from the weight, the output is scaled apart from it
+        self.__dict__["corrects_output"] = self.transforms_input
 
     def get_delta_weight(self, adapter: str, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """
