@@ -8,6 +8,8 @@ from ..utils.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        ".lorafa": ["create_lorafa_optimizer"],
         ".loraplus": ["create_loraplus_optimizer"],
+        ".riemannian": ["create_riemannian_optimizer"],
     },
 )
