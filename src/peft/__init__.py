@@ -139,6 +139,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.trainable_tokens.model": ["TrainableTokensModel"],
         ".tuners.waveft.config": ["WaveFTConfig"],
         ".tuners.waveft.model": ["WaveFTModel"],
+        ".tuners.xlora.config": ["XLoraConfig"],
+        ".tuners.xlora.model": ["XLoraModel"],
         ".utils.error": ["NoMatchingPeftModuleError", "PeftError"],
         ".surgery.kbit_training": ["prepare_model_for_kbit_training"],
         ".surgery.switching": ["cast_mixed_precision_params"],

@@ -78,6 +78,7 @@ FEATURES_NOT_IMPLEMENTED = {
     "LoRA: EVA, CorDA, LoRA-GA": uses("init_lora_weights", "eva", "corda", "lora_ga"),
     "convert_to_lora": named("ops/convert_to_lora_f*", "ops/convert_to_lora_threshold"),
     "X-LoRA": named("ops/xlora_*"),
+    "create_loraplus_optimizer": named("ops/loraplus_*"),
 }
 
 

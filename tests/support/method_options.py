@@ -48,6 +48,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 10},
     "CARTRIDGE": {"num_virtual_tokens": 2},
     "CPT": {"task_type": "CAUSAL_LM"},
+    "XLORA": {"hidden_size": 8, "adapters": {}},
 }
 # what a second adapter of the same model needs to be otherwise
 SECOND: dict[str, dict[str, Any]] = {
@@ -63,7 +64,9 @@ OF_ROWS = ("TRAINABLE_TOKENS",)
 def layered_methods() -> list[str]:
     """Name every registered method that puts layers into a model."""
     found = [str(getattr(key, "value", key)) for key in PEFT_TYPE_TO_TUNER_MAPPING]
-    return [name for name in found if issubclass(PEFT_TYPE_TO_TUNER_MAPPING[name], BaseTuner)]
+    classes = {name: PEFT_TYPE_TO_TUNER_MAPPING[name] for name in found}
+    # one without layers of its own is X-LoRA, which weighs those of LoRA
+    return [name for name, cls in classes.items() if issubclass(cls, BaseTuner) and cls.layer_classes]
 
 
 def is_mergeable(method: str) -> bool:

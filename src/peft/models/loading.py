@@ -45,6 +45,7 @@ def load_model(
     *,
     strict: bool = False,
     ignore_mismatched_sizes: bool = False,
+    adapters: dict[str, str] | None = None,
     **hub_options: Any,
 ) -> ModelWrapper:
     """
@@ -63,6 +64,7 @@ def load_model(
         key_mapping: regular expression -> replacement for keys of the checkpoint.
         strict: refuse a checkpoint that does not fit in every respect.
         ignore_mismatched_sizes: leave out tensors of another shape.
+        adapters: name of each expert -> folder, instead of what the config of X-LoRA says.
         hub_options: `subfolder`, `revision`, `token`, ...
 
     Returns:
@@ -80,6 +82,12 @@ def load_model(
     # files are read before the model is touched
     config, weights = _read_adapter(model_id, hub_options, config, "cpu", key_mapping)
     config = _for_this_run(config, model_id, is_trainable, ephemeral_gpu_offload)
+    if adapters is not None:
+        if not hasattr(config, "adapters"):
+            raise PeftValueError(
+                f"adapters= names the experts of X-LoRA, and {os.fspath(model_id)!r} has none; leave it out"
+            )
+        config.adapters = adapters
     config = config_for_members(config, model, weights, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
     with all_or_nothing(model):
         made = make(

@@ -379,7 +379,9 @@ class PeftModel(ModelWrapper):
         """
         if os.path.isfile(save_directory):
             raise PeftPathError(f"{os.fspath(save_directory)!r} is a file; adapters are saved into a folder")
-        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        names = selected_adapters
+        if names is None:  # parts of an adapter, such as experts, have configs too
+            names = getattr(self._tuner, "adapters_to_save", None) or list(self.peft_config)
         self._check_names(names)
         if is_main_process:
             save_adapters(
@@ -453,7 +455,8 @@ class PeftModel(ModelWrapper):
             strict: refuse a checkpoint that does not fit in every respect, instead of warning about missing and
                 unexpected tensors.
             ignore_mismatched_sizes: leave out tensors of another shape.
-            kwargs: `subfolder`, `revision`, `token`, ... for the hub.
+            kwargs: `subfolder`, `revision`, `token`, ... for the hub; `adapters`, name of each expert -> folder, for
+                X-LoRA whose experts are elsewhere than its config says.
 
         Returns:
             A `PeftModel` of the class that belongs to the config's task. Its `load_reports` say what became of each

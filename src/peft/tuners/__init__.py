@@ -98,5 +98,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".trainable_tokens.model": ["TrainableTokensModel"],
         ".waveft.config": ["WaveFTConfig"],
         ".waveft.model": ["WaveFTModel"],
+        ".xlora.config": ["XLoraConfig"],
+        ".xlora.model": ["XLoraModel"],
     },
 )
