@@ -40,10 +40,8 @@ METHODS_NOT_IMPLEMENTED = {
     "DEFT",
     "FROD",
     "GLORA",
-    "LILY",
     "OSF",
     "PEANUT",
-    "POLY",
     "PSOFT",
     "SHADOW",
     "UNILORA",
@@ -77,7 +75,6 @@ FEATURES_NOT_IMPLEMENTED = {
     "LoRA: MiCA": uses("init_lora_weights", "mica"),
     "LoRA: EVA, CorDA, LoRA-GA": uses("init_lora_weights", "eva", "corda", "lora_ga"),
     "convert_to_lora": named("ops/convert_to_lora_f*", "ops/convert_to_lora_threshold"),
-    "X-LoRA": named("ops/xlora_*"),
     "create_loraplus_optimizer": named("ops/loraplus_*"),
 }
 

@@ -457,7 +457,7 @@ class DeclaredTerm(DeclaredAdditive):
         """There is none."""
         return False
 
-    def builds_delta(self, adapter: str, x: torch.Tensor) -> bool:
+    def builds_delta(self, adapter: str, x: torch.Tensor, outputs: torch.Tensor | None = None) -> bool:
         """There is none."""
         return False
 
