@@ -36,16 +36,8 @@ METHODS = {getattr(method, "value", method) for method in PEFT_TYPE_TO_CONFIG_MA
 # Once a method is registered it has to leave this list, and its cases enter the tests by themselves.
 METHODS_NOT_IMPLEMENTED = {
     "ADAMSS",
-    "BEFT",
-    "DEFT",
     "FROD",
-    "GLORA",
-    "OSF",
-    "PEANUT",
-    "PSOFT",
     "SHADOW",
-    "UNILORA",
-    "WAVEFT",
 }
 
 Condition = Callable[[str, list[dict]], bool]
@@ -106,6 +98,11 @@ DEFECTS_OF_THE_RELEASE = {
         ),
         "the release computes wrong gradients of the inputs of layers with C3A",
     ),
+    **dict.fromkeys(
+        (*(name for name in CASES if "/psoft" in name), "init/buffers_psoft"),
+        "files of the release lack the subspace in which PSOFT turns, so the function depends on where they are read",
+    ),
+    **dict.fromkeys((name for name in CASES if "/osf" in name), "the release refuses to unmerge OSF"),
     "llama/hira_embed": "the release trains HiRA's row of the padding token",
     "conv/loha_effective_conv": "the release computes wrong gradients of LoHa's factors in Tucker form",
     "bert_mlm/trainable_tokens": "the release drops the head's bias when the head's tokens are trained",

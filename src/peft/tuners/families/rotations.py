@@ -39,6 +39,28 @@ def cayley(skew: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(identity + skew, identity - skew)  # the two factors commute
 
 
+def cayley_neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
+    """
+    Approximate (I + Q) (I - Q)^-1 by a series, I + 2 Q + ... + 2 Q^(terms - 2) + Q^(terms - 1).
+
+    That is (I + Q) (I + Q + ... + Q^(terms - 2)). Short series are those of the released package, so that its adapters
+    compute the same here: three terms are used as four, two are I + 2 Q, and one is the identity.
+
+    Args:
+        skew: Q, (n, b, b).
+        terms: highest power of Q, plus one.
+    """
+    identity = identity_like(skew)
+    if terms < 2:
+        return identity.expand_as(skew)
+    if terms == 2:
+        return identity + 2 * skew
+    series = factor = identity + skew
+    for _ in range(max(terms, 4) - 3):
+        series = torch.baddbmm(identity, skew, series)
+    return torch.bmm(factor, series)
+
+
 class Rotation(ABC):
     """A square matrix that rows are multiplied by, from the right."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...utils.error import PeftValueError
-from ..families.rotations import BlockRotation, cayley, full_precision, identity_like
+from ..families.rotations import BlockRotation, cayley, cayley_neumann, full_precision, identity_like
 
 
 def skew_symmetric(entries: torch.Tensor, size: int) -> torch.Tensor:
@@ -26,28 +26,6 @@ def skew_symmetric(entries: torch.Tensor, size: int) -> torch.Tensor:
     matrices = entries.new_zeros(len(entries), size * size).index_copy(1, rows * size + columns, entries)
     matrices = matrices.view(-1, size, size)
     return matrices - matrices.mT
-
-
-def cayley_neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
-    """
-    Approximate (I + Q) (I - Q)^-1 by a series, I + 2 Q + ... + 2 Q^(terms - 2) + Q^(terms - 1).
-
-    That is (I + Q) (I + Q + ... + Q^(terms - 2)). Short series are those of the released package, so that its adapters
-    compute the same here: three terms are used as four, two are I + 2 Q, and one is the identity.
-
-    Args:
-        skew: Q, (n, b, b).
-        terms: highest power of Q, plus one.
-    """
-    identity = identity_like(skew)
-    if terms < 2:
-        return identity.expand_as(skew)
-    if terms == 2:
-        return identity + 2 * skew
-    series = factor = identity + skew
-    for _ in range(max(terms, 4) - 3):
-        series = torch.baddbmm(identity, skew, series)
-    return torch.bmm(factor, series)
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
