@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """PSOFT against its formula, its starts, and files that hold the subspace."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,10 @@ def test_files_without_the_subspace_are_read(tmp_path: Path, low_cpu_mem_usage: 
     file = tmp_path / "adapter_model.safetensors"
     save_file({key: tensor for key, tensor in load_file(file).items() if "cache" not in key}, file)
     base = nn.Sequential(net[0].base_layer)
-    again = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert again.load_reports["default"].complete
     torch.testing.assert_close(again(x), expected)
 
 

@@ -150,6 +150,20 @@ def _joined_forms(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, li
             yield prefix + key, [prefix + name for name in form.names], form
 
 
+def optional_keys(model: nn.Module, adapter_name: str) -> set[str]:
+    """
+    Find the keys of tensors that a checkpoint may lack without a word.
+
+    Args:
+        model: a model with adapter modules.
+        adapter_name: name.
+    """
+    modules = list(adapter_modules(model))
+    prefixes = _saved_prefixes(modules)
+    having = [module for _, module in modules if module.has_adapter(adapter_name)]
+    return {prefixes[id(module)] + key for module in having for key in module.optional_keys(adapter_name)}
+
+
 def write_forms(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     Put tensors into the form in which the adapter's config wants them saved.

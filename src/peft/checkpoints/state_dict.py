@@ -30,7 +30,16 @@ from ..utils.wrapped_names import plain_name, renamed
 from .aliases import split_aliases
 from .assignment import assign, live_tensors, one_value_per_tensor
 from .checks import mistyped, not_finite, shape_of
-from .keys import Place, adapter_key_map, bias_key_map, embedding_key_map, embedding_tensors, read_forms, write_forms
+from .keys import (
+    Place,
+    adapter_key_map,
+    bias_key_map,
+    embedding_key_map,
+    embedding_tensors,
+    optional_keys,
+    read_forms,
+    write_forms,
+)
 from .load_report import LoadReport, LoadResult
 from .vocabulary import changed_embeddings
 
@@ -218,11 +227,13 @@ def _load_tensors(
     values, tied, overruled = one_value_per_tensor(fitting, keys, live)
     # a tensor that several modules share is loaded under all its names, whichever of them stand in the checkpoint
     filled = {id(live[key]) for key in values}
+    lacking = [key for key in expected if key not in found and id(live[keys[key].key]) not in filled]
+    optional = optional_keys(model, adapter_name) if lacking else ()
     report = LoadReport(
         adapter_name,
         expected=expected,
         loaded=tuple(fitting),
-        missing=tuple(key for key in expected if key not in found and id(live[keys[key].key]) not in filled),
+        missing=tuple(key for key in lacking if key not in optional),
         unexpected=tuple(key for key in content if key not in keys),
         mismatched=mismatched,
         mistyped=mistyped(fitting, keys, live),

@@ -269,6 +269,18 @@ class AdapterModule:
         """
         return {}
 
+    def optional_keys(self, adapter_name: str) -> tuple[str, ...]:
+        """
+        Name the tensors that a checkpoint may lack without a word, since they follow from the base model as it is.
+
+        Args:
+            adapter_name: name of an adapter that this module has, itself or from the one that it follows.
+
+        Returns:
+            Keys, as `adapter_keys` or `adapter_aliases` yield them first.
+        """
+        return ()
+
     def is_whole(self, adapter_name: str, key: str, tensor: torch.Tensor) -> bool:
         """
         Say whether a tensor is what this module has, and not the part of it that one of several processes holds.

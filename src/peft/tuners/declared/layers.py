@@ -168,6 +168,10 @@ class DeclaredLayer(BaseTunerLayer):
         parts = {name: name.partition(".") for name in forms}  # "A.weight" is a tensor in the module A
         return {"".join((self.tensor_names[parts[name][0]], *parts[name][1:])): form for name, form in forms.items()}
 
+    def optional_keys(self, adapter_name: str) -> tuple[str, ...]:
+        """Name the tensors that are declared as such."""
+        return tuple(self.tensor_names[name] for name in getattr(self.declared, "optional", ()))
+
     def reset_adapter(self, adapter_name: str, config: PeftConfig) -> None:
         """Give the trained tensors the values that they start with."""
         self.start(adapter_name, self.settings[adapter_name])

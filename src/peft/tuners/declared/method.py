@@ -172,8 +172,8 @@ def method(
     """
     Make a method out of a class of pure functions.
 
-    The class says the names of its tensors, `trained`, `frozen`, `kept` and `modules` (of tensors). Its functions take
-    no `self`:
+    The class says the names of its tensors, `trained`, `frozen`, `kept` and `modules` (of tensors), and of those
+    that checkpoints may lack, `optional`. Its functions take no `self`:
 
         tensors(shape, c)               name -> `Trained`, `Frozen`, `Kept`, `TrainedModule`; None if not needed
         delta(t, shape, c)              W + delta: (out, in); `delta(t, shape, c, w)` is given the base weight as well

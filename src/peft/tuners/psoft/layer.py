@@ -34,6 +34,7 @@ class Psoft:
     """A layer whose weight is turned and stretched in its principal subspace."""
 
     modules, kept = ("R",), ("A", "B")
+    optional = kept  # files of the release lack them
 
     def values(c: PsoftConfig, names: Sequence[str], shape: Shape) -> dict[str, Any]:
         """Find what the update is multiplied by."""
