@@ -71,6 +71,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.delora.model": ["DeloraModel"],
         ".tuners.fourierft.config": ["FourierFTConfig"],
         ".tuners.fourierft.model": ["FourierFTModel"],
+        ".tuners.frod.config": ["FrodConfig"],
+        ".tuners.frod.model": ["FrodModel"],
         ".tuners.glora.config": ["GloraConfig"],
         ".tuners.glora.model": ["GloraModel"],
         ".tuners.gralora.config": ["GraloraConfig"],

@@ -88,6 +88,10 @@ def inject_adapter_in_model(
             f"{peft_config.peft_type} does not put adapters into modules of the model; use get_peft_model instead"
         )
     tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
+    if tuner_cls.uses_shared_state:
+        raise PeftValueError(
+            f"{peft_config.peft_type} keeps what its layers share beside the model; use get_peft_model instead"
+        )
     tuner_cls(
         model, peft_config, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
     )

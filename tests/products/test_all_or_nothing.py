@@ -170,6 +170,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "targets": {"target_modules": ["emb", "head"], "modules_to_save": ["norm"]},
 }
 LAYERED = [*layered_methods(), *(f"LORA-{name}" for name in VARIANTS)]
+# those that need nothing beside their layers
+INJECTABLE = [name for name in LAYERED if not PEFT_TYPE_TO_TUNER_MAPPING[name.partition("-")[0]].uses_shared_state]
 PROMPTS = [
     str(getattr(key, "value", key))
     for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()
@@ -292,7 +294,7 @@ def two_for_sum() -> PeftModel:
 
 
 CASES = [(method, entrance) for method in (*LAYERED, *PROMPTS) for entrance in FOR_ALL]
-CASES += [(method, entrance) for method in LAYERED for entrance in FOR_LAYERS]
+CASES += [(method, entrance) for method in INJECTABLE for entrance in FOR_LAYERS]
 CASES += [("LORA", entrance) for entrance in FOR_LORA]
 # biases exist once, and a start that changes the base model comes before all other adapters
 CASES = [
@@ -389,7 +391,7 @@ def test_a_saved_module_that_cannot_be_copied(way: str) -> None:
     assert differences(before, everything(model)[0]) == {} and alive
 
 
-@pytest.mark.parametrize("method", [method for method in LAYERED if can_merge(method)])
+@pytest.mark.parametrize("method", [method for method in INJECTABLE if can_merge(method)])
 def test_a_refused_injection_keeps_the_old_adapter_merged(method: str) -> None:
     model = merged(method)
     before, alive = everything(model)

@@ -37,6 +37,18 @@ METHODS = {getattr(method, "value", method) for method in PEFT_TYPE_TO_CONFIG_MA
 METHODS_NOT_IMPLEMENTED = {
     "ADAMSS",
     "FROD",
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "CPT",
+    "BEFT",
+    "DEFT",
+    "GLORA",
+    "LILY",
+    "MISS",
+    "OSF",
+    "PEANUT",
+    "POLY",
+    "PSOFT",
     "SHADOW",
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.helpers import assert_close, logits, randomise, warned
 from support.method_options import is_mergeable
-from test_all_or_nothing import LAYERED, config, merged, net
+from test_all_or_nothing import INJECTABLE, config, merged, net
 from torch import nn
 
 from peft import (
@@ -55,7 +55,7 @@ def settings(model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("is_merged", [False, True])
-@pytest.mark.parametrize("method", LAYERED)
+@pytest.mark.parametrize("method", INJECTABLE)
 def test_nothing_of_the_old_adapter_is_left(method: str, is_merged: bool) -> None:
     model = merged(method)
     if not is_merged:

@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "DELORA": {"r": 2},
     "FOURIERFT": {"n_frequency": 24, "init_weights": True},
     "GLORA": {"r": 2},
+    "FROD": {"sparse_rate": 0.1, "progressbar": False},
     "GRALORA": {"r": 4},
     "HIRA": {"r": 2},
     "HRA": {"r": 2},

@@ -58,7 +58,8 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, Place]:
     tuner = base_name.removesuffix("model.")
     for _, module in modules:
         for saved, live in module.shared_keys(adapter_name):
-            keys.setdefault(tuner + saved, Place(prefixes[id(module)] + live))
+            place = tuner if module.shares_on_tuner else prefixes[id(module)]
+            keys.setdefault(tuner + saved, Place(place + live))
     for _, module in modules:
         repeated = module.repeated_keys(adapter_name)
         keys.update((saved_prefixes[id(module)] + saved, keys[tuner + saved]) for saved in repeated)

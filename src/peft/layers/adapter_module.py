@@ -33,6 +33,8 @@ class AdapterModule:
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
+    # whether tensors that layers share stand on the tuner alone, and not on each layer too
+    shares_on_tuner: bool = False
 
     _active_adapter: str | list[str] = "default"
     _disable_adapters: bool = False

@@ -28,6 +28,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".delora.model": ["DeloraModel"],
         ".fourierft.config": ["FourierFTConfig"],
         ".fourierft.model": ["FourierFTModel"],
+        ".frod.config": ["FrodConfig"],
+        ".frod.model": ["FrodModel"],
         ".glora.config": ["GloraConfig"],
         ".glora.model": ["GloraModel"],
         ".gralora.config": ["GraloraConfig"],

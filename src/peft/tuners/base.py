@@ -76,7 +76,7 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         target_module_mapping: model type -> default targets.
         pattern_fields: config field, such as the rank -> config field with the values for modules where it differs.
         uses_shared_state: whether adapters need more than their layers, so that they cannot be injected into a model
-            without a `PeftModel` around it. False for all methods of this package.
+            without a `PeftModel` around it.
         in_mixed_model: whether tuners of other methods work on the model too; nobody hands out ranks then.
         model: the base model, with adapter layers in it.
         peft_config: adapter name -> config as it applies to this model.

@@ -136,9 +136,16 @@ class DeclaredModel(BaseTuner):
                 place.put(container, adapter_name, specs)
                 continue
             trained = name in getattr(self.declared, "trained", ())
-            container[adapter_name] = SharedParameters() if trained else SharedBuffers()
             for group, spec in specs.items():
-                place.put(container[adapter_name], str(group), spec)
+                place.put(*self._place_in_group(container, adapter_name, str(group), trained), spec)
+
+    def _place_in_group(
+        self, container: nn.ModuleDict, adapter_name: str, group: str, trained: bool
+    ) -> tuple[nn.Module, str]:
+        """Give the container of a tensor that a group of layers shares, and the tensor's name there."""
+        if adapter_name not in container:
+            container[adapter_name] = SharedParameters() if trained else SharedBuffers()
+        return container[adapter_name], group
 
 
 # ---------------------------------------------------------------------------------------------------------- declaring
