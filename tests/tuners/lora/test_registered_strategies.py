@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.methods import LoraVariant, Start, register_start, register_variant
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.tuners.lora.starts import find_start
 from peft.utils.error import PeftValueError
 
@@ -276,3 +276,41 @@ def test_layers_of_ones_own(tmp_path: Path) -> None:
     model.add_adapter("other", own())
     assert type(model.base_model.model.head) is Halved and layer.available_adapters == {"default", "other"}
     assert not isinstance(PeftModel.from_pretrained(stack(), tmp_path).base_model.model.head, Halved)
+
+
+class Bare(nn.Module, LoraLayer):
+    """LoRA on a linear layer with nothing but what `LoraLayer` has, and a forward pass of its own."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int, lora_alpha: int, **kwargs: object
+    ):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add the parts of the active adapters, unless they are off or in the weight already."""
+        result = self.base_layer(x)
+        for name in () if self.disable_adapters or self.merged else self.active_adapters:
+            result = result + self.lora_B[name](self.lora_A[name](x)) * self.scaling[name]
+        return result
+
+
+def test_bare_layers_of_ones_own(tmp_path: Path) -> None:
+    def own() -> LoraConfig:
+        config = LoraConfig(r=2, target_modules=["head"])
+        config._register_custom_module({nn.Linear: Bare})
+        return config
+
+    model = get_peft_model(stack(), own()).eval()
+    assert type(model.base_model.model.head) is Bare
+    randomise(model)
+    expected = logits(model, features())
+    assert differs(expected, logits(stack(), features()))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(stack(), tmp_path, config=own())
+    assert_equal(logits(again, features()), expected)
+    with again.disable_adapter():
+        assert_equal(logits(again, features()), logits(stack(), features()))
+    assert_close(logits(again.merge_and_unload(), features()), expected)

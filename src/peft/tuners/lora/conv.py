@@ -35,8 +35,6 @@ class OnConvolution:
     a grouped layer mixes channels that its weight keeps apart, and cannot be merged into it.
     """
 
-    factor_layout = (("lora_B", False), ("lora_A", False))
-
     @property
     def _groups(self) -> int:
         return self.get_base_layer().groups

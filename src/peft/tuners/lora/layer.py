@@ -123,8 +123,8 @@ class LoraLayer(MixedBatches, VariantLayer):
             variant.make(self, adapter_name, config)
 
     def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
-        """Make the factors of an adapter, without values."""
-        raise NotImplementedError
+        """Make the factors of an adapter, without values; those of a linear layer, unless a subclass has others."""
+        self._make_linear_factors(adapter, r, config.lora_bias)
 
     def reset_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         """Start an adapter's factors, as layers of torch do, and then as the config says."""
@@ -240,9 +240,6 @@ class Linear(OnLinear, WithAdapter, LoraLayer, nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__(base_layer, adapter_name, config, r, lora_alpha, **kwargs)
-
-    def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
-        self._make_linear_factors(adapter, r, config.lora_bias)
 
     def token_axes(self, adapter_name: str) -> dict[str, tuple[int, float]] | None:
         """Say which factor of an output head has a row for each token; see `BaseTunerLayer.token_axes`."""

@@ -41,8 +41,8 @@ class LowRankLayer(Scaled, AdditiveLayer):
     has_views_of_owner = True
     bias_name = "bias"
     # The same for the two matrices whose product is the delta, left one first, and whether they are held transposed.
-    # Subclasses say it for their layout of the weight.
-    factor_layout: tuple[tuple[str, bool], tuple[str, bool]]
+    # Subclasses say it if their weight is no (out, in), or the factors are not those of a linear layer.
+    factor_layout: tuple[tuple[str, bool], tuple[str, bool]] = (("lora_B", False), ("lora_A", False))
 
     def __init__(self, base_layer: nn.Module) -> None:
         self._wrap(base_layer)
