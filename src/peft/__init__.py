@@ -49,6 +49,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.adalora.model": ["AdaLoraModel"],
         ".tuners.adaption_prompt.config": ["AdaptionPromptConfig"],
         ".tuners.adaption_prompt.model": ["AdaptionPromptModel"],
+        ".tuners.adamss.config": ["AdamssConfig"],
+        ".tuners.adamss.model": ["AdamssModel"],
         ".tuners.beft.config": ["BeftConfig"],
         ".tuners.beft.model": ["BeftModel"],
         ".tuners.boft.config": ["BOFTConfig"],

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, ReplacementLayer
 
 # fields of the config, for layers that are 16 wide
 OPTIONS: dict[str, dict[str, Any]] = {
+    "ADAMSS": {"r": 4, "num_subspaces": 3},
     "ADALORA": {"init_r": 2, "target_r": 1, "total_step": 10},
     "BOFT": {"boft_block_size": 4},
     "C3A": {"block_size": 4, "init_weights": True},

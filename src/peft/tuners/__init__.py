@@ -12,6 +12,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".adalora.model": ["AdaLoraModel"],
         ".adaption_prompt.config": ["AdaptionPromptConfig"],
         ".adaption_prompt.model": ["AdaptionPromptModel"],
+        ".adamss.config": ["AdamssConfig"],
+        ".adamss.model": ["AdamssModel"],
         ".beft.config": ["BeftConfig"],
         ".beft.model": ["BeftModel"],
         ".boft.config": ["BOFTConfig"],
