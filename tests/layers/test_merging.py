@@ -258,6 +258,41 @@ def test_what_is_merged_while_adapters_are_off_is_in_order_when_they_are_back() 
     assert_close(model(IDS), expected)
 
 
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_what_waits_while_adapters_are_off_is_not_said_to_be_merged(by_layer: bool) -> None:
+    model = mixed("lora", "oft")
+    outer, inner = [layer for _, layer in adapter_modules(model)]
+    for layer in (outer, inner):
+        layer.enable_adapters(False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outer.merge() if by_layer else model.merge_adapter(["oft"])
+    assert len(caught) == 1 and "not merged in 1 layers" in str(caught[0].message)
+    with warned("lora is merged although adapters are switched off"):
+        inner.merge()
+    assert inner.merged and outer.merged
+
+
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
+def test_what_waits_for_an_adapter_is_merged_once_that_is_deleted(names: list[str]) -> None:
+    with seeded():
+        config = OFTConfig(oft_block_size=4, target_modules=["hidden"])
+        model = get_peft_model(tied(), config, "one")
+        for name in ("two", "three"):
+            model.add_adapter(name, config)
+    (layer,) = [layer for _, layer in adapter_modules(moved(model))]
+    layer.set_adapter([*names, "three"])
+    with warned("'three' works on what 'one' leaves"):
+        layer.merge(adapter_names=["three"])
+    layer.delete_adapter("one")
+    if "two" in names:
+        assert not layer.merged and layer._merge_state.waiting
+        layer.delete_adapter("two")
+    assert layer.merged_adapters == ["three"] and not layer._merge_state.waiting
+    layer.unmerge()
+    assert not layer.merged
+
+
 def test_layers_that_are_switched_while_merged_keep_the_order() -> None:
     model = mixed("lora", "oft")
     expected = model(IDS)

@@ -334,6 +334,8 @@ class BaseTunerLayer(MergeableLayer):
             self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
             if not self._active_adapter:
                 self.set_adapter(sorted(self.available_adapters)[:1], inference_mode=not was_trained)
+        if self._merge_state.waiting:
+            keep_order(self)  # what has waited for it has no reason to any more
 
     def remove_adapter(self, adapter_name: str) -> None:
         """

@@ -55,9 +55,10 @@ def warn_if_merged(layers: Iterable[MergeableLayer], adapter_names: Sequence[str
 
 
 def warn_if_off(layers: Iterable[MergeableLayer], adapter_names: Sequence[str] | None) -> None:
-    """Warn, once for all layers, about adapters that are switched off and count as soon as they are merged."""
+    """Warn, once for all layers, about adapters that have been merged and count although they are switched off."""
     switched_off = (layer for layer in layers if layer.disable_adapters)
-    off = dict.fromkeys(name for layer in switched_off for name in wanted_adapters(layer, adapter_names))
+    wanted = ((layer.merged_adapters, wanted_adapters(layer, adapter_names)) for layer in switched_off)
+    off = dict.fromkeys(name for merged, names in wanted for name in names if name in merged)  # others wait
     if off:
         warn(
             f"{', '.join(off)} is merged although adapters are switched off, and is part of the base weights; call "

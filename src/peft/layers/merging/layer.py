@@ -27,12 +27,13 @@ def merge_layer(layer: MergeableLayer, adapter_names: Sequence[str] | None, safe
         PeftValueError: if `safe_merge` finds entries that are not finite; the layer stays as it was.
     """
     names = wanted_adapters(layer, adapter_names)
-    warn_if_off([layer], names)
     check_mergeable([layer], names)
     if safe_merge:
         check_merge_is_finite([layer], names)
     layers, holders = sharing_layers(layer)
-    warn_of_waiting(add(layers, [(layer, name) for name in names], holders))
+    waiting = add(layers, [(layer, name) for name in names], holders)
+    warn_if_off([layer], names)
+    warn_of_waiting(waiting)
 
 
 def unmerge_layers(layers: Iterable[MergeableLayer]) -> None:

@@ -34,12 +34,12 @@ def merge_layers(
     refuse_string(adapter_names)
     layers = merging_layers(model)
     warn_if_merged(layers, adapter_names)
-    if not for_good:
-        warn_if_off(layers, adapter_names)
     check_mergeable(layers, adapter_names)
     if safe_merge:
         check_merge_is_finite(layers, adapter_names)
     waiting: dict[Contribution, Contribution] = {}
     for sharing, holders in tqdm(layers_by_weight(model, layers), desc="merging", disable=not progressbar):
         waiting.update(merge_weight(sharing, adapter_names, holders, for_good))
+    if not for_good:
+        warn_if_off(layers, adapter_names)
     warn_of_waiting(waiting)
