@@ -62,6 +62,22 @@ SHARED = {
     "prompts/inputs.py": "prompt learning: putting prompts in front of inputs, for all tasks",
 }
 
+# Lines of methods that were rewritten, before layers were made from declarations and LoRA was cut by trade.
+BEFORE = {
+    "LORA": 1952,
+    "ADALORA": 366,
+    "TRAINABLE_TOKENS": 202,
+    "BOFT": 194,
+    "OFT": 162,
+    "LOHA": 160,
+    "VBLORA": 150,
+    "IA3": 99,
+    "LOKR": 97,
+    "VERA": 87,
+    "HRA": 78,
+    "LN_TUNING": 26,
+}
+
 OLD_NAMES = re.compile(r"^(from .* import|__getattr__ =) old_names\b")
 
 NO_CODE = {
@@ -171,18 +187,28 @@ def kinds_of(model_cls: type) -> tuple[str, ...]:
 def shared_sizes() -> dict[str, int]:
     """Measure what stands outside of the methods' packages: what it is for -> lines of code."""
     some = {f"`{path}`: {purpose}": count_files([PACKAGE / path]) for path, purpose in SHARED.items()}
-    base = [path for path in TUNERS.glob("*.py") if f"tuners/{path.name}" not in SHARED and path.name != "__init__.py"]
-    return {**some, "all other files of `tuners/`: the base of every method": count_files(base)}
+    declared = count_files((TUNERS / "declared").glob("*.py"))
+    base = count_files([path for path in TUNERS.glob("*.py") if path.name != "__init__.py" and not is_table(path)])
+    return {
+        **some,
+        "`tuners/declared/`: layers and models that are made from declarations": declared,
+        "all other files of `tuners/`: the base of every method": base,
+    }
 
 
 def tables() -> str:
-    """Write both tables in Markdown."""
+    """Write the tables in Markdown."""
     methods = [
         f"| {size.name} | {size.rule} | {size.lines:,d} | {size.maths} | {size.config} | {size.registration} | "
         f"{', '.join(size.kinds) or '-'} |"
         for size in method_sizes()
     ]
     shared = [f"| {what} | {lines:,d} |" for what, lines in shared_sizes().items()]
+    now = {size.name: size for size in method_sizes()}
+    changes = [
+        f"| {name} | {lines:,d} | {now[name].lines:,d} ({now[name].lines + now[name].maths:,d}) |"
+        for name, lines in BEFORE.items()
+    ]
     return "\n".join(
         [
             "| method | rule | lines | maths | config | registration | kinds of layers |",
@@ -192,11 +218,16 @@ def tables() -> str:
             "| shared | lines |",
             "| --- | --- |",
             *shared,
+            "",
+            "| rewritten | lines before | lines now (with maths) |",
+            "| --- | --- | --- |",
+            *changes,
         ]
     )
 
 
-TABLES_IN_GUIDE = re.compile(r"^\| method \| rule \| lines .*?^\| all other files .*?\|$", re.MULTILINE | re.DOTALL)
+# all rows from the first one on, and so those too that merging two versions of the tables may have left behind
+TABLES_IN_GUIDE = re.compile(r"^\| method \| rule \| lines .*(?:\n+\|.*)*", re.MULTILINE)
 
 
 def tables_in(text: str) -> str:

@@ -51,6 +51,18 @@ def test_the_guide_shows_what_the_script_prints():
     assert counting.tables_in(counting.GUIDE.read_text(encoding="utf-8")) == counting.tables()
 
 
+def test_the_guide_has_each_row_once():
+    """Merging two versions of the guide leaves rows of both; `--write` takes them away."""
+    rows = [line for line in counting.GUIDE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    titles = [row.split("|")[1].strip(" `").partition("`")[0].strip() for row in rows if not row.startswith("| ---")]
+    measured = {*SIZES, *counting.SHARED, "all other files of"}
+    assert {title: titles.count(title) for title in measured if title not in counting.BEFORE} == dict.fromkeys(
+        measured - set(counting.BEFORE), 1
+    )
+    rows_of_others = counting.tables() + "\n| all other files of `tuners/`: the base of every method | 1 |\n\nafter\n"
+    assert counting.tables_in(rows_of_others) == rows_of_others.removesuffix("\n\nafter\n")
+
+
 def test_the_script_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     guide = tmp_path / "guide.md"
     guide.write_text(f"before\n\n{counting.tables().replace('LORA', 'OLD')}\n\nafter\n", encoding="utf-8")

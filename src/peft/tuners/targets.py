@@ -4,7 +4,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
@@ -17,11 +17,9 @@ from ..anatomy.kinds import can_use_weight, gives_features, is_quantized_linear,
 from ..anatomy.matching import (
     Targets,
     check_target_module_exists,
-    ends_like,
     find_targets,
     layer_index,
     lies_in,
-    matching_entry,
     names_in_text,
     near_names,
     pattern_lookup,
@@ -65,6 +63,7 @@ from ..utils.quantization_utils import resolve_quantization_backend
 from ..utils.warning import PeftRuntimeWarning, warn
 from ..utils.wrapped_names import plain_name, with_plain_names
 from .plan import AdapterPlan, Target, in_order
+from .target_warnings import as_names, compare_with_targets, explain_absent_layers, warn_of_targets_in_full
 
 
 class Targeting:
@@ -282,16 +281,16 @@ class Targeting:
         candidates = list(modules)
         if state_dict is not None:
             found = Targets(self._names_in_state_dict(candidates, state_dict, parameters))
-            _compare_with_targets(config, modules, found.names)
+            compare_with_targets(config, modules, found.names)
             return found
         if config.target_modules == DUMMY_TARGET_MODULES:
             return Targets()
         targets = find_targets(config, candidates)
         if self._check_target_module_exists is not check_target_module_exists:  # clients replace it
             targets.names = [name for name in targets.names if self._check_target_module_exists(config, name)]
-        saved = _as_names(getattr(config, "modules_to_save", None))
+        saved = as_names(getattr(config, "modules_to_save", None))
         if saved:  # what is trained in full needs no adapter
-            _warn_of_targets_in_full(saved, targets.names)
+            warn_of_targets_in_full(saved, targets.names)
             targets.names = [name for name in targets.names if not lies_in(saved, name)]
         if not targets.names and config.target_modules is not None and not parameters:
             raise NoMatchingPeftModuleError(self._explain_no_match(config, targets, candidates))
@@ -302,9 +301,9 @@ class Targeting:
             more = len(targets.unmatched) - FEW
             warn(f"{more} more entries of target_modules match no module", PeftRuntimeWarning)
         if targets.absent_layers is not None:
-            warn(f"layers_to_transform: {_explain_absent_layers(*targets.absent_layers)}")
+            warn(f"layers_to_transform: {explain_absent_layers(*targets.absent_layers)}")
         if getattr(config, "exclude_modules", None) and not targets.excluded:
-            entries = _as_names(config.exclude_modules)
+            entries = as_names(config.exclude_modules)
             near = dict.fromkeys(name for entry in sorted(entries)[:FEW] for name in near_names(entry, targets.names))
             warn(
                 f"exclude_modules={config.exclude_modules!r} leaves out nothing that target_modules matches"
@@ -358,8 +357,8 @@ class Targeting:
         if listed:
             hints = [f"a string is taken as a regular expression; as a list of names it would be {listed}"]
         if targets.absent_layers is not None:
-            hints = [_explain_absent_layers(*targets.absent_layers)]
-        for pattern in list(_as_names(getattr(config, "layers_pattern", None)))[:FEW]:
+            hints = [explain_absent_layers(*targets.absent_layers)]
+        for pattern in list(as_names(getattr(config, "layers_pattern", None)))[:FEW]:
             if all(layer_index(name, pattern) is None for name in candidates):
                 near = did_you_mean(near_names(pattern, candidates, most=1))
                 hints = [f"no list of layers is named {pattern!r}{near}"]
@@ -513,29 +512,6 @@ class Targeting:
             )
 
 
-def _compare_with_targets(config: PeftConfig, modules: dict[str, nn.Module], names: list[str]) -> None:
-    """Warn where a state dict, which decides about what is adapted, has other modules than the config."""
-    if config.target_modules is None or config.target_modules == DUMMY_TARGET_MODULES:
-        return
-    saved = _as_names(getattr(config, "modules_to_save", None))
-    targeted = [name for name in find_targets(config, list(modules)).names if not (saved and lies_in(saved, name))]
-    adapted, wanted = ({id(modules[name]) for name in found} for found in (names, targeted))  # names may be several
-    beyond = [name for name in names if id(modules[name]) not in wanted]
-    without = [name for name in targeted if id(modules[name]) not in adapted]
-    if beyond:
-        warn(
-            f"the state dict has tensors for {len(beyond)} modules that the config does not target, and these are "
-            f"adapted: {', '.join(beyond)}",
-            PeftRuntimeWarning,
-        )
-    if without:
-        warn(
-            f"the config targets {len(without)} modules that the state dict has no tensors for, and these are not "
-            f"adapted: {', '.join(without)}",
-            PeftRuntimeWarning,
-        )
-
-
 def _shorten_targets(config: PeftConfig, names: list[str]) -> None:
     """
     Write a long list of targets as the fewest endings of names that reach the same modules.
@@ -560,27 +536,6 @@ def _forget_wrappers(config: PeftConfig) -> None:
         plain = with_plain_names(value)
         if plain is not value:
             setattr(config, field.name, plain)
-
-
-def _as_names(names: str | Collection[str] | None) -> Collection[str]:
-    return [names] if isinstance(names, str) else names or ()
-
-
-def _explain_absent_layers(absent: list[int], last: int) -> str:
-    return f"there is no layer {', '.join(map(str, absent))}; the indices of the model's layers go from 0 to {last}"
-
-
-def _warn_of_targets_in_full(saved: Collection[str], targets: list[str]) -> None:
-    """Warn of targets that `modules_to_save` takes by a part of their names only, which is easily overlooked."""
-    lookup = set(saved)
-    names = [name for name in targets if ends_like(saved, name) and matching_entry(lookup, name) is None]
-    if names:
-        entry = next(entry for entry in saved if ends_like([entry], names[0]))
-        warn(
-            f"target_modules reaches {', '.join(map(repr, names[:FEW]))}, whose names end with the modules_to_save "
-            f"entry {entry!r}; what that reaches is trained in full and gets no adapter. Leave them out of "
-            "target_modules"
-        )
 
 
 def with_ties(names: list[str], ties: dict[str, str]) -> list[str]:

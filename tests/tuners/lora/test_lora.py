@@ -544,7 +544,7 @@ def test_half_precision_adapter(plain: Case, tmp_path: Path) -> None:
 
 def test_merging_in_pieces_is_the_same(plain: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors of another type than the weight are multiplied some rows at a time."""
-    monkeypatch.setattr("peft.tuners.lora.low_rank.MERGE_ROWS", 3)
+    monkeypatch.setattr("peft.tuners.lora.maths.MERGE_ROWS", 3)
     model = get_peft_model(plain.base().double(), plain.config()).eval()
     model.base_model.model.to(torch.float64)
     randomise(model)

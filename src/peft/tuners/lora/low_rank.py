@@ -16,10 +16,7 @@ from ...layers.scaling import Scaled
 from ...utils.error import PeftRuntimeError
 from ..families.ranks import RankAxis, WithinRoom
 from .factors import NO_FACTORS, Factor, FactorDict, TiedFactor, TiedSettings
-
-
-# rows of a merged weight that are computed at a time where the factors have another type than the weight
-MERGE_ROWS = 4096
+from .maths import add_product_
 
 
 class LowRankLayer(Scaled, AdditiveLayer):
@@ -168,26 +165,7 @@ class LowRankLayer(Scaled, AdditiveLayer):
     def add_delta_(self, adapter: str, weight: torch.Tensor, sign: float) -> None:
         """Add the delta without ever holding it whole."""
         left, right = self.delta_factors(adapter)
-        self.add_product_(left, right, weight, sign * self.scaling[adapter])
-
-    @staticmethod
-    def add_product_(left: torch.Tensor, right: torch.Tensor, matrix: torch.Tensor, scale: float) -> None:
-        """
-        Add a product of two matrices to a third one in place.
-
-        Args:
-            left: (rows, r).
-            right: (r, columns).
-            matrix: (rows, columns), may be of another type.
-            scale: multiple of the product to add.
-        """
-        if left.dtype == matrix.dtype and left.device == matrix.device:
-            matrix.addmm_(left, right, alpha=scale)
-            return
-        left, right = left.to(matrix.device), right.to(matrix.device)
-        for start in range(0, matrix.shape[0], MERGE_ROWS):
-            rows = slice(start, start + MERGE_ROWS)
-            matrix[rows] += (left[rows] @ right).mul_(scale).to(matrix.dtype)
+        add_product_(left, right, weight, sign * self.scaling[adapter])
 
     def adapted(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """

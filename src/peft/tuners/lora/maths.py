@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """LoRA's computations with tensors alone: what starts, and what variants need."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,8 @@ import torch
 _OVERSAMPLING = 8
 # start of a sequence in which some tokens do not stand, beyond any length
 NEVER = 1 << 40
+# rows of a merged weight that are computed at a time where the factors have another type than the weight
+MERGE_ROWS = 4096
 
 
 def leading_singular_vectors(
@@ -89,3 +92,28 @@ def find_invocations(ids: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
     found = (windows == torch.tensor(tokens, device=ids.device)).all(-1)
     last = found.shape[1] - 1 - found.flip(1).int().argmax(1)
     return torch.where(found.any(1), last, nowhere)
+
+
+def uniform_by_fan_in(weight: torch.Tensor) -> None:
+    """Draw from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as `nn.Linear` does; weight is (out, in)."""
+    bound = 1 / math.sqrt(weight.shape[1]) if weight.shape[1] > 0 else 0.0
+    weight.uniform_(-bound, bound)
+
+
+def add_product_(left: torch.Tensor, right: torch.Tensor, matrix: torch.Tensor, scale: float) -> None:
+    """
+    Add a product of two matrices to a third one in place.
+
+    Args:
+        left: (rows, r).
+        right: (r, columns).
+        matrix: (rows, columns), may be of another type.
+        scale: multiple of the product to add.
+    """
+    if left.dtype == matrix.dtype and left.device == matrix.device:
+        matrix.addmm_(left, right, alpha=scale)
+        return
+    left, right = left.to(matrix.device), right.to(matrix.device)
+    for start in range(0, matrix.shape[0], MERGE_ROWS):
+        rows = slice(start, start + MERGE_ROWS)
+        matrix[rows] += (left[rows] @ right).mul_(scale).to(matrix.dtype)

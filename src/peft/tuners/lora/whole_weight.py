@@ -21,6 +21,7 @@ from ...utils.tensor_parallel import _LoraParameterProxy, is_divided
 from ...utils.warning import warn
 from ..families.ranks import RankAxis
 from .config import LoraConfig
+from .maths import add_product_
 from .starts import find_start
 
 
@@ -330,7 +331,7 @@ class OnParameter(OnWholeWeight):
             super().add_delta_(adapter, weight, sign)
             return
         for left, right, matrix in zip(*self.get_delta_factors(adapter), weight, strict=True):
-            self.add_product_(left, right, matrix, sign * self.scaling[adapter])
+            add_product_(left, right, matrix, sign * self.scaling[adapter])
 
     def __getattr__(self, name: str) -> Any:
         """Give what the model's own code reads from the module: its attributes, and the adapted parameter."""

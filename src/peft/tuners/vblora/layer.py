@@ -29,9 +29,8 @@ class BankLayer(DeclaredAdditive):
         Raises:
             PeftRuntimeError: while training an adapter from a checkpoint in the short form.
         """
-        logits = self.source(adapter).vblora_logits_A[adapter]
-        if self.training and logits.requires_grad:
-            check_trainable(adapter, logits)
+        if self.training:
+            check_trainable(adapter, self.source(adapter).vblora_logits_A[adapter])
         return super().delta_forward(adapter, x)
 
     def reset_vblora_logits(self, adapter_name: str, init_logits_std: float) -> None:

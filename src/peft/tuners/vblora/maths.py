@@ -37,12 +37,12 @@ def check_trainable(adapter: str, logits: torch.Tensor) -> None:
 
     Args:
         adapter: name of the adapter.
-        logits: (m, n, num_vectors); all pieces are alike.
+        logits: (m, n, num_vectors); all pieces are alike. Frozen ones can be anything.
 
     Raises:
         PeftRuntimeError: for such logits.
     """
-    if (logits[0, 0] <= NOT_SAVED).any():
+    if logits.requires_grad and (logits[0, 0] <= NOT_SAVED).any():
         raise PeftRuntimeError(
             f"adapter {adapter!r} comes from a checkpoint with save_only_topk_weights=True, which lacks what training "
             "needs; train on from a checkpoint with all logits, or call eval()"

@@ -2,7 +2,6 @@
 # peft: the fork in which tied weights stay tied
 """Starts that draw the factors at random, without a look at the base weight."""
 
-import math
 from functools import partial
 
 import torch
@@ -10,13 +9,8 @@ import torch
 from ....layers.new_tensors import draw_
 from ....utils.error import PeftValueError
 from ..low_rank import LowRankLayer
+from ..maths import uniform_by_fan_in
 from .registry import Start, register_start
-
-
-def uniform_by_fan_in(weight: torch.Tensor) -> None:
-    """Draw from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as `nn.Linear` does; weight is (out, in)."""
-    bound = 1 / math.sqrt(weight.shape[1]) if weight.shape[1] > 0 else 0.0
-    weight.uniform_(-bound, bound)
 
 
 @register_start(False)
