@@ -63,8 +63,8 @@ class Lily:
         """Mix the experts, and multiply by A and by what comes of it."""
         h = F.linear(x, t.A.weight)
         shares = F.linear(h, t.router.weight).softmax(dim=-1).view(-1, c.num_B).mean(dim=0)
-        mixed = torch.einsum("k,kro->ro", shares, t.B.weight.view(c.num_B, c.r, shape[0]))
-        return (h @ mixed) * c.scaling
+        mixed = (shares @ t.B.weight.view(c.num_B, -1)).view(c.r, shape[0])
+        return (h if c.scaling == 1 else h * c.scaling) @ mixed
 
 
 LilyLayer, Linear = Lily.Layer, Lily.Linear

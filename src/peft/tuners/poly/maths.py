@@ -35,6 +35,6 @@ def mix(shares: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.T
     Returns:
         (batch, in, r) and (batch, r, out)
     """
-    shares = shares.to(a.dtype)
-    mixed_a = torch.einsum("bqs,qsir->bqir", shares, a).flatten(1, 2)
-    return mixed_a, torch.einsum("bqs,qsro->brqo", shares, b).flatten(2)
+    shares = shares.to(a.dtype).transpose(0, 1)  # products of matrices, as einsum costs more for small ones
+    mixed_a, mixed_b = ((shares @ side.flatten(2)).unflatten(2, side.shape[2:]) for side in (a, b))
+    return mixed_a.transpose(0, 1).flatten(1, 2), mixed_b.permute(1, 2, 0, 3).flatten(2)
