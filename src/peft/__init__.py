@@ -125,6 +125,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.prompt_tuning.model": ["PromptEmbedding"],
         ".tuners.psoft.config": ["PsoftConfig"],
         ".tuners.psoft.model": ["PsoftModel"],
+        ".tuners.shadow.config": ["ShadowConfig"],
+        ".tuners.shadow.model": ["ShadowModel"],
         ".tuners.shira.config": ["ShiraConfig"],
         ".tuners.shira.model": ["ShiraModel"],
         ".tuners.pvera.config": ["PveraConfig"],

@@ -49,6 +49,8 @@ METHODS_NOT_IMPLEMENTED = {
     "POLY",
     "PSOFT",
     "SHADOW",
+    "UNILORA",
+    "WAVEFT",
 }
 
 Condition = Callable[[str, list[dict]], bool]

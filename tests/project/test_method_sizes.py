@@ -25,6 +25,7 @@ EXCEPTIONS = {
         330,
         "whole attention modules are wrapped, of three architectures, without a base weight to merge",
     ),
+    "SHADOW": (620, "a second model beside the first one, with its loss, its cache, and a life of its own"),
     "CARTRIDGE": (210, "frozen rows, starts from caches and texts, and cartridges put together"),
     "CPT": (130, "balls around a context, and a loss of its own"),
     "XLORA": (400, "a classifier, two passes per call, experts that are read, and a log of their weights"),

@@ -63,6 +63,8 @@ SECOND: dict[str, dict[str, Any]] = {
 
 # methods that train rows of embeddings and heads, and so are no methods for linear layers
 OF_ROWS = ("TRAINABLE_TOKENS",)
+# methods that adapt whole blocks of a transformer, and have tests of their own
+OF_BLOCKS = ("SHADOW",)
 
 
 def layered_methods() -> list[str]:
@@ -71,6 +73,8 @@ def layered_methods() -> list[str]:
     classes = {name: PEFT_TYPE_TO_TUNER_MAPPING[name] for name in found}
     # one without layers of its own is X-LoRA, which weighs those of LoRA
     return [name for name, cls in classes.items() if issubclass(cls, BaseTuner) and cls.layer_classes]
+    tuners = [name for name in found if issubclass(PEFT_TYPE_TO_TUNER_MAPPING[name], BaseTuner)]
+    return [name for name in tuners if name not in OF_BLOCKS]
 
 
 def is_mergeable(method: str) -> bool:

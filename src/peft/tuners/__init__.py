@@ -84,6 +84,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".prompt_tuning.model": ["PromptEmbedding"],
         ".psoft.config": ["PsoftConfig"],
         ".psoft.model": ["PsoftModel"],
+        ".shadow.config": ["ShadowConfig"],
+        ".shadow.model": ["ShadowModel"],
         ".shira.config": ["ShiraConfig"],
         ".shira.model": ["ShiraModel"],
         ".pvera.config": ["PveraConfig"],

@@ -40,6 +40,10 @@ class PeftImportError(PeftError, ImportError):
     """A package that is needed is missing, or too old."""
 
 
+class PeftAttributeError(PeftError, AttributeError):
+    """Something that a model or a config has to have, and does not."""
+
+
 class PeftNotImplementedError(PeftError, NotImplementedError):
     """A feature that this version does not have."""
 

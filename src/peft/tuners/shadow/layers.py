@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+# peft: the fork in which tied weights stay tied
+"""Table of names: what is imported from `peft.tuners.shadow.layers`, and where it is."""
+
+from ...utils.lazy import lazy_exports
+
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "peft.tuners.shadow.cache": ["ShadowCache"],
+        "peft.tuners.shadow.config": ["ShadowConfig"],
+        "peft.tuners.shadow.detached": ["DetachedShadowModel"],
+        "peft.tuners.shadow.layer": ["ShadowCarrier", "ShadowLayer"],
+        "peft.layers.base_layer": ["BaseTunerLayer"],
+    },
+)
