@@ -22,7 +22,7 @@ EXCEPTIONS = {
     "LILY": (75, "layers of a group share their factors"),
     "POLY": (115, "a router, and tasks that callers give to layers, models and `generate`"),
     "ADAPTION_PROMPT": (
-        330,
+        350,
         "whole attention modules are wrapped, of three architectures, without a base weight to merge",
     ),
     "SHADOW": (620, "a second model beside the first one, with its loss, its cache, and a life of its own"),

@@ -5,5 +5,7 @@
 from ...utils.lazy import lazy_exports
 
 
-NAMES = ["Wavelet", "WaveletDetailTuple2d", "WaveletTensorTuple", "waverec2d"]
-__getattr__, __dir__, __all__ = lazy_exports(__name__, {"peft.tuners.waveft.maths": NAMES})
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {"peft.tuners.waveft.maths": ["Wavelet", "WaveletDetailTuple2d", "WaveletTensorTuple", "waverec2d"]},
+)
