@@ -15,6 +15,7 @@ from peft.utils.error import PeftRuntimeError, PeftTypeError, PeftValueError
 
 
 LR, REG = 1e-2, 0.3
+RANKS = {"target_modules": ["0", "2"], "modules_to_save": None, "rank_pattern": {"2": 3}}
 X = torch.linspace(-1, 1, 24).view(3, 8)
 
 
@@ -35,13 +36,13 @@ def expected_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
             continue
         a, b = named[name].detach().double(), named[other].detach().double()
         for key, gram in ((name, b.T @ b), (other, a @ a.T)):
-            inverse = torch.linalg.inv(gram + REG * torch.eye(2))
+            inverse = torch.linalg.inv(gram + REG * torch.eye(len(a)))
             left, right = (inverse, gradients[key].double()) if key == name else (gradients[key].double(), inverse)
             gradients[key] = (left @ right).float()
     return gradients
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}, RANKS], ids=str)
 def test_a_step_of_sgd(options: dict[str, Any]) -> None:
     model = adapted(**options)
     optimizer = create_riemannian_optimizer(model, torch.optim.SGD, lr=LR, reg=REG)

@@ -2,8 +2,10 @@
 # peft: the fork in which tied weights stay tied
 """The two factors of a LoRA layer as an optimiser sees them: which belong together, and which matrices they hold."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,21 +31,33 @@ def name_of_factor_a(name: str) -> str | None:
     return ".".join(_PARTNERS.get(part, part) for part in parts)
 
 
-def find_pairs(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+class Pairing(NamedTuple):
+    """
+    What a list of names says about the parameters at the same places.
+
+    Attributes:
+        partners: place of a factor B -> that of its factor A.
+        fixed: places of factors A.
+    """
+
+    partners: dict[int, int]
+    fixed: frozenset[int]
+
+
+@lru_cache(maxsize=64)
+def pair_by_name(names: tuple[str, ...]) -> Pairing:
     """
     Find what belongs together by name, so that it does not matter what else an adapter has.
 
     Args:
         names: names of parameters.
-
-    Yields:
-        The name of a factor A, and of its factor B.
     """
-    known = set(names)
-    for name in sorted(known):
-        partner = name_of_factor_a(name)
-        if partner in known:
-            yield partner, name
+    places = {name: place for place, name in enumerate(names)}
+    found = {place: places.get(name_of_factor_a(name)) for name, place in places.items()}
+    return Pairing(
+        {b: a for b, a in found.items() if a is not None},
+        frozenset(place for name, place in places.items() if is_factor_a(name)),
+    )
 
 
 def check_places(names: Sequence[str], params: Sequence[torch.Tensor]) -> None:
@@ -125,6 +139,8 @@ class FactorPair:
 
     def times_inverse(self, gradient: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         """Multiply a gradient of B by one matrix (r, r) per block, from the right."""
+        if self._is_plain(gradient):
+            return (gradient.to(inverse.dtype) @ inverse[0]).to(gradient.dtype)
         product = self.matrices_b(whole(gradient)).to(inverse.dtype) @ inverse
         if self.experts > 1:
             product = product.permute(1, 2, 0)
@@ -132,16 +148,40 @@ class FactorPair:
 
     def inverse_times(self, inverse: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Multiply a gradient of A by one matrix (r, r) per block, from the left."""
+        if self._is_plain(gradient):
+            return (inverse[0] @ gradient.to(inverse.dtype)).to(gradient.dtype)
         product = inverse @ self.matrices_a(whole(gradient)).to(inverse.dtype)
         return _like(product.reshape(gradient.shape), gradient)
 
-    def inverse_of_a(self, regularisation: float) -> torch.Tensor:
-        """Compute (A A' + regularisation * I)^+ for each block: (blocks, r, r)."""
-        return _inverse_gram(self.matrices_a(whole(self.a)), regularisation)
+    def _is_plain(self, gradient: torch.Tensor) -> bool:
+        """Say whether a gradient is one matrix, which needs no views: there is one for each layer and step."""
+        return gradient.dim() == 2 and self.experts == 1 and not is_divided(gradient)
 
-    def inverse_of_b(self, regularisation: float) -> torch.Tensor:
-        """Compute (B' B + regularisation * I)^+ for each block: (blocks, r, r)."""
-        return _inverse_gram(self.matrices_b(whole(self.b)).mT, regularisation)
+    def gram_of_a(self, regularisation: float) -> torch.Tensor:
+        """Compute A A' + regularisation * I for each block: (blocks, r, r)."""
+        return _gram(self.matrices_a(whole(self.a)), regularisation)
+
+    def gram_of_b(self, regularisation: float) -> torch.Tensor:
+        """Compute B' B + regularisation * I for each block: (blocks, r, r)."""
+        return _gram(self.matrices_b(whole(self.b)).mT, regularisation)
+
+
+def inverted(grams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """
+    Compute pseudo-inverses, those of one size at once, as accelerators ask for it.
+
+    Args:
+        grams: symmetric matrices, (blocks, r, r).
+    """
+    alike: dict[tuple, list[int]] = {}
+    for place, gram in enumerate(grams):
+        alike.setdefault((gram.shape[-1], gram.dtype, gram.device), []).append(place)
+    inverses = list(grams)
+    for places in alike.values():
+        stacked = torch.linalg.pinv(torch.cat([grams[place] for place in places]), hermitian=True)
+        for place, inverse in zip(places, stacked.split([len(grams[place]) for place in places]), strict=True):
+            inverses[place] = inverse
+    return inverses
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -155,9 +195,9 @@ def _like(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return distribute_like(value, gradient) if is_divided(gradient) else value
 
 
-def _inverse_gram(rows: torch.Tensor, regularisation: float) -> torch.Tensor:
-    """Compute (R R' + regularisation * I)^+ for matrices R, in float32 at least: in 16 bits it would be noise."""
+def _gram(rows: torch.Tensor, regularisation: float) -> torch.Tensor:
+    """Compute R R' + regularisation * I for matrices R, in float32 at least: in 16 bits its inverse would be noise."""
     rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
     gram = rows @ rows.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(regularisation)
-    return torch.linalg.pinv(gram, hermitian=True)
+    return gram

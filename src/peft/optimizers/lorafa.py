@@ -19,7 +19,7 @@ from ..utils.error import PeftRuntimeError, PeftValueError
 from ..utils.old_names import old_names
 from ..utils.tensor_parallel import is_divided
 from ..utils.warning import warn
-from .factor_pairs import FactorPair, check_places, find_pairs, is_factor_a, layer_and_adapter
+from .factor_pairs import FactorPair, check_places, inverted, layer_and_adapter, pair_by_name
 from .parameters import check_setting, trainable_parameters
 
 
@@ -127,12 +127,10 @@ class LoraFAOptimizer(Optimizer):
 
     def _gradients(self, group: dict[str, Any]) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         """Yield what is to be moved, each with the gradient that Adam is to see."""
-        names = group.get("names", ())
+        names = tuple(group.get("names", ()))
         if names:
             check_places(names, group["params"])
-        places = {name: place for place, name in enumerate(names)}
-        partners = {places[b]: places[a] for a, b in find_pairs(names)}
-        fixed = {place for place, name in enumerate(names) if is_factor_a(name)}
+        partners, fixed = pair_by_name(names)
         for place, parameter in enumerate(group["params"]):
             gradient = parameter.grad
             if gradient is None or place in fixed:
@@ -155,7 +153,8 @@ class LoraFAOptimizer(Optimizer):
         state = None if is_divided(a) else (id(a), a.data_ptr(), a._version, scaling)
         known, inverse = self._inverses.get(id(pair.b), (None, None))
         if inverse is None or state is None or known != state:
-            inverse = pair.inverse_of_a(_REGULARISATION) / scaling**2
+            (inverse,) = inverted([pair.gram_of_a(_REGULARISATION)])
+            inverse = inverse / scaling**2
             self._inverses[id(pair.b)] = (state, inverse)
         return inverse
 
@@ -233,7 +232,12 @@ def create_lorafa_optimizer(
     check_setting("lr", lr)
     check_setting("weight_decay", weight_decay)
     parameters = dict(model.named_parameters())
-    pairs = {b: (a, *found) for a, b in find_pairs(parameters) if (found := layer_and_adapter(model, b)) is not None}
+    names = tuple(parameters)
+    pairs = {
+        names[b]: (names[a], *found)
+        for b, a in pair_by_name(names).partners.items()
+        if (found := layer_and_adapter(model, names[b])) is not None
+    }
     if not pairs:
         raise PeftValueError(f"this {type(model).__name__} has no factors of LoRA, which LoRA-FA is for")
     if use_rslora is not None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..utils.error import PeftTypeError, PeftValueError
 from ..utils.old_names import old_names
-from .factor_pairs import FactorPair, check_places, find_pairs, layer_and_adapter
+from .factor_pairs import FactorPair, check_places, inverted, layer_and_adapter, pair_by_name
 from .parameters import check_setting, trainable_parameters
 
 
@@ -57,21 +57,21 @@ def create_riemannian_optimizer(
     check_setting("lr", lr)
     check_setting("reg", reg)
     parameters = trainable_parameters(model)
-    experts = {
-        name: found[0].rank_axis("lora_B").experts
-        for name, parameter in parameters.items()
-        if (found := layer_and_adapter(model, name)) is not None
+    names = tuple(parameters)
+    pairs = {
+        (a, b): found[0].rank_axis("lora_B").experts
+        for b, a in pair_by_name(names).partners.items()
+        if (found := layer_and_adapter(model, names[b])) is not None
         and not found[0].is_embedding
-        and len(getattr(parameter, "ds_shape", parameter.shape)) == 2
+        and len(getattr(parameters[names[b]], "ds_shape", parameters[names[b]].shape)) == 2
     }
-    pairs = [(a, b, experts[b]) for a, b in find_pairs(experts)]
     if not pairs:
         raise PeftValueError(
             f"no pair of LoRA's factors A and B is trained in this {type(model).__name__}, so there is nothing to "
             "precondition; use the optimiser itself"
         )
     optimizer = optimizer_cls(list(parameters.values()), lr=lr, **kwargs)
-    preconditioning = _Preconditioning(list(parameters), pairs, reg)
+    preconditioning = _Preconditioning(names, pairs, reg)
     optimizer.register_step_pre_hook(preconditioning.begin)
     optimizer.register_step_post_hook(preconditioning.end)
     return optimizer
@@ -93,17 +93,14 @@ class _Preconditioning:
     What happens before and after a step of the optimiser.
 
     Args:
-        names: names of the parameters in the optimiser's first group. The parameters are looked up there at each
+        names: names of the parameters in the optimiser's first group. The parameters are taken from there at each
             step, since accelerate puts others in their place.
-        pairs: names of factors A and B, and how many experts they hold.
+        pairs: places of factors A and B there, and how many experts they hold.
         reg: what is added to diagonals.
     """
 
-    def __init__(self, names: list[str], pairs: list[tuple[str, str, int]], reg: float) -> None:
-        places = {name: place for place, name in enumerate(names)}
-        self.names = names
-        self.pairs = [(places[a], places[b], experts) for a, b, experts in pairs]
-        self.reg = reg
+    def __init__(self, names: tuple[str, ...], pairs: dict[tuple[int, int], int], reg: float) -> None:
+        self.names, self.pairs, self.reg = names, pairs, reg
         # parameter, its usual gradient, the preconditioned one
         self.changed: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
 
@@ -125,11 +122,8 @@ class _Preconditioning:
             return  # within a step of a subclass that makes one of its parent's, or after one that failed
         params = optimizer.param_groups[0]["params"]
         check_places(self.names, params)
-        self.changed = [
-            (parameter, parameter.grad, gradient)
-            for a, b, experts in self.pairs
-            for parameter, gradient in self._preconditioned(FactorPair(params[a], params[b], experts))
-        ]
+        pairs = [FactorPair(params[a], params[b], experts) for (a, b), experts in self.pairs.items()]
+        self.changed = [(parameter, parameter.grad, gradient) for parameter, gradient in self._preconditioned(pairs)]
         for parameter, _, gradient in self.changed:
             parameter.grad = gradient
 
@@ -139,11 +133,15 @@ class _Preconditioning:
             parameter.grad = gradient
         self.changed = []
 
-    def _preconditioned(self, pair: FactorPair) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        if pair.a.grad is not None:
-            yield pair.a, pair.inverse_times(pair.inverse_of_b(self.reg), pair.a.grad)
-        if pair.b.grad is not None:
-            yield pair.b, pair.times_inverse(pair.b.grad, pair.inverse_of_a(self.reg))
+    def _preconditioned(self, pairs: list[FactorPair]) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        of_a = [pair for pair in pairs if pair.a.grad is not None]
+        of_b = [pair for pair in pairs if pair.b.grad is not None]
+        grams = [pair.gram_of_b(self.reg) for pair in of_a] + [pair.gram_of_a(self.reg) for pair in of_b]
+        inverses = iter(inverted(grams))
+        for pair in of_a:
+            yield pair.a, pair.inverse_times(next(inverses), pair.a.grad)
+        for pair in of_b:
+            yield pair.b, pair.times_inverse(pair.b.grad, next(inverses))
 
 
 __getattr__ = old_names(__name__)
