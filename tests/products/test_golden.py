@@ -39,6 +39,7 @@ METHODS_NOT_IMPLEMENTED = {
     "UNILORA",
     "WAVEFT",
 }
+METHODS_NOT_IMPLEMENTED: set[str] = set()
 
 Condition = Callable[[str, list[dict]], bool]
 

@@ -72,8 +72,7 @@ def layered_methods() -> list[str]:
     found = [str(getattr(key, "value", key)) for key in PEFT_TYPE_TO_TUNER_MAPPING]
     classes = {name: PEFT_TYPE_TO_TUNER_MAPPING[name] for name in found}
     # one without layers of its own is X-LoRA, which weighs those of LoRA
-    return [name for name, cls in classes.items() if issubclass(cls, BaseTuner) and cls.layer_classes]
-    tuners = [name for name in found if issubclass(PEFT_TYPE_TO_TUNER_MAPPING[name], BaseTuner)]
+    tuners = [name for name, cls in classes.items() if issubclass(cls, BaseTuner) and cls.layer_classes]
     return [name for name in tuners if name not in OF_BLOCKS]
 
 
