@@ -259,6 +259,7 @@ def prepare_model_for_compiled_hotswap(
         raise PeftValueError("the model has no LoRA layer to prepare; put the first adapter in before this call")
     if target_rank is not None:
         _check_room(owners, target_rank, config)
+    configs = _named(config).values() if target_rank is not None else ()
     with all_or_nothing(model):
         for _, layer, adapter in owners:
             for place, tensor in _factors(layer, adapter) if target_rank is not None else ():
@@ -268,7 +269,7 @@ def prepare_model_for_compiled_hotswap(
             scaling = layer.scaling[adapter]
             if not isinstance(scaling, torch.Tensor):
                 layer.scaling[adapter] = torch.tensor(scaling, device=layer.stored_weight().device)
-    for other in _named(config).values() if target_rank is not None else ():
+    for other in configs:
         other.r, other.rank_pattern = target_rank, dict.fromkeys(other.rank_pattern or {}, target_rank)
 
 

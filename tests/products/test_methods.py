@@ -264,7 +264,12 @@ NO_MIXED_BATCH = {("LORA-dora", "*"): "DoRA", ("LN_TUNING", "attention"): "Multi
 # stages that merge
 MERGING = ("merge", "unmerge", "two_active", "one_of_two_merged", "change_while_merged", "cast_while_merged", "delete")
 # warnings that say what is tested here
-EXPECTED_WARNINGS = ("an adapter on a convolution with 2 groups cannot be merged", "lora_dropout=0.5 has no effect")
+EXPECTED_WARNINGS = (
+    "an adapter on a convolution with 2 groups cannot be merged",
+    "lora_dropout=0.5 has no effect",
+    "lora_bias=True trains biases for .* which have none in the base model",
+    "BEFT was given layers without a bias",
+)
 
 
 # ------------------------------------------------------------------------------------------ looking at models
