@@ -36,8 +36,6 @@ METHODS = {getattr(method, "value", method) for method in PEFT_TYPE_TO_CONFIG_MA
 # Once a method is registered it has to leave this list, and its cases enter the tests by themselves.
 METHODS_NOT_IMPLEMENTED = {
     "SHADOW",
-    "UNILORA",
-    "WAVEFT",
 }
 METHODS_NOT_IMPLEMENTED: set[str] = set()
 
