@@ -34,9 +34,6 @@ METHOD_OF_CLASS = {facts["config_class"]: facts["peft_type"] for facts in CASES.
 METHODS = {getattr(method, "value", method) for method in PEFT_TYPE_TO_CONFIG_MAPPING}
 
 # Once a method is registered it has to leave this list, and its cases enter the tests by themselves.
-METHODS_NOT_IMPLEMENTED = {
-    "SHADOW",
-}
 METHODS_NOT_IMPLEMENTED: set[str] = set()
 
 Condition = Callable[[str, list[dict]], bool]
