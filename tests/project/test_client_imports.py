@@ -18,7 +18,6 @@ RECORDED = json.loads((Path(__file__).parent / "client_imports.json").read_text(
 OF_OLD_RELEASES = {("peft", "BoneConfig")}
 # Methods and starts that are still to come bring these.
 TO_COME = {
-    ("peft", "AdaptionPromptConfig"),
     ("peft.tuners.lora.tp_layer", "LoraParallelLinear"),
 }
 
