@@ -260,7 +260,10 @@ def check_contract(model: nn.Module, config: Any, fresh: Callable[[], nn.Module]
     peft_model.save_pretrained(folder)
     again = logits(PeftModel.from_pretrained(fresh(), folder).eval(), IDS)
     # bitsandbytes rounds the weight anew when a layer is first called, which methods see that read it
-    reads = getattr(config, "use_dora", False) or getattr(layers_of(peft_model)[0], "delta_takes_weight", False)
+    layer = layers_of(peft_model)[0]
+    reads = (
+        getattr(layer, "delta_takes_weight", False) or config.peft_type == "OSF" or getattr(config, "use_dora", False)
+    )
     assert_close(again, expected, atol=2e-3 if reads else 1e-5)
     check_merging(peft_model, base, expected)
 
@@ -284,7 +287,7 @@ def check_merging(peft_model: nn.Module, base: torch.Tensor, expected: torch.Ten
     backend = layers[0].quantization_backend
     classes = [type(layer.get_base_layer()) for layer in layers]
     was_tied = len(find_tied_groups(peft_model))
-    if any(getattr(layer, "changes_bias", False) for layer in layers):  # the models' layers have none
+    if peft_model.peft_config["default"].peft_type == "BEFT":  # which trains biases, and the models' layers have none
         with refused(peft_model, ValueError, "no bias to merge it into"):
             peft_model.merge_adapter()
         return
@@ -299,7 +302,7 @@ def check_merging(peft_model: nn.Module, base: torch.Tensor, expected: torch.Ten
         peft_model.merge_adapter(safe_merge=True)
     for layer, weight in zip(layers, wanted, strict=True):
         found = dequantize_module_weight(layer.get_base_layer())
-        assert (found - weight).norm() < 0.25 * weight.norm()
+        assert (found - weight).norm() < 0.3 * weight.norm()
         assert not stored_weight(layer.get_base_layer()).requires_grad
     merged = logits(peft_model, IDS)
     assert (merged - expected).norm() < 0.6 * (base - expected).norm()

@@ -40,7 +40,7 @@ class SparseLayer(DeclaredAdditive):
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the layer with the changed weight, where nothing but its weight decides what it gives."""
         layer = self.base_layer
-        if args or kwargs or not is_plain(layer):
+        if args or kwargs or self.quantization_backend is not None or not is_plain(layer):
             return super().adapter_forward(adapters, x, *args, **kwargs)
         weight = layer.weight
         for adapter in adapters:

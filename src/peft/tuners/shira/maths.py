@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...anatomy.kinds import features
+
 
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> torch.Tensor:
     """
@@ -28,7 +30,7 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
         >>> int(random_mask(nn.Linear(6, 4), r=2).sum())
         20
     """
-    out, inputs = base_layer.out_features, base_layer.in_features
+    inputs, out = features(base_layer)
     generator = torch.Generator()
     if random_seed is not None:
         generator.manual_seed(random_seed)
