@@ -278,7 +278,12 @@ class PeftModel(ModelWrapper):
             )
         self._check_name_is_free(adapter_name)
         config = self._with_heads(peft_config, self.get_base_model())
-        self._tuner.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+        self._tuner.add_adapter(
+            adapter_name,
+            config,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """

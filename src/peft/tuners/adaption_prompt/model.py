@@ -65,13 +65,14 @@ class AdaptionPromptModel(nn.Module):
         model: nn.Module,
         configs: Mapping[str, AdaptionPromptConfig],
         adapter_name: str,
+        *,
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
         self._active_adapter: list[str] = []
-        self.add_adapter(adapter_name, configs[adapter_name], low_cpu_mem_usage)
+        self.add_adapter(adapter_name, configs[adapter_name], low_cpu_mem_usage=low_cpu_mem_usage)
 
     def __getattr__(self, name: str) -> Any:
         """Forward what this module lacks to the base model."""
@@ -99,6 +100,7 @@ class AdaptionPromptModel(nn.Module):
         self,
         adapter_name: str,
         config: AdaptionPromptConfig,
+        *,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
