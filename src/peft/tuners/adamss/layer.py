@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...anatomy.offload import tensor_of
 from ...utils.constants import TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import DeclaredModel, method
@@ -131,8 +132,10 @@ class Adamss:
 
     def values(c: AdamssConfig, names: Sequence[str], shape: Shape) -> dict[str, Any]:
         """Cut the weight, with the bias as its last column, into clusters, and draw their starts."""
-        bias = () if shape.layer.bias is None else (shape.layer.bias.detach()[:, None],)
-        space = decompose(torch.cat((shape.weight, *bias), 1).float(), c.r, c.num_subspaces, c.random_seed)
+        weight, bias = shape.weight, tensor_of(shape.layer, "bias")
+        if bias is not None:
+            weight = torch.cat((weight, bias.detach()[:, None].to(weight.device)), 1)
+        space = decompose(weight.float(), c.r, c.num_subspaces, c.random_seed)
         threshold, pairs = c.svd_threshold if c.use_dynamic_rank else None, []
         for rows in space.rows:
             a = start_of(space.left[rows], c.subspace_rank, threshold)
