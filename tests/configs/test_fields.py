@@ -27,7 +27,12 @@ SHARED = (
     "ensure_weight_tying",
 )
 # what is called like a shared field and means something else
-OTHERS = {("AdaLoraConfig", "rank_pattern"), ("TrainableTokensConfig", "target_modules")}
+OTHERS = {
+    ("AdaLoraConfig", "rank_pattern"),
+    ("AdaptionPromptConfig", "target_modules"),  # one name of attention modules, no pattern
+    ("OSFConfig", "rank_pattern"),  # regular expressions only, for leading directions that stay
+    ("TrainableTokensConfig", "target_modules"),
+}
 
 
 def start_and_text(field: dataclasses.Field) -> tuple[Any, str]:

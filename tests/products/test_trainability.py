@@ -60,11 +60,18 @@ def test_frozen_parameters_stay_frozen_when_adapters_were_off(method: str, way: 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_asked_for_while_adapters_are_off_counts(method: str) -> None:
     model = adapted(method)
+
+    def ask(trained: bool) -> None:
+        if is_prompt(method):  # the prompt that is put to use is the one that is trained
+            model.set_adapter("a", inference_mode=not trained)
+        else:
+            model.set_requires_grad("a", trained)
+
     with model.disable_adapter():
-        model.set_requires_grad("a", False)
+        ask(False)
     assert of(trainable(model), "a") == set()
     with model.disable_adapter():
-        model.set_requires_grad("a", True)
+        ask(True)
     assert of(trainable(model), "a")
 
 
