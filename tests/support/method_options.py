@@ -81,13 +81,19 @@ def is_mergeable(method: str) -> bool:
     return PEFT_TYPE_TO_TUNER_MAPPING[method.partition("-")[0]].tuner_layer_cls.is_mergeable
 
 
+def keeps_weight(method: str) -> bool:
+    """Say whether a method adds to the bias of a layer only, and so leaves the weight, and what shares it, alone."""
+    layer = PEFT_TYPE_TO_TUNER_MAPPING[method.partition("-")[0]].tuner_layer_cls
+    return getattr(layer, "changes_bias", False) and not layer.changes_weight
+
+
 def mergeable_methods() -> list[str]:
     """Name those of them whose adapters can be merged."""
     return [name for name in layered_methods() if is_mergeable(name)]
 
 
 def linear_methods() -> list[str]:
-    """Name those of them that change the weight of a linear layer, and do not replace it by a copy."""
+    """Name those of them that adapt the weight or the bias of a linear layer, and do not replace it by a copy."""
     classes = {name: PEFT_TYPE_TO_TUNER_MAPPING[name] for name in mergeable_methods() if name not in OF_ROWS}
     return [
         name

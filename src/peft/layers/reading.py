@@ -191,5 +191,8 @@ class _Connected(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         parameters = [p for p, is_wanted in zip(ctx.saved_tensors, wanted, strict=True) if is_wanted]
         with torch.enable_grad():
-            found = iter(torch.autograd.grad(ctx.compute(), parameters, gradient, allow_unused=True))
+            weight = ctx.compute()
+        if not weight.requires_grad:  # adapters that only add to the bias
+            return None, None, *(None for _ in wanted)
+        found = iter(torch.autograd.grad(weight, parameters, gradient, allow_unused=True))
         return None, None, *(next(found) if is_wanted else None for is_wanted in wanted)
