@@ -74,6 +74,7 @@ SETUPS: dict[str, Setup] = {
     "PREFIX_TUNING": Setup(PROMPT, targets=False),
     "PROMPT_TUNING": Setup(PROMPT, targets=False),
     "P_TUNING": Setup({**PROMPT, "encoder_hidden_size": 32}, targets=False),
+    "SHADOW": Setup(targets=False),
     "TRAINABLE_TOKENS": Setup({"token_indices": list(range(256))}, targets=False),
     "UNILORA": Setup({"theta_d_length": 2048}),
     "VBLORA": Setup({"r": 2, "num_vectors": 32, "vector_length": 16, "topk": 2}),

@@ -63,7 +63,6 @@ FEATURES_NOT_IMPLEMENTED = {
     "LoRA: MiCA": uses("init_lora_weights", "mica"),
     "LoRA: EVA, CorDA, LoRA-GA": uses("init_lora_weights", "eva", "corda", "lora_ga"),
     "convert_to_lora": named("ops/convert_to_lora_f*", "ops/convert_to_lora_threshold"),
-    "create_loraplus_optimizer": named("ops/loraplus_*"),
 }
 
 
