@@ -258,13 +258,10 @@ def check_contract(model: nn.Module, config: Any, fresh: Callable[[], nn.Module]
 
     assert_equal(logits(copy.deepcopy(peft_model), IDS), expected)
     peft_model.save_pretrained(folder)
-    again = logits(PeftModel.from_pretrained(fresh(), folder).eval(), IDS)
-    # bitsandbytes rounds the weight anew when a layer is first called, which methods see that read it
-    layer = layers_of(peft_model)[0]
-    reads = (
-        getattr(layer, "delta_takes_weight", False) or config.peft_type == "OSF" or getattr(config, "use_dora", False)
-    )
-    assert_close(again, expected, atol=2e-3 if reads else 1e-5)
+    other = fresh()
+    logits(other, IDS)  # as the first model was called: bitsandbytes rounds weights anew then, as methods see
+    again = logits(PeftModel.from_pretrained(other, folder).eval(), IDS)
+    assert_close(again, expected)
     check_merging(peft_model, base, expected)
 
 
