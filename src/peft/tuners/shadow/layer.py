@@ -29,6 +29,10 @@ class ShadowCarrier:
         self.shadow = shadow
 
 
+# what an adapter has in a block: the way into the state and back, and how the block updates it
+PARTS = ("down", "up", "update_transform", "update_gate", "dropout")
+
+
 class ShadowLayer(BaseTunerLayer, nn.Module):
     """
     A block with feedback from a shadow state, which the block updates (Li et al. 2026, arXiv:2604.19254).
@@ -41,13 +45,7 @@ class ShadowLayer(BaseTunerLayer, nn.Module):
         kwargs: see `BaseTunerLayer`.
     """
 
-    adapter_layer_names = (
-        "shadow_down",
-        "shadow_up",
-        "shadow_update_transform",
-        "shadow_update_gate",
-        "shadow_dropout",
-    )
+    adapter_layer_names = tuple(f"shadow_{part}" for part in PARTS)
     other_param_names = ("shadow_r", "shadow_alpha")
     container_classes = dict.fromkeys(adapter_layer_names, nn.ModuleDict)
     supports_mixed_batch = False
