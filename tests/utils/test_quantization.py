@@ -299,7 +299,8 @@ def check_merging(peft_model: nn.Module, base: torch.Tensor, expected: torch.Ten
         peft_model.merge_adapter(safe_merge=True)
     for layer, weight in zip(layers, wanted, strict=True):
         found = dequantize_module_weight(layer.get_base_layer())
-        assert (found - weight).norm() < 0.3 * weight.norm()
+        # a few large entries among small ones are what 4 bits per group of torchao round worst
+        assert (found - weight).norm() < (0.3 if backend.name == "torchao" else 0.25) * weight.norm()
         assert not stored_weight(layer.get_base_layer()).requires_grad
     merged = logits(peft_model, IDS)
     assert (merged - expected).norm() < 0.6 * (base - expected).norm()
