@@ -233,8 +233,12 @@ class PeftConfigMixin:
         """
         hub_kwargs = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
         overrides = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
-        path = find_config_file(os.fspath(pretrained_model_name_or_path), subfolder, hub_kwargs)
-        return cls.from_file(path, **overrides)
+        name_or_path = os.fspath(pretrained_model_name_or_path)
+        path = find_config_file(name_or_path, subfolder, hub_kwargs)
+        try:
+            return cls.from_file(path, **overrides)
+        except FileNotFoundError:  # a save that was under way has ended meanwhile, and has moved it to its place
+            return cls.from_file(find_config_file(name_or_path, subfolder, hub_kwargs), **overrides)
 
     @classmethod
     def from_file(cls, path: str, **overrides: Any) -> "PeftConfigMixin":

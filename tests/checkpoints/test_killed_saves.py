@@ -24,6 +24,7 @@ import torch
 from support.helpers import assert_equal, features, files_below, logits, randomise, stack
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.files import read_json
 from peft.utils.warning import PeftWarning
 
 
@@ -199,19 +200,41 @@ def test_somebody_reads_while_somebody_saves(tmp_path: Path, expected: dict) -> 
     assert set(found) == {OLD, NEW}
 
 
-def test_a_config_that_waits_is_told_of(tmp_path: Path, expected: dict) -> None:
-    adapter(OLD).save_pretrained(tmp_path)
-    new = adapter(NEW)
+def save_all_but_the_last_move(model: PeftModel, folder: Path) -> None:
+    """Save an adapter in a process that ends when its config still waits for its place."""
 
     def kill_before_the_last_move(event: str, found: tuple) -> None:
-        if event == "os.rename" and os.fspath(found[1]) == str(tmp_path / CONFIG):
+        if event == "os.rename" and os.fspath(found[1]) == str(folder / CONFIG):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def save() -> None:
         _at_event.append(kill_before_the_last_move)
-        new.save_pretrained(tmp_path)
+        model.save_pretrained(folder)
 
     assert in_child(save) == signal.SIGKILL
+
+
+def test_a_save_ends_between_finding_its_config_and_reading_it(
+    tmp_path: Path, expected: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter(OLD).save_pretrained(tmp_path)
+    save_all_but_the_last_move(adapter(NEW), tmp_path)
+    (waiting,) = tmp_path.glob(".adapter_config.*")
+
+    def read_after_the_last_move(path: str, **options: object) -> dict:
+        if waiting.exists():
+            waiting.rename(tmp_path / CONFIG)
+        return read_json(path, **options)
+
+    monkeypatch.setattr("peft.config.read_json", read_after_the_last_move)
+    with pytest.warns(PeftWarning, match="cut short"):
+        assert PeftConfig.from_pretrained(tmp_path).lora_alpha == NEW
+    assert not waiting.exists() and loaded(tmp_path, expected) == NEW
+
+
+def test_a_config_that_waits_is_told_of(tmp_path: Path, expected: dict) -> None:
+    adapter(OLD).save_pretrained(tmp_path)
+    save_all_but_the_last_move(adapter(NEW), tmp_path)
     with pytest.warns(PeftWarning, match="cut short.*rename it to adapter_config.json"):
         assert PeftConfig.from_pretrained(tmp_path).lora_alpha == NEW
     assert loaded(tmp_path, expected) == NEW

@@ -153,7 +153,10 @@ def state_of_config(folder: str) -> tuple | None:
     path, _ = config_path(folder)
     if path is None:
         return None
-    found = os.stat(path)
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:  # a save that was under way has ended meanwhile, and has moved it to its place
+        return state_of_config(folder)
     return path, found.st_ino, found.st_mtime_ns, found.st_size
 
 
