@@ -49,6 +49,7 @@ class Row:
         against: the figure that it is divided by, round by round.
         ratio_at_most: goal for the ratio; None if the line is for information or has a goal for the value.
         value_at_most: goal for the figure itself.
+        unit: unit of both figures; that of the case if left out.
     """
 
     title: str
@@ -56,6 +57,7 @@ class Row:
     against: Figure
     ratio_at_most: float | None = None
     value_at_most: float | None = None
+    unit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Case:
 
     Attributes:
         name: what `--only` looks for.
-        unit: unit of every figure of the case.
+        unit: unit of every figure of the case whose row does not name another.
         rows: the lines of the report.
         start: makes a generator that prepares, and then yields one set of figures per round.
         rounds: how many rounds are measured, unless the caller says otherwise.

@@ -12,6 +12,7 @@ from harness import Samples
 
 
 NOT_MEASURED = "not measured"
+ONLY_ONE = "only one can"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Line:
         ratio: the first divided by the second, round by round.
         ratio_at_most: goal for the ratio.
         value_at_most: goal for the figure.
-        verdict: "met", "not met", "within noise", "" without a goal, or "not measured".
+        verdict: "met", "not met", "within noise", "" without a goal, "only one can", or "not measured".
         why: what kept a figure from being measured.
     """
 
@@ -79,14 +80,16 @@ def make_line(case: Case, row: Row, samples: Samples) -> Line:
     ratios = [a / b for a, b in zip(measured, against) if b]  # noqa: B905
     ratio = Spread.of(ratios) if ratios else None
     value = Spread.of(measured) if measured else None
-    if row.value_at_most is not None:
+    if not samples.errors and bool(measured) != bool(against):
+        verdict = ONLY_ONE
+    elif row.value_at_most is not None:
         verdict = judge(value, row.value_at_most)
     else:
         verdict = judge(ratio, row.ratio_at_most)
     return Line(
         case=case.name,
         title=row.title,
-        unit=case.unit,
+        unit=row.unit or case.unit,
         measured=value,
         against=Spread.of(against) if against else None,
         labels=(row.measured.label, row.against.label),
@@ -119,8 +122,17 @@ def judge(spread: Spread | None, goal: float | None) -> str:
 
 
 def make_lines(cases: Iterable[Case], samples: Mapping[str, Samples]) -> list[Line]:
-    """Judge every row of some cases."""
-    return [make_line(case, row, samples[case.name]) for case in cases for row in case.rows]
+    """
+    Judge every row of some cases.
+
+    A figure that neither package has, though nothing failed, is one that there is not: it gets no line.
+    """
+    return [
+        make_line(case, row, samples[case.name])
+        for case in cases
+        for row in case.rows
+        if samples[case.name].errors or any(_values(one, samples[case.name]) for one in (row.measured, row.against))
+    ]
 
 
 def as_table(lines: list[Line]) -> str:
