@@ -105,6 +105,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "MontecloraConfig",
             "VeloraConfig",
         ],
+        ".tuners.lora.conversion": ["convert_to_lora", "save_as_lora"],
         ".tuners.lora.model": ["LoraModel"],
         ".tuners.miss.config": ["MissConfig"],
         ".tuners.miss.model": ["MissModel"],

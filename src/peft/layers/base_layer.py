@@ -186,6 +186,15 @@ class BaseTunerLayer(MergeableLayer):
         """
         self._owners[adapter_name] = owner
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """
+        Say whether an adapter can be written as LoRA; only what adds to the weight of a matrix can.
+
+        Args:
+            adapter_name: name of an adapter that this layer has.
+        """
+        return False
+
     def shared_containers(self) -> list[tuple[str, Any]]:
         """List the name and the content of each attribute that holds tensors that all layers share."""
         return [(name, self._modules[name]) for name in self.shared_layer_names]

@@ -62,6 +62,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "MontecloraConfig",
             "VeloraConfig",
         ],
+        ".lora.conversion": ["convert_to_lora", "save_as_lora"],
         ".lora.model": ["LoraModel"],
         ".miss.config": ["MissConfig"],
         ".miss.model": ["MissModel"],

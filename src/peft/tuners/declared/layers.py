@@ -434,8 +434,9 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
         return not self.delta_takes_weight
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Say whether the delta is that of a linear layer, and not one of full rank that its weight tells."""
-        return is_linear(self.get_base_layer()) and not self.delta_takes_weight and not self.changes_bias
+        """Say whether the delta is that of a matrix, and not one of full rank that its weight tells."""
+        is_matrix = is_linear(self.get_base_layer()) or isinstance(self.get_base_layer(), nn.Embedding)
+        return is_matrix and not self.delta_takes_weight and not self.changes_bias
 
 
 class DeclaredTerm(DeclaredAdditive):

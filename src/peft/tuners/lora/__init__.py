@@ -33,6 +33,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "MontecloraConfig",
             "VeloraConfig",
         ],
+        ".conversion": ["convert_to_lora", "save_as_lora"],
         ".layer": ["Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "ParamWrapper"],
         ".model": ["LoraModel"],
         ".starts": ["Start", "register_start"],

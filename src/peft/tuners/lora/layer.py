@@ -212,7 +212,17 @@ class OnLinear:
     @property
     def factor_layout(self) -> tuple[tuple[str, bool], tuple[str, bool]]:
         """The delta is B A for a weight (out, in), and the transpose of it for one (in, out)."""
-        return (("lora_A", True), ("lora_B", True)) if self.fan_in_fan_out else (("lora_B", False), ("lora_A", False))
+        return self.layout_for(self.fan_in_fan_out)
+
+    @staticmethod
+    def layout_for(fan_in_fan_out: bool) -> tuple[tuple[str, bool], tuple[str, bool]]:
+        """
+        Give the layout of factors for a matrix; see `LowRankLayer.factor_layout`.
+
+        Args:
+            fan_in_fan_out: whether it is stored as (in, out).
+        """
+        return (("lora_A", True), ("lora_B", True)) if fan_in_fan_out else (("lora_B", False), ("lora_A", False))
 
 
 class Linear(OnLinear, WithAdapter, LoraLayer, nn.Module):
@@ -305,6 +315,11 @@ class Embedding(WithAdapter, LoraLayer, nn.Module):
     def token_axes(self, adapter_name: str) -> dict[str, tuple[int, float]] | None:
         """Say which factor has a column for each token; see `BaseTunerLayer.token_axes`."""
         return None if adapter_name in self.variants else {f"lora_embedding_A.{adapter_name}": (1, 0.0)}
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """See `Linear.supports_lora_conversion`."""
+        variant = self.variants.get(adapter_name)
+        return variant is None or variant.supports_lora_conversion()
 
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Look up rows of A and bring them to full width; dropout has no meaning for token ids."""

@@ -42,6 +42,7 @@ class ActivatedLora(LoraVariant):
     """
 
     name = "aLoRA (alora_invocation_tokens)"
+    kept_by_conversion = ("alora_invocation_tokens",)
     invocations: "Invocations | None" = None
 
     @classmethod

@@ -33,6 +33,8 @@ class LoraVariant:
     name = "the variant"
     # the field of the config that asks for it; `register_variant` sets it
     field: str
+    # fields of the config without which an adapter that was converted to LoRA would not do what this one does
+    kept_by_conversion: tuple[str, ...] = ()
 
     def __init__(self, layer: LowRankLayer, adapter: str, config: LoraConfig) -> None:
         if not self.supports(layer):
@@ -159,5 +161,5 @@ class LoraVariant:
         return True
 
     def supports_lora_conversion(self) -> bool:
-        """Say whether the adapter can be converted to plain LoRA."""
-        return False
+        """Say whether plain LoRA can stand for what merging the adapter changes of the weight."""
+        return True
