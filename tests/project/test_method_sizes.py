@@ -30,7 +30,8 @@ EXCEPTIONS = {
     "CPT": (130, "balls around a context, and a loss of its own"),
     "XLORA": (400, "a classifier, two passes per call, experts that are read, and a log of their weights"),
     "OSF": (100, "it starts from a decomposition that is made once, and its model has a signature of its own"),
-    "ADAMSS": (130, "it freezes what matters least while training"),
+    "ADAMSS": (165, "it freezes what matters least while training, and tells callers of it"),
+    "UNILORA": (85, "callers set where entries of its vector go, and what they are multiplied by there"),
     "MULTITASK_PROMPT_TUNING": (80, "prompts of several tasks"),
 }
 

@@ -14,6 +14,8 @@ from peft import AdamssConfig, PeftModel, get_peft_model
 
 cluster = pytest.importorskip("sklearn.cluster", reason="the method needs scikit-learn")
 
+from peft.tuners.adamss import layer as layer_module  # noqa: E402
+from peft.tuners.adamss import utils as helpers  # noqa: E402
 from peft.tuners.adamss.asa_callback import AdamssAsaCallback  # noqa: E402
 from peft.tuners.adamss.layer import AdamssLayer  # noqa: E402
 
@@ -167,3 +169,43 @@ def test_weights_that_are_not_finite() -> None:
         base.weight[0, 0] = float("nan")
     with pytest.raises(RuntimeError, match="not finite"):
         adapted(base)
+
+
+def test_what_layers_tell_of_clusters() -> None:
+    model = model_with(nn.Linear(7, 9), **ASA)
+    layer = model.base_model.model[0]
+    rows, _, _ = clusters_of(layer)
+    assert {number: own.tolist() for number, own in layer.seg_result["default"].items()} == dict(enumerate(rows))
+    assert layer.scatter_index["default"].tolist() == sum(rows, [])
+    assert layer.train_subspace_index == {"default": [0, 1, 2]}
+    assert layer.exp_avg_ipt_A == layer.exp_avg_unc_B == {"default": [None, None, None]}
+    layer.adamss_A["default"][1].grad = torch.ones_like(layer.adamss_A["default"][1])
+    layer.update_importance("default", importance_beta=0.5, uncertainty_beta=0.25)
+    size = layer.adamss_A["default"][1].detach().abs()
+    torch.testing.assert_close(layer.exp_avg_ipt_A["default"][1], 0.5 * size)
+    torch.testing.assert_close(layer.exp_avg_unc_A["default"][1], 0.75 * size)
+    assert layer.exp_avg_ipt_A["default"][0] is None
+    assert layer.exp_avg_ipt_B["default"][1] is None
+
+
+def test_helpers() -> None:
+    matrices = torch.randn(2, 1, 9, 7)
+    torch.manual_seed(5)
+    right, left = helpers.slice_pca(matrices, 3, "cpu", torch.float64, random_seed=1)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), after)
+    assert (right.shape, left.shape, right.dtype) == ((2, 1, 3, 7), (2, 1, 9, 3), torch.float64)
+    torch.manual_seed(1)
+    u, _, v = [torch.svd_lowrank(matrix.double(), q=3, niter=2) for matrix in matrices[:, 0]][1]
+    torch.testing.assert_close(left[1, 0], u)
+    torch.testing.assert_close(right[1, 0], v.T)
+    assert helpers.slice_pca(matrices, 8, "cpu")[0].shape == (2, 1, 7, 7)
+
+    labels, count = helpers.clustering_Z(torch.tensor([[0.0], [5.0], [0.1], [5.1]]), 2, 10)
+    assert count == 2
+    assert labels[0] == labels[2] != labels[1] == labels[3]
+    rows = helpers.seg_locations(torch.tensor([2, 0, 2]))
+    assert {label: own.tolist() for label, own in rows.items()} == {0: [1], 1: [], 2: [0, 2]}
+    assert helpers.get_trainable_subspaces(3) == [0, 1, 2]
+    assert layer_module.clustering_Z is helpers.clustering_Z

@@ -2,6 +2,8 @@
 # peft: the fork in which tied weights stay tied
 """MiSS against matrices that are written down entry by entry."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -184,3 +186,15 @@ def test_refused(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_peft_model(net, MissConfig(**{"target_modules": ["0"], "r": 4, **fields}))
     assert type(net[0]) is nn.Linear
+
+
+def test_there_is_no_scale() -> None:
+    layer, x = adapted(nn.Linear(12, 8)), torch.randn(3, 12)
+    before = layer(x)
+    for scaling in (lambda: layer.scale_layer(2.0), lambda: layer.unscale_layer(), lambda: layer.unscale_layer(0.5)):
+        with pytest.warns(UserWarning, match="has no scale"):
+            scaling()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.scale_layer(1)
+    assert torch.equal(layer(x), before)

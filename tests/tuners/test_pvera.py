@@ -158,3 +158,18 @@ def test_no_rank() -> None:
 def test_layers_pattern_alone() -> None:
     with pytest.raises(ValueError, match="layers_pattern"):
         PveraConfig(layers_pattern="layers")
+
+
+def test_resetting() -> None:
+    model = adapted(linears(4, 6), "0", init_weights=False)
+    layer = model.base_model.model[0]
+    layer.merge()
+    layer.reset_pvera_parameters("default", d_initial=0.3)
+    layer.reset_pvera_parameters("unknown")
+    assert layer.merged
+    assert_equal(layer.pvera_lambda_b["default"], torch.zeros(6))
+    assert_equal(layer.pvera_lambda_d["default"], torch.full((6,), 0.3))
+    layer.unmerge()
+    assert_equal(model(torch.eye(4)), layer.base_layer(torch.eye(4)))
+    layer.reset_pvera_parameters("default")
+    assert_equal(layer.pvera_lambda_d["default"], torch.full((6,), 0.1))

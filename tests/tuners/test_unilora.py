@@ -2,18 +2,20 @@
 # peft: the fork in which tied weights stay tied
 """Uni-LoRA against factors that are put together entry by entry, and what checkpoints say of them."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.helpers import assert_close, assert_equal, linears, trainable
+from support.helpers import assert_close, assert_equal, linears, refused, trainable
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft import PeftModel, UniLoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.unilora import UniLoraModel
 from peft.tuners.unilora.maths import positions
+from peft.utils.error import PeftValueError
 
 
 pytestmark = [
@@ -145,3 +147,40 @@ def test_indices_of_the_file_are_used(tmp_path: Path) -> None:
 def test_refused_by_the_config(fields: dict) -> None:
     with pytest.raises(ValueError, match=next(reversed(fields))):
         UniLoraConfig(**fields)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("save_indices", [False, True])
+def test_setting_entries_and_scales(merged: bool, save_indices: bool) -> None:
+    model = adapted(linears(4, 6), "0", save_indices=save_indices)
+    layer, x = model.base_model.model[0], torch.randn(3, 4)
+    before = layer.base_layer(x)
+    if merged:
+        layer.merge()
+    torch.manual_seed(0)
+    layer.reset_unilora_parameters("default", 5)
+    torch.manual_seed(0)
+    drawn = torch.randint(5, (2, 4)), torch.randint(5, (6, 2))
+    scales = torch.rand(2, 4), torch.rand(6, 2)
+    layer.update_scaling("default", *scales)
+    layer.reset_unilora_parameters("unknown", 5)
+    layer.update_scaling("unknown", *scales)
+    assert_equal(layer.unilora_indices_A["default"], drawn[0])
+    assert_equal(layer.unilora_indices_B["default"], drawn[1])
+    theta = layer.unilora_theta_d["default"]
+    a, b = (theta[index] * scale for index, scale in zip(drawn, scales, strict=True))
+    assert_close(layer(x), before + x @ a.T @ b.T)
+    assert_close(copy.deepcopy(model)(x), layer(x))
+    if merged:
+        layer.unmerge()
+        assert_close(layer.base_layer(x), before)
+
+
+def test_entries_and_scales_that_do_not_fit() -> None:
+    model = adapted(linears(4, 6), "0")
+    layer = model.base_model.model[0]
+    for length in (0, 8):
+        with refused(model, PeftValueError, "theta_d_length must be positive and at most 7"):
+            layer.reset_unilora_parameters("default", length)
+    with refused(model, PeftValueError, "scales_B must have shape"):
+        layer.update_scaling("default", torch.ones(2, 4), torch.ones(2, 6))

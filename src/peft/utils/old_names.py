@@ -76,6 +76,11 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
             "tuners.vblora.model"
         ),
     ),
+    (
+        "peft.tuners.adamss.maths",
+        "clustering_Z get_trainable_subspaces seg_locations slice_pca",
+        "tuners.adamss.layer",
+    ),
     ("peft.tuners.boft.layer", "BOFTLayer Conv2d Linear", "tuners.boft.model"),
     (
         "peft.tuners.boft.maths",

@@ -10,11 +10,12 @@ from torch import nn
 
 from ...anatomy.offload import tensor_of
 from ...utils.constants import TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING
+from ...utils.old_names import old_names
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import DeclaredModel, method
 from ..declared.tensors import Frozen, Kept, Shape, Tensors, TrainedModule
 from .config import AdamssConfig
-from .maths import decompose, number_to_keep, start_of, track
+from .maths import decompose, get_trainable_subspaces, number_to_keep, start_of, track
 
 
 class ClusteredLayer(DeclaredAdditive):
@@ -29,6 +30,48 @@ class ClusteredLayer(DeclaredAdditive):
         """
         delta = self.bias_delta(adapter)
         return self.get_delta_weight(adapter).new_zeros(self.out_features) if delta is None else delta
+
+    @property
+    def seg_result(self) -> dict[str, dict[int, torch.Tensor]]:
+        """Rows of each cluster, by adapter name and number."""
+        return {name: dict(enumerate(map(torch.tensor, c.rows))) for name, c in self.settings.items()}
+
+    @property
+    def scatter_index(self) -> dict[str, torch.Tensor]:
+        """Rows of all clusters, one cluster after the other, by adapter name."""
+        return {name: torch.tensor(sum(c.rows, [])) for name, c in self.settings.items()}
+
+    @property
+    def train_subspace_index(self) -> dict[str, list[int]]:
+        """Numbers of the clusters that there are to train, by adapter name."""
+        return {name: get_trainable_subspaces(len(c.rows)) for name, c in self.settings.items()}
+
+    @property
+    def exp_avg_ipt_A(self) -> dict[str, list[torch.Tensor | None]]:
+        """How important the numbers of each A are, by adapter name; None where no gradient was seen."""
+        return self._tracked(0, 0)
+
+    @property
+    def exp_avg_ipt_B(self) -> dict[str, list[torch.Tensor | None]]:
+        """How important the numbers of each B are, by adapter name; None where no gradient was seen."""
+        return self._tracked(1, 0)
+
+    @property
+    def exp_avg_unc_A(self) -> dict[str, list[torch.Tensor | None]]:
+        """How uncertain that is of each A, by adapter name; None where no gradient was seen."""
+        return self._tracked(0, 1)
+
+    @property
+    def exp_avg_unc_B(self) -> dict[str, list[torch.Tensor | None]]:
+        """How uncertain that is of each B, by adapter name; None where no gradient was seen."""
+        return self._tracked(1, 1)
+
+    def _tracked(self, factor: int, kind: int) -> dict[str, list[torch.Tensor | None]]:
+        unseen = (None, None)
+        return {
+            name: [c.states.get((number, factor), unseen)[kind] for number in range(len(c.rows))]
+            for name, c in self.settings.items()
+        }
 
     def pairs(self, adapter: str) -> Iterator[tuple[int, tuple[nn.Parameter, nn.Parameter]]]:
         """Yield the factors of each cluster with its number."""
@@ -145,7 +188,7 @@ class Adamss:
         return {
             "num_subspaces": len(pairs),
             "sizes": {"A": [tuple(start.shape) for start in a], "B": [tuple(start.shape) for start in b]},
-            "order": torch.cat(space.rows).argsort().tolist(),
+            "rows": [rows.tolist() for rows in space.rows],
             "found": {"A": a, "B": b, "newB": space.right},
             "states": {},
             "frozen": set(),
@@ -157,7 +200,7 @@ class Adamss:
             "A": parts("A", shape, c),
             "B": parts("B", shape, c),
             "newB": Kept(lambda: take("newB", shape, c), rounded=True),
-            "order": Frozen(lambda: torch.tensor(c.order)),
+            "order": Frozen(lambda: torch.tensor(sum(c.rows, [])).argsort()),
         }
 
     def low_rank(t: Tensors, shape: Shape, c: AdamssConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,3 +234,5 @@ def changes(t: Tensors) -> torch.Tensor:
 
 
 AdamssLayer, Linear = Adamss.Layer, Adamss.Linear
+
+__getattr__ = old_names(__name__)

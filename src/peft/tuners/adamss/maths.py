@@ -39,23 +39,84 @@ def decompose(weight: torch.Tensor, r: int, clusters: int, seed: int) -> Subspac
     Raises:
         RuntimeError: if the weight has no decomposition.
     """
-    from sklearn.cluster import KMeans
-
     if not torch.isfinite(weight).all():
         raise PeftRuntimeError(
             "a weight with entries that are not finite cannot be decomposed; load the base model's weights first"
         )
-    devices = [weight.device] if weight.is_cuda else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        left, _, right = torch.svd_lowrank(weight, q=min(r, *weight.shape), niter=2)
-    clusters = min(clusters, weight.shape[0])
-    means = KMeans(n_clusters=clusters, init="random", n_init=1, max_iter=10, random_state=123456789)
+    right, left = slice_pca(weight[None, None], r, weight.device, random_seed=seed)
+    labels, _ = clustering_Z(left[0, 0], min(clusters, weight.shape[0]), 10)
+    rows = seg_locations(labels).values()
+    return Subspaces([own for own in rows if len(own)], left[0, 0], right[0, 0])
+
+
+def slice_pca(
+    tensor: torch.Tensor,
+    r: int,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    random_seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Find the greatest singular vectors of matrices. Numbers that are drawn afterwards do not depend on it.
+
+    Args:
+        tensor: (a, b, rows, columns).
+        r: how many, at most.
+        device: where they are computed.
+        dtype: type in which they are.
+        random_seed: what the generator is seeded with before the first matrix.
+
+    Returns:
+        Right ones, (a, b, r, columns), and left ones, (a, b, rows, r).
+    """
+    *sizes, rows, columns = tensor.shape
+    r, matrices = min(r, rows, columns), tensor.to(device, dtype).reshape(-1, rows, columns)
+    with torch.random.fork_rng([matrices.device] if matrices.is_cuda else []):
+        torch.manual_seed(random_seed)
+        found = [torch.svd_lowrank(matrix, q=r, niter=2) for matrix in matrices]
+    left, _, right = (torch.stack(vectors) for vectors in zip(*found, strict=True))
+    return right.mT.reshape(*sizes, r, columns), left.reshape(*sizes, rows, r)
+
+
+def clustering_Z(VT: torch.Tensor, num_subspaces: int, iternum: int) -> tuple[torch.Tensor, int]:
+    """
+    Cut rows into clusters. Which row is in which does not depend on what was drawn before.
+
+    Args:
+        VT: (rows, r).
+        num_subspaces: number of clusters.
+        iternum: greatest number of steps.
+
+    Returns:
+        The number of its cluster for each row, (rows,), and the number of clusters.
+    """
+    from sklearn.cluster import KMeans
+
+    means = KMeans(n_clusters=num_subspaces, init="random", n_init=1, max_iter=iternum, random_state=123456789)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer different rows than clusters
-        labels = torch.as_tensor(means.fit_predict(left.cpu().numpy())).long()
-    rows = [(labels == label).nonzero()[:, 0] for label in range(clusters)]
-    return Subspaces([own for own in rows if len(own)], left, right.T)
+        labels = means.fit_predict(VT.detach().cpu().numpy())
+    return torch.as_tensor(labels).long(), num_subspaces
+
+
+def seg_locations(index: torch.Tensor) -> dict[int, torch.Tensor]:
+    """
+    Give the rows of each cluster, rising.
+
+    Args:
+        index: the number of its cluster for each row, (rows,).
+    """
+    return {label: (index == label).nonzero()[:, 0] for label in range(int(index.max()) + 1)}
+
+
+def get_trainable_subspaces(num_subspaces: int) -> list[int]:
+    """
+    Give the numbers of the clusters that are trained at first, which are all.
+
+    Args:
+        num_subspaces: number of clusters.
+    """
+    return list(range(num_subspaces))
 
 
 def start_of(left: torch.Tensor, rank: int, threshold: float | None) -> torch.Tensor:

@@ -4,6 +4,7 @@
 
 from torch import Tensor, nn
 
+from ...layers.scaling import Unscaled
 from ...utils.constants import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
 from ..declared.either import DeclaredEither
@@ -13,7 +14,7 @@ from .config import MissConfig
 from .maths import change_of, repeated, repeated_product, without_change
 
 
-class ShardLayer(DeclaredEither):
+class ShardLayer(Unscaled, DeclaredEither):
     """A layer with shards, with what the released package lets do with it."""
 
     def get_delta_weight(self, adapter: str, orig_weight: Tensor | None = None, reverse: bool = False) -> Tensor:

@@ -12,11 +12,27 @@ from transformers.pytorch_utils import Conv1D
 
 from ...configs.checks import check_counts
 from ...utils.constants import TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING
+from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Frozen, Shape, Tensors, Trained
 from ..families.projections import corners, random_projections
 from .config import PveraConfig
 from .maths import noise_like
+
+
+class DrawingLayer(DeclaredAdditive):
+    """A layer with vectors that can start anew."""
+
+    def reset_pvera_parameters(self, adapter_name: str, d_initial: float = 0.1) -> None:
+        """
+        Start an adapter's vectors anew, b at zero. Without such an adapter nothing is done.
+
+        Args:
+            adapter_name: name.
+            d_initial: what d starts at.
+        """
+        if adapter_name in self.settings:
+            self.restart(adapter_name, init_weights=True, d_initial=d_initial)
 
 
 @method(
@@ -28,6 +44,7 @@ from .maths import noise_like
     dropout="pvera_dropout",
     settings={"r": "r", "sample_at_inference": "sample_at_inference", "pvera_generator": "generator"},
     names={"A": "pvera_A", "B": "pvera_B"},
+    rule=DrawingLayer,
     in_common=("projection_prng_key", "save_projection"),
 )
 class Pvera:

@@ -11,11 +11,64 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...layers.merging.changes import changes_adapter
 from ...utils.constants import TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING
+from ...utils.error import PeftValueError
+from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Frozen, Kept, Shape, Tensors, Trained
 from .config import UniLoraConfig
 from .maths import entries, scales, start_vector
+
+
+class EntriesLayer(DeclaredAdditive):
+    """A layer whose entries and their scales can be set. They are saved only with `save_indices`."""
+
+    def reset_unilora_parameters(self, adapter_name: str, theta_d_length: int) -> None:
+        """
+        Draw for each place of this layer which entry of the vector it takes. Nothing is done without such an adapter.
+
+        Args:
+            adapter_name: name.
+            theta_d_length: how many entries, from the first one on, there are to draw from.
+
+        Raises:
+            PeftValueError: if the vector has fewer entries.
+        """
+        if adapter_name not in self.settings:
+            return
+        length, t = self.settings[adapter_name].theta_d_length, self.tensors(adapter_name)
+        if not 0 < theta_d_length <= length:
+            raise PeftValueError(f"theta_d_length must be positive and at most {length}, found {theta_d_length}")
+        drawn = {name: torch.randint(theta_d_length, getattr(t, name).shape) for name in ("indices_A", "indices_B")}
+        self._set(adapter_name, drawn)
+
+    def update_scaling(
+        self, adapter_name: str, unilora_scales_A: torch.Tensor, unilora_scales_B: torch.Tensor
+    ) -> None:
+        """
+        Set what the entries of the vector are multiplied by in this layer. Without such an adapter nothing is done.
+
+        Args:
+            adapter_name: name.
+            unilora_scales_A: (r, in).
+            unilora_scales_B: (out, r).
+
+        Raises:
+            PeftValueError: for tensors of another shape.
+        """
+        if adapter_name in self.settings:
+            self._set(adapter_name, {"scales_A": unilora_scales_A, "scales_B": unilora_scales_B})
+
+    @changes_adapter
+    def _set(self, adapter: str, values: Mapping[str, torch.Tensor]) -> None:
+        present = {name: getattr(self.tensors(adapter), name) for name in values}
+        for name, value in values.items():
+            wanted, found = tuple(present[name].shape), tuple(value.shape)
+            if found != wanted:
+                raise PeftValueError(f"{name} must have shape {wanted}, found {found}")
+        for name, value in values.items():
+            present[name].copy_(value.detach())
 
 
 @method(
@@ -25,6 +78,7 @@ from .maths import entries, scales, start_vector
     targets=TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING,
     dropout="unilora_dropout",
     settings={"r": "r"},
+    rule=EntriesLayer,
 )
 class UniLora:
     """A layer with factors out of one vector added to its weight."""
