@@ -16,10 +16,6 @@ RECORDED = json.loads((Path(__file__).parent / "client_imports.json").read_text(
 
 # Clients import these for releases that had them; release 0.21.2 lacks them too.
 OF_OLD_RELEASES = {("peft", "BoneConfig")}
-# Methods and starts that are still to come bring these.
-TO_COME = {
-    ("peft.tuners.lora.tp_layer", "LoraParallelLinear"),
-}
 
 
 def resolves(module: str, name: str) -> bool:
@@ -41,12 +37,7 @@ def resolves(module: str, name: str) -> bool:
 def test_imports_of_clients_work(client):
     wanted = {(module, name) for module, names in RECORDED[client].items() for name in (names or [""])}
     missing = {path for path in wanted - OF_OLD_RELEASES if not resolves(*path)}
-    assert not missing - TO_COME, sorted(missing - TO_COME)
-
-
-def test_what_is_to_come_is_not_there_yet():
-    """When it is, the list gets shorter."""
-    assert not [path for path in TO_COME if resolves(*path)]
+    assert not missing, sorted(missing)
 
 
 # What clients put functions of their own in the place of, and the arguments that those pass on by position.

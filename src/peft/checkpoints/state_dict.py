@@ -96,6 +96,8 @@ def collect_tensors(
     """Do what `get_peft_model_state_dict` does; tensors that tied modules share are views of one memory."""
     config = _config_of(model, adapter_name)
     state_dict = renamed(model.state_dict() if state_dict is None else state_dict, plain_name)
+    # what modules put there with `get_extra_state` may be anything
+    state_dict = {key: tensor for key, tensor in state_dict.items() if isinstance(tensor, torch.Tensor)}
     keys = adapter_key_map(model, adapter_name)
     keys.update(bias_key_map(model, adapter_name, getattr(config, "bias", "none")))
     keys.update(_chosen_embedding_keys(model, adapter_name, state_dict, save_embedding_layers))

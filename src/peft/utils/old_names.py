@@ -20,8 +20,8 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "peft.anatomy.kinds",
         "transpose",
         (
-            "tuners.adalora.layer tuners.fourierft.layer tuners.ia3.layer tuners.lora.layer tuners.lora.variants "
-            "tuners.lora.variants.dora tuners.vblora.layer tuners.vera.layer"
+            "tuners.adalora.layer tuners.fourierft.layer tuners.ia3.layer tuners.lora.layer tuners.lora.tp_layer "
+            "tuners.lora.variants tuners.lora.variants.dora tuners.vblora.layer tuners.vera.layer"
         ),
     ),
     ("peft.anatomy.matching", "get_pattern_key", "tuners.loha.model tuners.lokr.model tuners.lora.model"),
@@ -48,7 +48,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "check_adapters_to_merge",
         (
             "tuners.adalora.layer tuners.boft.layer tuners.fourierft.layer tuners.ia3.layer "
-            "tuners.ln_tuning.layer tuners.oft.layer tuners.vblora.layer tuners.vera.layer"
+            "tuners.ln_tuning.layer tuners.lora.tp_layer tuners.oft.layer tuners.vblora.layer tuners.vera.layer"
         ),
     ),
     ("peft.layers.modules_to_save", "ModulesToSaveWrapper", "tuners.ia3.model tuners.lora.model tuners.mixed.model"),
@@ -97,6 +97,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("peft.tuners.lora.config", "LoraConfig", "tuners.adalora.model tuners.lora.variants"),
     ("peft.tuners.lora.config", "BdLoraConfig MontecloraConfig", "tuners.lora.variants"),
     ("peft.tuners.lora.layer", "dispatch_default", "tuners.lora.model"),
+    ("peft.tuners.lora.tp_layer", "dispatch_megatron", "tuners.lora.model"),
     (
         "peft.tuners.lora.quantized",
         "dispatch_aqlm dispatch_awq dispatch_eetq dispatch_gptq dispatch_hqq dispatch_inc dispatch_torchao "
@@ -155,7 +156,11 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("peft.utils.constants", "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES", "tuners.lora.layer"),
     ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", "tuners.mixed.model"),
     ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING", "tuners.oft.model"),
-    ("peft.utils.integrations", "gather_params_ctx", "tuners.adalora.model tuners.lora.layer tuners.lora.variants"),
+    (
+        "peft.utils.integrations",
+        "gather_params_ctx",
+        "tuners.adalora.model tuners.lora.layer tuners.lora.tp_layer tuners.lora.variants",
+    ),
     ("peft.utils.devices", "get_device_map", "tuners.adalora.model tuners.lora.model"),
     ("peft.utils.devices", "get_layer_device_map map_cache_to_layer_device_map", "utils.integrations"),
     (

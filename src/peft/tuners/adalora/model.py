@@ -80,6 +80,7 @@ class AdaLoraModel(LoraModel):
     quantized_layer_classes = LAYER_OF_BACKEND
     pattern_fields: dict[str, str] = {}  # its `rank_pattern` says which ranks are left
     layer_parts = {}
+    adapts_parallel_layers = False
     # clients replace the hook of LoRA's model and of this one, each with one that calls what it has replaced
     _create_and_replace = BaseTuner._create_and_replace
     parameter_layer_cls = None

@@ -43,6 +43,7 @@ from .plain_lora import convert_on_save, without_start
 from .quantized import LAYER_OF_BACKEND
 from .starts import changes_base, check_start, find_start
 from .starts.base_weight import warn_of_changed_bases
+from .tp_layer import LoraParallelLinear, backend_of, check_parallel, parallel_layers, parallel_settings
 from .variants import attach_variants, detach_variants, find_variant
 
 
@@ -77,6 +78,7 @@ class LoraModel(BaseTuner):
     parameter_layer_cls = ParamWrapper
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     pattern_fields = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+    adapts_parallel_layers = True
 
     def _prepare_model(self, model: nn.Module, adapter_name: str) -> None:
         """Stack layers if the config says so."""
@@ -116,8 +118,9 @@ class LoraModel(BaseTuner):
 
     def _layers_of_configs(self) -> list[tuple[type[nn.Module], type[LoraLayer]]]:
         """List the kinds of layers for which configs bring layers of their own, those of the latest config first."""
-        custom = [getattr(config, "_custom_modules", None) for config in reversed(self.peft_config.values())]
-        return [found for mapping in custom if mapping for found in mapping.items()]
+        configs = [config for config in reversed(self.peft_config.values()) if isinstance(config, LoraConfig)]
+        mappings = [mapping for config in configs for mapping in (config._custom_modules, parallel_layers(config))]
+        return [found for mapping in mappings if mapping for found in mapping.items()]
 
     def _present_layer(self, module: nn.Module, parameter: str | None) -> LoraLayer | None:
         present = super()._present_layer(module, parameter)
@@ -131,13 +134,17 @@ class LoraModel(BaseTuner):
     ) -> LoraLayer:
         if target.parameter is None and target.layer_class in (config._custom_modules or {}).values():
             arguments.update(target_name=target.name, parameter_name=None)
+        if issubclass(target.layer_class, LoraParallelLinear):
+            arguments.update(backend=backend_of(self.peft_config.values()))
         return super()._create_layer(base, target, adapter_name, config, arguments)
 
     def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
         super()._check_new_adapter_config(adapter_name, config)
         find_variant(config)  # refuses what it does not find
         if config.megatron_config:
-            raise PeftNotImplementedError("LoRA of this version does not have: megatron_config; leave them out")
+            if not self.adapts_parallel_layers:
+                raise PeftNotImplementedError(f"{type(self).__name__} does not have: megatron_config; leave it out")
+            parallel_settings(config)  # refuses what Megatron does not take
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LoraConfig) -> None:
         """
@@ -246,6 +253,9 @@ class LoraModel(BaseTuner):
     def _check_targets(self, model: nn.Module, config: LoraConfig, names: list[str]) -> None:
         """Refuse what fused kernels pass by, and starts that the base weights do not allow."""
         self._check_fused_kernels(model, config, names)
+        for module in map(model.get_submodule, names):
+            if self._layer_class(module) is LoraParallelLinear:
+                check_parallel(unwrapped(module), config)
         if config.lora_bias:
             _warn_of_lost_biases({name: unwrapped(model.get_submodule(name)) for name in names})
         self._check_start(model, config, {name: model.get_submodule(name) for name in names})
