@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.megatron import THREADS, Mlp, TransformerConfig, megatron, part_of
 from support.helpers import refused
+from support.megatron import THREADS, Mlp, TransformerConfig, megatron, part_of
 from torch import nn
 from torch.testing import assert_close
 
