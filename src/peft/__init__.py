@@ -26,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ],
         ".config": ["PeftConfig", "PromptLearningConfig"],
         ".helpers": ["find_kappa_target_modules"],
+        ".layers.fused.switch": ["disable_fused"],
         ".mapping": [
             "PEFT_TYPE_TO_CONFIG_MAPPING",
             "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",

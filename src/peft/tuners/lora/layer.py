@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from ...anatomy.kinds import embed, stores_weight_transposed
 from ...anatomy.walking import unwrapped
 from ...layers.base_layer import BaseTunerLayer
+from ...layers.fused.path import FusedLayer
+from ...layers.fused.terms import LowRank
 from ...layers.merging.changes import changes_adapter
 from ...layers.merging.checks import check_adapters_to_merge
 from ...utils.error import PeftValueError
@@ -225,7 +227,7 @@ class OnLinear:
         return (("lora_A", True), ("lora_B", True)) if fan_in_fan_out else (("lora_B", False), ("lora_A", False))
 
 
-class Linear(OnLinear, WithAdapter, LoraLayer, nn.Module):
+class Linear(OnLinear, WithAdapter, FusedLayer, LoraLayer, nn.Module):
     """
     LoRA on `nn.Linear` and on transformers' `Conv1D`; see `WithAdapter`.
 
@@ -268,6 +270,10 @@ class Linear(OnLinear, WithAdapter, LoraLayer, nn.Module):
         if b.bias is None:
             return b(hidden)
         return F.linear(hidden, b.weight, b.bias * self.scaling[adapter])
+
+    def fused_term(self, adapter: str) -> LowRank | None:
+        """Declare what an adapter adds, unless it is a variant of LoRA; see `FusedLayer.fused_term`."""
+        return LowRank(adapter, self.lora_A, self.lora_B, self.lora_dropout, self.scaling, otherwise=self.variants)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """LoRA is LoRA, and its variants say it."""
