@@ -94,6 +94,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.ia3.model": ["IA3Model"],
         ".tuners.ln_tuning.config": ["LNTuningConfig"],
         ".tuners.ln_tuning.model": ["LNTuningModel"],
+        ".tuners.lora.calibration.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
         ".tuners.lora.config": [
             "ArrowConfig",
             "BdLoraConfig",

@@ -50,6 +50,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".ia3.model": ["IA3Model"],
         ".ln_tuning.config": ["LNTuningConfig"],
         ".ln_tuning.model": ["LNTuningModel"],
+        ".lora.calibration.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
         ".lora.config": [
             "ArrowConfig",
             "BdLoraConfig",

@@ -21,6 +21,7 @@ add_method(
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        ".calibration.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
         ".config": [
             "ArrowConfig",
             "BdLoraConfig",

@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """How LoRA's factors start: strategies by the value of `init_lora_weights`, a file for each kind."""
 
+from .eva import Eva
 from .olora import Olora
 from .pissa import Pissa
 from .random import Gaussian, Neutral, Orthogonal, Random
@@ -9,6 +10,7 @@ from .registry import Start, changes_base, check_start, find_start, register_sta
 
 
 __all__ = [
+    "Eva",
     "Gaussian",
     "Neutral",
     "Olora",
