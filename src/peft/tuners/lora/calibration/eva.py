@@ -160,7 +160,8 @@ def initialize_lora_eva_weights(
         >>> import torch
         >>> from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
         >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = get_peft_model(net, config, low_cpu_mem_usage=True)
         >>> initialize_lora_eva_weights(
         ...     model, [torch.randn(8, 4)], forward_fn=lambda model, x: model(x), prepare_model_inputs_fn=None,
         ...     prepare_layer_inputs_fn=None, show_progress_bar=False,
