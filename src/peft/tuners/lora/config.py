@@ -176,6 +176,10 @@ class KasaConfig:
     beta: float = option(1e-4, "Weight of the penalty on the singular values.")
     gamma: float = option(1e-3, "Weight of the penalty on orthogonality.")
 
+    def __post_init__(self) -> None:
+        for name in ("beta", "gamma"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, found {getattr(self, name)}")
+
 
 @dataclass
 class MontecloraConfig:

@@ -261,12 +261,32 @@ class Linear(OnLinear, WithAdapter, FusedLayer, LoraLayer, nn.Module):
 
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Compute scaling * B A x."""
-        a, b = self.lora_A[adapter], self.lora_B[adapter]
-        if self.cast_input_dtype_enabled and x.dtype != a.weight.dtype:
-            x = x.to(a.weight.dtype)
-        hidden = a(self.lora_dropout[adapter](x))
         # the small side is scaled: r features instead of out_features
-        hidden = hidden * self.scaling[adapter]
+        hidden = self.lora_A[adapter](self.prepared_input(adapter, x)) * self.scaling[adapter]
+        return self.output_of(adapter, hidden)
+
+    def prepared_input(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """
+        Give what factor A meets: the input in the factor's type, some of it dropped while training.
+
+        Args:
+            adapter: name.
+            x: the layer's input, (..., in).
+        """
+        dtype = self.lora_A[adapter].weight.dtype
+        if self.cast_input_dtype_enabled and x.dtype != dtype:
+            x = x.to(dtype)
+        return self.lora_dropout[adapter](x)
+
+    def output_of(self, adapter: str, hidden: torch.Tensor) -> torch.Tensor:
+        """
+        Bring what factor A gives to the layer's output by factor B, with its bias if it has one.
+
+        Args:
+            adapter: name.
+            hidden: (..., r), scaled already.
+        """
+        b = self.lora_B[adapter]
         if b.bias is None:
             return b(hidden)
         return F.linear(hidden, b.weight, b.bias * self.scaling[adapter])

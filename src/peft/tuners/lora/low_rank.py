@@ -141,11 +141,15 @@ class LowRankLayer(Scaled, AdditiveLayer):
         Give two matrices whose product is the delta without its scaling, in the layout of the base weight.
 
         Returns:
-            (rows, r) and (r, columns), views of the factors.
+            (rows, r) and (r, columns), views of the factors where these are kept as matrices.
         """
-        factors = (self._factor(name, adapter) for name, _ in self.factor_layout)
+        factors = (self._written_out(name, adapter) for name, _ in self.factor_layout)
         left, right = (w.T if t else w for w, (_, t) in zip(factors, self.factor_layout, strict=True))
         return left, right
+
+    def _written_out(self, name: str, adapter: str) -> torch.Tensor:
+        """Give the matrix that a factor stands for, which is the factor itself unless it is kept in another form."""
+        return self._factor(name, adapter)
 
     def bias_of_factors(self, adapter: str) -> nn.Parameter | None:
         """Give factor B's own bias; None for adapters without one."""

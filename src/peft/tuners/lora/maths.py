@@ -117,3 +117,19 @@ def add_product_(left: torch.Tensor, right: torch.Tensor, matrix: torch.Tensor, 
     for start in range(0, matrix.shape[0], MERGE_ROWS):
         rows = slice(start, start + MERGE_ROWS)
         matrix[rows] += (left[rows] @ right).mul_(scale).to(matrix.dtype)
+
+
+def without_smallest(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """
+    Take the smallest singular components out of a matrix.
+
+    Args:
+        weight: (out, in).
+        count: how many.
+
+    Returns:
+        A new matrix of the same type.
+    """
+    u, s, vh = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
+    kept = len(s) - count
+    return ((u[:, :kept] * s[:kept]) @ vh[:kept]).to(weight.dtype)

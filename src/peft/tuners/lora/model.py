@@ -44,7 +44,15 @@ from .quantized import LAYER_OF_BACKEND
 from .starts import changes_base, check_start, find_start
 from .starts.base_weight import warn_of_changed_bases
 from .tp_layer import LoraParallelLinear, backend_of, check_parallel, parallel_layers, parallel_settings
-from .variants import attach_variants, detach_variants, find_variant
+from .variants import (
+    Kasa,
+    attach_variants,
+    check_beside,
+    check_targets,
+    detach_variants,
+    find_variant,
+    penalties,
+)
 
 
 __all__ = ["Conv2d", "LoraModel"]
@@ -140,7 +148,7 @@ class LoraModel(BaseTuner):
 
     def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
         super()._check_new_adapter_config(adapter_name, config)
-        find_variant(config)  # refuses what it does not find
+        check_beside(config, {name: other for name, other in self.peft_config.items() if name != adapter_name})
         if config.megatron_config:
             if not self.adapts_parallel_layers:
                 raise PeftNotImplementedError(f"{type(self).__name__} does not have: megatron_config; leave it out")
@@ -230,6 +238,18 @@ class LoraModel(BaseTuner):
             config.rank_pattern = {f"^{name}": own for name, (own, _) in ranks.items() if own != config.r}
         return config
 
+    def _get_kasa_loss(self, adapter_names: list[str] | None = None) -> torch.Tensor | float:
+        """
+        Compute the regulariser of KaSA, to be added to the loss; see `Kasa.penalty`.
+
+        Args:
+            adapter_names: adapters to sum over; the active ones if left out.
+
+        Returns:
+            The sum over layers and adapters; 0.0 if there is no KaSA layer.
+        """
+        return sum(penalties(self.model, Kasa, self.active_adapters if adapter_names is None else adapter_names), 0.0)
+
     # asked by `PeftModel.save_pretrained`
     convert_on_save = staticmethod(convert_on_save)
 
@@ -284,24 +304,26 @@ class LoraModel(BaseTuner):
             )
 
     def _check_start(self, model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module]) -> None:
-        """Refuse an initialisation that cannot make factors of the base weights; say who stands on changed ones."""
+        """Refuse a variant or a start that cannot work on the base weights; say who stands on changed ones."""
         arguments_for, ties = self._layer_arguments_for(config), config.target_modules_to_tie or {}
         holders = [{module_of(member) for member in group.members} for group in find_tied_groups(model, True)]
-        check_start(
-            find_start(config.init_lora_weights),
-            {
-                name: (unwrapped(module), module, arguments_for([name])["r"])
-                for name, module in targets.items()
-                if name not in ties
-            },
-            shared=[names - set(ties) for names in holders],
-        )
+        own = {
+            name: (unwrapped(module), module, arguments_for([name])["r"])
+            for name, module in targets.items()
+            if name not in ties
+        }
+        shared = [names - set(ties) for names in holders]
+        check_targets(config, own, shared)
+        check_start(find_start(config.init_lora_weights), own, shared)
         warn_of_changed_bases(config.init_lora_weights, targets.values())
 
     def _place_layers(self, plan: AdapterPlan) -> None:
         """Create and place the layers, with a bar for what the initialisation computes."""
-        name = plan.config.init_lora_weights
-        with showing_progress(str(name), len(plan.targets)) if changes_base(name) else nullcontext():
+        name, variant_cls = plan.config.init_lora_weights, find_variant(plan.config)
+        if variant_cls is not None and variant_cls.changes_base():
+            name = variant_cls.field
+        is_long = name is not plan.config.init_lora_weights or changes_base(name)
+        with showing_progress(str(name), len(plan.targets)) if is_long else nullcontext():
             super()._place_layers(plan)
 
 

@@ -12,12 +12,16 @@ from .alora import (
 )
 from .base import LoraVariant
 from .dora import Dora
+from .kasa import Kasa
 from .registry import (
     attach_variants,
+    check_beside,
+    check_targets,
     detach_variants,
     find_variant,
     make_variant,
     names_asked_for,
+    penalties,
     register_variant,
     variants_by_field,
 )
@@ -26,9 +30,12 @@ from .registry import (
 __all__ = [
     "ActivatedLora",
     "Dora",
+    "Kasa",
     "LoraVariant",
     "attach_variants",
     "calculate_alora_offsets",
+    "check_beside",
+    "check_targets",
     "detach_variants",
     "find_variant",
     "get_alora_offsets_for_forward",
@@ -36,12 +43,14 @@ __all__ = [
     "is_alora_relevant_in_batch",
     "make_variant",
     "names_asked_for",
+    "penalties",
     "register_variant",
     "variants_by_field",
 ]
 
 # the released package has a class for each kind of layer, which is one here
 ALoraLinearVariant = ActivatedLora
+KasaLinearVariant = Kasa
 DoraLinearVariant = DoraEmbeddingVariant = DoraConv1dVariant = DoraConv2dVariant = DoraConv3dVariant = Dora
 
 

@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """What a variant of LoRA says: whether a config asks for it, what it refuses, and what it does otherwise than LoRA."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,15 @@ class LoraVariant:
         adapter: name.
         config: the adapter's config.
 
+    Attributes:
+        adds_delta: whether all that it does to the weight is to add the product of the factors as `written_out` gives
+            them, whatever the weight is. It then merges, unmerges and follows tied layers by that.
+
     Raises:
         PeftValueError: if the variant does not exist for that kind of layer.
     """
 
+    adds_delta = False
     name = "the variant"
     # the field of the config that asks for it; `register_variant` sets it
     field: str
@@ -69,6 +74,44 @@ class LoraVariant:
         """Say whether the variant exists for a layer."""
         return True
 
+    # ------------------------------------------------------------------------------- what is asked before any change
+    @classmethod
+    def check_beside(cls, config: LoraConfig, others: Mapping[str, LoraConfig]) -> None:
+        """
+        Refuse to stand in one model with other adapters; asked when this one is added, and when another one is.
+
+        Args:
+            config: the adapter's config.
+            others: name of each other adapter of the model -> its config.
+
+        Raises:
+            PeftValueError: in that case.
+        """
+
+    @classmethod
+    def refusal(
+        cls, config: LoraConfig, target: str, base: nn.Module, layer: nn.Module, rank: int
+    ) -> Exception | None:
+        """
+        Say what stands against adapting a target; asked for all targets before the model is changed.
+
+        Args:
+            config: the adapter's config.
+            target: full name.
+            base: its base layer.
+            layer: what stands there: that, or the layer of other adapters around it.
+            rank: rank of the factors.
+
+        Returns:
+            The exception to raise, or None.
+        """
+        return None
+
+    @classmethod
+    def changes_base(cls) -> bool:
+        """Say whether starting an adapter changes base weights, which others that share them would see."""
+        return False
+
     # ------------------------------------------------------------------------------------------------------- tensors
     def make(self, layer: LowRankLayer, adapter: str, config: LoraConfig) -> None:
         """Make the tensors that the adapter has beside its factors, without values, in `layer.container(name)`."""
@@ -83,6 +126,21 @@ class LoraVariant:
             start: how the factors start.
         """
         start.start(layer, adapter)
+
+    def written_out(self, layer: LowRankLayer, adapter: str, name: str, factor: torch.Tensor) -> torch.Tensor:
+        """
+        Give the matrix that a factor stands for in the delta.
+
+        Args:
+            layer: the layer.
+            adapter: name.
+            name: attribute that holds the factor.
+            factor: the factor as it is kept.
+
+        Returns:
+            (r, in) for factor A, (out, r) for factor B.
+        """
+        return factor
 
     def saved_key(self, key: str) -> str:
         """Give the key in a checkpoint of a tensor, from the one that is usual."""
@@ -120,7 +178,31 @@ class LoraVariant:
             The output, in the type that `layer.adapted` gives.
         """
         result = layer.adapted(earlier, x, *args, **kwargs)
-        return (result + layer.delta_forward(adapter, x)).to(result.dtype)
+        return (result + self.term(layer, adapter, x)).to(result.dtype)
+
+    def term(self, layer: LowRankLayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """
+        Compute what the adapter adds to the output; a layer that follows has views of the factors as written out.
+
+        Args:
+            layer: the layer that computes.
+            adapter: name.
+            x: its input.
+        """
+        if layer.source(adapter) is layer:
+            return self.delta_forward(layer, adapter, x)
+        return layer.delta_forward(adapter, x)
+
+    def delta_forward(self, layer: LowRankLayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """
+        Compute the same for the layer that has the adapter's tensors.
+
+        Args:
+            layer: the layer.
+            adapter: name.
+            x: its input.
+        """
+        return layer.delta_forward(adapter, x)
 
     def forward_rows(
         self, layer: LowRankLayer, adapter: str, rows: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any

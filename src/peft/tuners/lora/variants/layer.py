@@ -53,6 +53,13 @@ class VariantLayer(LowRankLayer):
         if adapter_name in self._owners and adapter_name in self.variants:
             yield from self.variants[adapter_name].adapter_aliases(self, adapter_name)
 
+    def _written_out(self, name: str, adapter: str) -> torch.Tensor:
+        """Give the matrix that a factor stands for; that of an owner is written out already."""
+        factor = super()._written_out(name, adapter)
+        if adapter not in self.variants or adapter in self._owners:
+            return factor
+        return self.variants[adapter].written_out(self, adapter, name, factor)
+
     # ------------------------------------------------------------------------------------------------------- forward
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the layer with adapters that it has; see `AdditiveLayer.adapter_forward`."""
@@ -113,8 +120,8 @@ class VariantLayer(LowRankLayer):
             super().unmerge_weight_(adapter, weight)
 
     def adds_delta(self, adapter: str) -> bool:
-        """Say whether the adapter is plain LoRA; a variant may do something else with the weight."""
-        return adapter not in self.variants
+        """Say whether the adapter only adds to the weight; a variant may do something else with it."""
+        return adapter not in self.variants or self.variants[adapter].adds_delta
 
     def can_unmerge(self, adapter: str) -> bool:
         """Say whether the adapter can be taken out of a weight again; plain LoRA can."""

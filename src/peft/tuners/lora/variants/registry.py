@@ -2,8 +2,9 @@
 # peft: the fork in which tied weights stay tied
 """The variants of LoRA by the names that they are registered under, and which of them a config asks for."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
+import torch
 from torch import nn
 
 from ....anatomy.walking import adapter_modules
@@ -14,7 +15,7 @@ from .base import LoraVariant
 
 
 # fields that ask for variants of later versions of this package
-_PLANNED = ("velora_config", "monteclora_config", "arrow_config", "kasa_config", "use_bdlora")
+_PLANNED = ("velora_config", "monteclora_config", "arrow_config", "use_bdlora")
 
 _VARIANTS: dict[str, type[LoraVariant]] = {}
 
@@ -98,6 +99,73 @@ def make_variant(layer: LowRankLayer, adapter: str, config: LoraConfig) -> LoraV
     """
     variant_cls = find_variant(config)
     return None if variant_cls is None else variant_cls(layer, adapter, config)
+
+
+def check_beside(config: LoraConfig, others: Mapping[str, LoraConfig]) -> None:
+    """
+    Refuse an adapter that cannot stand in one model with the others that are there.
+
+    Args:
+        config: its config.
+        others: name of each other adapter -> its config.
+
+    Raises:
+        PeftValueError: in that case, or if the config asks for two variants at once.
+    """
+    variant_cls = find_variant(config)
+    if variant_cls is not None:
+        variant_cls.check_beside(config, others)
+    for other in others.values():
+        asked_cls = find_variant(other) if isinstance(other, LoraConfig) else None
+        if asked_cls is not None:
+            asked_cls.check_beside(other, {"the new one": config})
+
+
+def check_targets(
+    config: LoraConfig,
+    targets: Mapping[str, tuple[nn.Module, nn.Module, int]],
+    shared: Iterable[Collection[str]],
+) -> None:
+    """
+    Refuse a variant where it cannot work, before anything is changed.
+
+    Args:
+        config: the adapter's config.
+        targets: name of a module that gets factors of its own -> base layer, module as it stands there, rank.
+        shared: for each weight that several modules hold, the names of those that do not follow one of them.
+
+    Raises:
+        PeftValueError: for a target that the variant does not work for, or what else it says.
+    """
+    variant_cls = find_variant(config)
+    if variant_cls is None:
+        return
+    for target, (base, layer, rank) in targets.items():
+        refusal = variant_cls.refusal(config, target, base, layer, rank)
+        if refusal is not None:
+            raise type(refusal)(f"{target!r}: {refusal}")
+    apart = [holders for holders in shared if len(holders) > 1 and set(holders) & set(targets)]
+    if variant_cls.changes_base() and apart:
+        raise PeftValueError(
+            f"{variant_cls.name} changes the weight that {', '.join(map(repr, sorted(apart[0])))} share, for all of "
+            "them; set ensure_weight_tying=True where all of them can follow, or leave it out"
+        )
+
+
+def penalties(model: nn.Module, variant_cls: type[LoraVariant], adapters: Collection[str]) -> Iterator[torch.Tensor]:
+    """
+    Yield what the adapters of a variant add to a loss, for each layer that has one of them.
+
+    Args:
+        model: a model with adapters.
+        variant_cls: the variant; its `penalty` is given the layer and the name of the adapter.
+        adapters: names.
+    """
+    for _, layer in adapter_modules(model):
+        for name in adapters:
+            variant = getattr(layer, "variants", {}).get(name)
+            if isinstance(variant, variant_cls) and layer.source(name) is layer:
+                yield variant.penalty(layer, name)
 
 
 def attach_variants(model: nn.Module, adapter: str, config: LoraConfig) -> None:
