@@ -96,7 +96,25 @@ class TestOldNames:
                 for name in names.split():
                     expected = getattr(importlib.import_module(home), name)
                     assert getattr(importlib.import_module(module), name, None) == expected, f"{module} has no {name}"
-        assert {"peft.tuners.lora.model", "peft.tuners.vera.layer", "peft.tuners.boft", "peft.helpers"} <= seen
+        assert {"peft.tuners.lora.model", "peft.tuners.adalora.model", "peft.helpers"} <= seen
+
+    @pytest.mark.parametrize("method", sorted(folder.parent.name for folder in PACKAGE.glob("tuners/*/layer.py")))
+    def test_modules_of_every_method_give_them(self, method: str) -> None:
+        if method in ("lora", "shadow"):
+            pytest.skip("its layers are of more kinds, with rows of their own")
+        for home, names, kinds in old_names._OF_METHODS:
+            for kind in kinds.split():
+                module = f"peft.tuners.{method}" if kind == "__init__" else f"peft.tuners.{method}.{kind}"
+                for name in names.split():
+                    expected = getattr(importlib.import_module(home), name)
+                    assert getattr(importlib.import_module(module), name, None) == expected, f"{module} has no {name}"
+
+    def test_models_give_what_their_neighbours_have(self) -> None:
+        module = importlib.import_module("peft.tuners.gralora.model")
+        assert module.GraloraLayer is peft.tuners.gralora.layer.GraloraLayer
+        assert module.TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            module.nothing  # noqa: B018
 
     def test_other_names_are_no_attributes(self) -> None:
         with pytest.raises(AttributeError, match=r"module 'peft.tuners.vera.layer' has no attribute 'nothing'"):

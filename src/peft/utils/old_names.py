@@ -8,95 +8,72 @@ module takes part with a line at its end: `__getattr__ = old_names(__name__)`. P
 """
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 
+# where names are, the names, and which module of each method's package gives them too
+_OF_METHODS: tuple[tuple[str, str, str], ...] = (
+    ("peft.registry", "PeftType register_peft_method", "__init__"),
+    ("peft.config", "PeftConfig", "config model"),
+    ("peft.registry", "PeftType", "config"),
+    ("peft.anatomy.kinds", "transpose", "layer"),
+    ("peft.layers.base_layer", "BaseTunerLayer", "layer model"),
+    ("peft.layers.buffer_dict", "BufferDict", "layer model"),
+    ("peft.layers.merging.checks", "check_adapters_to_merge", "layer"),
+    ("peft.utils.integrations", "gather_params_ctx", "layer model"),
+    ("peft.utils.quantization_utils", "quantization_extra_repr", "layer"),
+    ("peft.utils.quantization_utils", "resolve_quantization_backend", "layer model"),
+    ("peft.utils.quantization_utils", "get_quantization_kwargs", "model"),
+    ("peft.anatomy.matching", "check_target_module_exists get_pattern_key", "model"),
+    ("peft.tuners.base", "BaseTuner", "model"),
+    ("peft.tuners.lora.layer", "dispatch_default", "layer model"),
+    ("peft.utils.devices", "get_device_map", "model"),
+)
+
+# module of a method's package -> its neighbours, of which it gives all that they have
+_NEIGHBOURS = {"layer": ("config", "maths"), "model": ("layer", "config")}
+
 # where the names are, the names, and the modules of this package that give them too
 _ROWS: tuple[tuple[str, str, str], ...] = (
-    (
-        "peft.anatomy.kinds",
-        "transpose",
-        (
-            "tuners.adalora.layer tuners.fourierft.layer tuners.ia3.layer tuners.lora.layer tuners.lora.tp_layer "
-            "tuners.lora.variants tuners.lora.variants.dora tuners.vblora.layer tuners.vera.layer"
-        ),
-    ),
-    ("peft.anatomy.matching", "get_pattern_key", "tuners.loha.model tuners.lokr.model tuners.lora.model"),
+    ("peft.anatomy.kinds", "transpose", "tuners.lora.tp_layer tuners.lora.variants tuners.lora.variants.dora"),
+    ("peft.anatomy.walking", "find_parameter_name_by_module", "tuners.lora.model"),
     ("peft.checkpoints.state_dict", "get_peft_model_state_dict", "tuners.lora.model"),
     ("peft.config", "PromptLearningConfig", "mapping_func"),
-    ("peft.config", "PeftConfig", "tuners.ln_tuning.model tuners.lora.variants"),
-    (
-        "peft.layers.base_layer",
-        "BaseTunerLayer",
-        (
-            "tuners.adalora.model tuners.boft.layer tuners.boft.model tuners.fourierft.layer tuners.fourierft.model "
-            "tuners.hra.model tuners.ia3.layer tuners.ia3.model tuners.ln_tuning.layer tuners.lora.model "
-            "tuners.oft.layer tuners.oft.model tuners.vblora.layer tuners.vblora.model tuners.vera.layer "
-            "tuners.vera.model"
-        ),
-    ),
-    (
-        "peft.layers.buffer_dict",
-        "BufferDict",
-        "tuners.lora.layer tuners.lora.variants tuners.vera.layer tuners.vera.model",
-    ),
-    (
-        "peft.layers.merging.checks",
-        "check_adapters_to_merge",
-        (
-            "tuners.adalora.layer tuners.boft.layer tuners.fourierft.layer tuners.ia3.layer "
-            "tuners.ln_tuning.layer tuners.lora.tp_layer tuners.oft.layer tuners.vblora.layer tuners.vera.layer"
-        ),
-    ),
+    ("peft.config", "PeftConfig", "tuners.lora.variants"),
+    ("peft.layers.buffer_dict", "BufferDict", "tuners.lora.variants"),
+    ("peft.layers.merging.checks", "check_adapters_to_merge", "tuners.lora.tp_layer"),
     ("peft.layers.modules_to_save", "ModulesToSaveWrapper", "tuners.ia3.model tuners.lora.model tuners.mixed.model"),
     ("peft.layers.training_wrapper", "AuxiliaryTrainingWrapper", "tuners.lora.model"),
-    (
-        "peft.registry",
-        "register_peft_method",
-        (
-            "tuners.adalora tuners.adamss tuners.adaption_prompt tuners.beft tuners.boft tuners.c3a "
-            "tuners.cartridge tuners.cpt tuners.deft tuners.delora tuners.fourierft tuners.frod tuners.glora "
-            "tuners.gralora tuners.hira tuners.hra tuners.ia3 tuners.lily tuners.ln_tuning tuners.loha "
-            "tuners.lokr tuners.miss tuners.multitask_prompt_tuning tuners.oft tuners.osf tuners.p_tuning "
-            "tuners.peanut tuners.poly tuners.prefix_tuning tuners.prompt_tuning tuners.psoft tuners.pvera "
-            "tuners.randlora tuners.road tuners.shadow tuners.shira tuners.supertuning tuners.tinylora "
-            "tuners.trainable_tokens tuners.unilora tuners.vblora tuners.vera tuners.waveft tuners.xlora"
-        ),
-    ),
+    ("peft.models.peft_model", "PeftModel", "optimizers.lorafa optimizers.loraplus optimizers.riemannian"),
     ("peft.registry", "TaskType", "tuners.multitask_prompt_tuning.model"),
-    ("peft.tuners", "adalora loha lokr lora oft", "tuners.mixed.model"),
+    ("peft.tuners", "adalora loha lokr lora oft shira", "tuners.mixed.model"),
+    ("peft.tuners.adalora.quantized", "SVDQuantLinear", "tuners.adalora.model"),
     (
-        "peft.tuners.base",
-        "BaseTuner",
-        (
-            "tuners.boft.model tuners.fourierft.model tuners.hra.model tuners.ia3.model tuners.oft.model "
-            "tuners.vblora.model"
-        ),
+        "peft.tuners.adaption_prompt.maths",
+        "gpt2_compute_query_states llama_compute_query_states",
+        "tuners.adaption_prompt.config",
     ),
+    ("peft.tuners.adaption_prompt.maths", "is_adaption_prompt_trainable", "tuners.adaption_prompt.model"),
     (
-        "peft.tuners.adamss.maths",
-        "clustering_Z get_trainable_subspaces seg_locations slice_pca",
-        "tuners.adamss.layer",
+        "peft.tuners.adaption_prompt.targets",
+        "ModelTypeConfig TRANSFORMERS_MODEL_CONFIG prepare_config",
+        "tuners.adaption_prompt.config",
     ),
-    ("peft.tuners.boft.layer", "BOFTLayer Conv2d Linear", "tuners.boft.model"),
-    (
-        "peft.tuners.boft.maths",
-        "FastBlockDiag MultiplicativeDropoutLayer get_fbd_cuda patch_environment",
-        "tuners.boft.layer",
-    ),
+    ("peft.tuners.adaption_prompt.targets", "TRANSFORMERS_MODEL_CONFIG", "tuners.adaption_prompt.layer"),
+    ("peft.tuners.adaption_prompt.targets", "prepare_config", "tuners.adaption_prompt.model"),
     ("peft.tuners.families.lycoris", "LycorisConfig LycorisTuner", "tuners.loha.model tuners.lokr.model"),
-    ("peft.tuners.fourierft.layer", "FourierFTLayer FourierFTLinear", "tuners.fourierft.model"),
-    ("peft.tuners.hra.layer", "HRAConv2d HRALayer HRALinear", "tuners.hra.model"),
-    ("peft.tuners.ia3.layer", "Conv2d Conv3d IA3Layer Linear", "tuners.ia3.model"),
-    ("peft.tuners.ln_tuning.config", "LNTuningConfig", "tuners.ln_tuning.layer"),
-    ("peft.tuners.loha.layer", "Conv1d Conv2d Linear LoHaLayer", "tuners.loha.model"),
-    ("peft.tuners.lokr.layer", "Conv1d Conv2d Linear LoKrLayer", "tuners.lokr.model"),
-    ("peft.tuners.lora.config", "LoraConfig", "tuners.adalora.model tuners.lora.variants"),
-    ("peft.tuners.lora.config", "BdLoraConfig MontecloraConfig", "tuners.lora.variants"),
-    ("peft.tuners.lora.layer", "dispatch_default", "tuners.lora.model"),
+    ("peft.tuners.lora.config", "LoraConfig", "tuners.adalora.model"),
+    ("peft.tuners.lora.config", "LoraConfig BdLoraConfig MontecloraConfig", "tuners.lora.variants"),
+    ("peft.tuners.lora.layer", "Embedding", "optimizers.loraplus"),
+    ("peft.tuners.lora.layer", "Conv1d Conv2d Conv3d Embedding Linear LoraLayer", "tuners.lora.variants"),
+    ("peft.tuners.lora.model", "LoraModel", "helpers"),
+    ("peft.tuners", "lora", "tuners.xlora.layer tuners.xlora.model"),
+    ("peft.checkpoints.state_dict", "set_peft_model_state_dict", "tuners.xlora.model"),
+    ("peft.utils.constants", "DUMMY_TARGET_MODULES", "tuners.xlora.model"),
     ("peft.tuners.lora.tp_layer", "dispatch_megatron", "tuners.lora.model"),
     (
         "peft.tuners.lora.quantized",
@@ -105,98 +82,31 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "tuners.lora.model",
     ),
     (
-        "peft.tuners.adaption_prompt.targets",
-        "ModelTypeConfig TRANSFORMERS_MODEL_CONFIG prepare_config",
-        "tuners.adaption_prompt.config",
-    ),
-    ("peft.tuners.adaption_prompt.targets", "TRANSFORMERS_MODEL_CONFIG", "tuners.adaption_prompt.layer"),
-    ("peft.tuners.adaption_prompt.targets", "prepare_config", "tuners.adaption_prompt.model"),
-    (
-        "peft.tuners.adaption_prompt.maths",
-        "gpt2_compute_query_states llama_compute_query_states",
-        "tuners.adaption_prompt.config",
-    ),
-    ("peft.tuners.adaption_prompt.maths", "is_adaption_prompt_trainable", "tuners.adaption_prompt.model"),
-    (
-        "peft.tuners.adaption_prompt.layer",
-        "AdaptedAttention AdaptedAttentionGPT",
-        "tuners.adaption_prompt.model",
-    ),
-    ("peft.tuners.adalora.quantized", "SVDQuantLinear", "tuners.adalora.model"),
-    ("peft.tuners.lora.layer", "Conv1d Conv2d Conv3d Embedding Linear LoraLayer", "tuners.lora.variants"),
-    (
         "peft.tuners.lora.variants.dora_layers",
         "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraEmbeddingLayer DoraLinearLayer",
         "tuners.lora.variants tuners.lora.variants.dora",
     ),
-    ("peft.utils.tensor_parallel", "add_lora_tp_hooks_dtensor get_tp_plan_and_mesh", "tuners.lora.model"),
-    ("peft.utils.tensor_parallel", "LoraEmbeddingATPHolder _LoraParameterProxy", "tuners.lora.layer"),
-    ("peft.tuners.lora.model", "LoraModel", "helpers"),
-    ("peft.tuners.lora.layer", "Embedding", "optimizers.loraplus"),
-    ("peft.models.peft_model", "PeftModel", "optimizers.lorafa optimizers.loraplus optimizers.riemannian"),
-    ("peft.utils.devices", "infer_device", "optimizers.lorafa"),
-    ("peft.tuners.oft.layer", "Conv2d Embedding Linear OFTLayer", "tuners.oft.model"),
-    ("peft.tuners.oft.maths", "MultiplicativeDropoutLayer", "tuners.oft.layer"),
     ("peft.tuners.shira.maths", "random_mask", "tuners.shira.config"),
-    ("peft.tuners.vblora.config", "VBLoRAConfig", "tuners.vblora.model"),
-    ("peft.tuners.vblora.layer", "Linear VBLoRALayer", "tuners.vblora.model"),
-    ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING", "tuners.vblora.model"),
-    ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING", "tuners.boft.model"),
-    ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING", "tuners.fourierft.model"),
-    ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING", "tuners.hra.model"),
-    ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING", "tuners.ia3.model"),
-    ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING", "tuners.loha.model"),
-    ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING", "tuners.lokr.model"),
-    ("peft.tuners.base", "BaseTuner", "tuners.ln_tuning.model tuners.vblora.model tuners.vera.model"),
-    ("peft.tuners.ln_tuning.layer", "LNTuningLayer", "tuners.ln_tuning.model"),
-    ("peft.tuners.vera.layer", "Linear VeraLayer", "tuners.vera.model"),
-    ("peft.tuners.vera.config", "VeraConfig", "tuners.vera.model"),
-    ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING", "tuners.ln_tuning.model"),
-    ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING", "tuners.vera.model"),
     ("peft.utils.constants", "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES", "tuners.lora.layer"),
     ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", "tuners.mixed.model"),
-    ("peft.utils.constants", "TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING", "tuners.oft.model"),
-    (
-        "peft.utils.integrations",
-        "gather_params_ctx",
-        "tuners.adalora.model tuners.lora.layer tuners.lora.tp_layer tuners.lora.variants",
-    ),
-    ("peft.utils.devices", "get_device_map", "tuners.adalora.model tuners.lora.model"),
+    ("peft.utils.devices", "infer_device", "optimizers.lorafa"),
     ("peft.utils.devices", "get_layer_device_map map_cache_to_layer_device_map", "utils.integrations"),
+    ("peft.utils.integrations", "skip_init_on_device", "tuners.lora.layer"),
+    ("peft.utils.integrations", "gather_params_ctx", "tuners.lora.tp_layer tuners.lora.variants"),
+    ("peft.utils.merge_utils", "dare_linear dare_ties magnitude_prune task_arithmetic ties", "tuners.lora.model"),
     (
         "peft.utils.old_cache_layouts",
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value "
         "starcoder_model_postprocess_past_key_value",
         "utils.constants",
     ),
-    ("peft.utils.quantization_utils", "get_gptqmodel_quant_linear", "tuners.adalora.model"),
-    ("peft.utils.tensor_parallel", "TpInfo", "tuners.lora.model utils.integrations"),
-    ("peft.utils.tensor_parallel", "dtensor_from_local_like", "utils.integrations"),
-    ("peft.anatomy.walking", "find_parameter_name_by_module", "tuners.lora.model"),
-    ("peft.utils.integrations", "skip_init_on_device", "tuners.lora.layer"),
-    ("peft.utils.merge_utils", "dare_linear dare_ties magnitude_prune task_arithmetic ties", "tuners.lora.model"),
-    ("peft.utils.quantization_utils", "get_quantization_config", "tuners.adalora.model tuners.lora.model"),
-    (
-        "peft.utils.quantization_utils",
-        "resolve_quantization_backend",
-        "tuners.boft.layer tuners.boft.model tuners.oft.layer tuners.oft.model tuners.vera.layer tuners.vera.model",
-    ),
-    (
-        "peft.utils.quantization_utils",
-        "quantization_extra_repr",
-        "tuners.boft.layer tuners.oft.layer tuners.vera.layer",
-    ),
-    (
-        "peft.utils.quantization_utils",
-        "get_quantization_kwargs",
-        "tuners.boft.model tuners.oft.model tuners.vera.model",
-    ),
-    ("peft.utils.quantization_utils", "get_bnb_param_type", "tuners.lora.layer"),
-    (
-        "peft.utils.quantization_utils",
-        "dequantize_module_weight",
-        "tuners.lora.layer tuners.lora.variants tuners.lora.variants.dora",
-    ),
+    ("peft.utils.quantization_utils", "get_gptqmodel_quant_linear get_quantization_config", "tuners.adalora.model"),
+    ("peft.utils.quantization_utils", "get_bnb_param_type dequantize_module_weight", "tuners.lora.layer"),
+    ("peft.utils.quantization_utils", "get_quantization_config", "tuners.lora.model"),
+    ("peft.utils.quantization_utils", "dequantize_module_weight", "tuners.lora.variants tuners.lora.variants.dora"),
+    ("peft.utils.tensor_parallel", "LoraEmbeddingATPHolder _LoraParameterProxy", "tuners.lora.layer"),
+    ("peft.utils.tensor_parallel", "add_lora_tp_hooks_dtensor get_tp_plan_and_mesh TpInfo", "tuners.lora.model"),
+    ("peft.utils.tensor_parallel", "TpInfo dtensor_from_local_like", "utils.integrations"),
     ("peft.utils.warning", "PeftWarning", "tuners.lora.layer"),
 )
 
@@ -212,6 +122,30 @@ def _homes() -> dict[tuple[str, str], str]:
     }
 
 
+@lru_cache(maxsize=1)
+def _homes_of_methods() -> dict[tuple[str, str], str]:
+    """Index the rows of methods: last part of a module's name and name -> where the name is."""
+    return {
+        (kind, name): home for home, names, kinds in _OF_METHODS for name in names.split() for kind in kinds.split()
+    }
+
+
+def _find_in_method(module: str, name: str) -> Any:
+    """Find what any module of a method gives; None if it is no such module or has no such name."""
+    folder, _, kind = (module if module.count(".") > 2 else f"{module}.__init__").rpartition(".")
+    if not folder.startswith("peft.tuners.") or name.startswith("_"):
+        return None
+    home = _homes_of_methods().get((kind, name))
+    if home is not None:
+        return getattr(importlib.import_module(home), name)
+    for neighbour in _NEIGHBOURS.get(kind, ()):
+        if importlib.util.find_spec(f"{folder}.{neighbour}") is not None:
+            found = vars(importlib.import_module(f"{folder}.{neighbour}")).get(name)
+            if found is not None:
+                return found
+    return None
+
+
 def find_old_name(module: str, name: str) -> Any:
     """
     Find what a module of the released package has under a name that is elsewhere here.
@@ -224,9 +158,9 @@ def find_old_name(module: str, name: str) -> Any:
         AttributeError: if the module has no such name there either.
     """
     home = _homes().get((module, name))
-    if home is None:
+    value = _find_in_method(module, name) if home is None else getattr(importlib.import_module(home), name)
+    if value is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
     setattr(sys.modules[module], name, value)
     return value
 

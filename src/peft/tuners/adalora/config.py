@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...configs.fields import option
 from ...registry import PeftType
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 from ..lora.config import LoraConfig
 
@@ -73,3 +74,6 @@ class AdaLoraConfig(LoraConfig):
             raise ValueError(f"orth_reg_weight must not be negative, found {self.orth_reg_weight}")
         if self.r != AdaLoraConfig.r:
             warn(f"r={self.r} has no effect with AdaLoRA; init_r and target_r are its ranks")
+
+
+__getattr__ = old_names(__name__)

@@ -11,6 +11,7 @@ from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
 from ...utils.error import PeftImportError, PeftValueError
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -88,3 +89,6 @@ class AdamssConfig(TyingConfig):
                     f"init_warmup must be less than final_warmup, found {self.init_warmup} and {self.final_warmup}"
                 )
         check_layer_selection(self, pattern_needs_indices=False)
+
+
+__getattr__ = old_names(__name__)

@@ -235,4 +235,5 @@ def changes(t: Tensors) -> torch.Tensor:
 
 AdamssLayer, Linear = Adamss.Layer, Adamss.Linear
 
+
 __getattr__ = old_names(__name__)

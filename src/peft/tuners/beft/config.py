@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_targets
 from ...configs.fields import Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -36,3 +37,6 @@ class BeftConfig(TyingConfig):
         super().__post_init__()
         self.peft_type = PeftType.BEFT
         check_targets(self)
+
+
+__getattr__ = old_names(__name__)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import DeclaredModel, method
@@ -68,3 +69,6 @@ class Beft:
 
 
 BeftLayer, Linear = Beft.Layer, Beft.Linear
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -66,3 +67,6 @@ class BOFTConfig(TyingConfig):
                 f"one of boft_block_size and boft_block_num must be positive and the other one 0, found "
                 f"boft_block_size={size} and boft_block_num={count}"
             )
+
+
+__getattr__ = old_names(__name__)

@@ -9,6 +9,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -55,3 +56,6 @@ class C3AConfig(TyingConfig):
         super().__post_init__()
         self.peft_type = PeftType.C3A
         check_layer_selection(self, pattern_needs_indices=False)
+
+
+__getattr__ = old_names(__name__)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained
@@ -80,3 +81,6 @@ def start_of(shape: Shape, c: C3AConfig) -> float | Callable[[torch.Tensor], tor
 
 
 C3ALayer, C3ALinear = C3A.Layer, C3A.C3ALinear
+
+
+__getattr__ = old_names(__name__)

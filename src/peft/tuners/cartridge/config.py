@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ...config import PromptLearningConfig
 from ...configs.fields import option
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -40,3 +41,6 @@ class CartridgeConfig(PromptLearningConfig):
             raise ValueError(
                 f"num_frozen_tokens must be from 0 to num_virtual_tokens={tokens}, found {self.num_frozen_tokens}"
             )
+
+
+__getattr__ = old_names(__name__)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ...prompts.encoder import BasePromptEncoder
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from .config import CartridgeConfig
 
 
@@ -121,3 +122,6 @@ class CartridgeEncoder(BasePromptEncoder):
         if prompt.dim() == 0:
             return (prompt,) * len(self.names)
         return (prompt[: self.num_frozen_tokens], prompt[self.num_frozen_tokens :])[-len(self.names) :]
+
+
+__getattr__ = old_names(__name__)

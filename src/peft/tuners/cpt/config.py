@@ -8,6 +8,7 @@ from typing import Literal
 from ...config import PromptLearningConfig
 from ...configs.fields import option
 from ...registry import PeftType, TaskType
+from ...utils.old_names import old_names
 
 
 _LOSS_TYPES = ("none", "decay", None)
@@ -76,3 +77,6 @@ class CPTConfig(PromptLearningConfig):
         # read from each model anew, whatever a file says
         self.num_layers = self.token_dim = self.num_attention_heads = None
         self.num_transformer_submodules = 1
+
+
+__getattr__ = old_names(__name__)

@@ -13,6 +13,7 @@ from ...layers.new_tensors import on_meta
 from ...prompts.encoder import BasePromptEncoder
 from ...utils.error import PeftValueError
 from ...utils.integrations import gather_params_ctx
+from ...utils.old_names import old_names
 from .config import CPTConfig
 from .loss import weighted_loss, with_context
 
@@ -187,3 +188,6 @@ class CPTEmbedding(BasePromptEncoder):
             return type(base_model_output)(**{**base_model_output, "loss": loss})
         base_model_output.loss = loss
         return base_model_output
+
+
+__getattr__ = old_names(__name__)

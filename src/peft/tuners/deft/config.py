@@ -9,6 +9,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -65,3 +66,6 @@ class DeftConfig(TyingConfig):
         if self.decomposition_method not in ("relu", "qr"):
             raise ValueError(f"decomposition_method must be 'relu' or 'qr', found {self.decomposition_method!r}")
         check_layer_selection(self)
+
+
+__getattr__ = old_names(__name__)

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ...layers.scaling import Unscaled
 from ...utils.constants import TRANSFORMERS_MODELS_TO_DEFT_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained
@@ -89,3 +90,6 @@ class Deft:
 
 
 DeftLayer, DeftLinear = Deft.Layer, Deft.DeftLinear
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -61,3 +62,6 @@ class DeloraConfig(TyingConfig):
         if self.r <= 0:
             raise ValueError(f"r must be positive, found {self.r}")
         check_layer_selection(self, ("layers_to_transform",))
+
+
+__getattr__ = old_names(__name__)

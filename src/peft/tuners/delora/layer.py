@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING
+from ...utils.old_names import old_names
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Kept, Shape, Tensors, Trained
@@ -84,3 +85,6 @@ def column_norms(shape: Shape) -> torch.Tensor:
 
 
 DeloraLayer, DeloraLinear = Delora.Layer, Delora.DeloraLinear
+
+
+__getattr__ = old_names(__name__)

@@ -2,7 +2,11 @@
 # peft: the fork in which tied weights stay tied
 """DeLoRA on a whole model."""
 
+from ...utils.old_names import old_names
 from .layer import Delora
 
 
 DeloraModel = Delora.Model
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 
 
@@ -70,3 +71,6 @@ class FrodConfig(TyingConfig):
                 "save_projection=False leaves the bases out of checkpoints; they are computed again from the base "
                 "weights, which may give other numbers with another version of torch or on another machine"
             )
+
+
+__getattr__ = old_names(__name__)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ...layers.buffer_dict import BufferDict
 from ...utils.constants import TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import DeclaredModel, method
@@ -220,3 +221,6 @@ class Frod:
 
 
 FrodLayer, Linear = Frod.Layer, Frod.Linear
+
+
+__getattr__ = old_names(__name__)

@@ -9,6 +9,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_targets
 from ...configs.fields import Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 PARTS = {
@@ -61,3 +62,6 @@ class GloraConfig(TyingConfig):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}")
         check_targets(self)
+
+
+__getattr__ = old_names(__name__)

@@ -13,6 +13,7 @@ from torch import nn
 from ...anatomy.offload import tensor_of
 from ...layers.merging.layer import take_adapter_out
 from ...utils.constants import TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING
+from ...utils.old_names import old_names
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, TrainedModule
@@ -89,3 +90,6 @@ class Glora:
 
 
 GloraLayer, GloraLinear = Glora.Layer, Glora.GloraLinear
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -61,3 +62,6 @@ class GraloraConfig(TyingConfig):
         if self.r % self.gralora_k:
             raise ValueError(f"r must be a multiple of gralora_k, found r={self.r} and gralora_k={self.gralora_k}")
         check_layer_selection(self, (), pattern_needs_indices=False)
+
+
+__getattr__ = old_names(__name__)

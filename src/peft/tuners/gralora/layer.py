@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained, trained_linear
 from .config import GraloraConfig
@@ -80,3 +81,6 @@ class Gralora:
 
 
 GraloraLayer, Linear = Gralora.Layer, Gralora.Linear
+
+
+__getattr__ = old_names(__name__)

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ...anatomy.kinds import CONVOLUTIONS, is_linear
 from ...utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import DeclaredModel, method
@@ -89,3 +90,6 @@ class Hira:
 
 HiraLayer, Linear, Embedding = Hira.Layer, Hira.Linear, Hira.Embedding
 Conv1d, Conv2d, Conv3d = Hira.Conv1d, Hira.Conv2d, Hira.Conv3d
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -51,3 +52,6 @@ class HRAConfig(TyingConfig):
         super().__post_init__()
         self.peft_type = PeftType.HRA
         check_layer_selection(self)
+
+
+__getattr__ = old_names(__name__)

@@ -10,6 +10,7 @@ from ...layers.merging.changes import changes_adapter
 from ...layers.merging.checks import check_adapters_to_merge as check_adapters_to_merge
 from ...utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 from ..base import BaseTunerLayer as BaseTunerLayer
 from ..declared.layers import with_values
@@ -96,3 +97,6 @@ class HRA:
 
 
 HRALayer, HRALinear, HRAConv2d = HRA.Layer, HRA.HRALinear, HRA.HRAConv2d
+
+
+__getattr__ = old_names(__name__)

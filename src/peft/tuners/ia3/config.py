@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_names, check_pattern
 from ...configs.fields import Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -60,3 +61,6 @@ class IA3Config(TyingConfig):
                     f"feedforward_modules has {', '.join(other)}, which target_modules lacks; only a target can have "
                     "its inputs scaled"
                 )
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -60,3 +61,6 @@ class LilyConfig(TyingConfig):
         if self.num_B < 2:
             raise ValueError(f"num_B counts experts and must be at least 2, found {self.num_B}")
         check_layer_selection(self, ())
+
+
+__getattr__ = old_names(__name__)

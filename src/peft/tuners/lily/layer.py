@@ -11,6 +11,7 @@ from torch import nn
 from ...layers.new_tensors import draw_
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ...utils.quantization_utils import stored_weight
 from ..declared.layers import DeclaredTerm
 from ..declared.method import method
@@ -68,3 +69,6 @@ class Lily:
 
 
 LilyLayer, Linear = Lily.Layer, Lily.Linear
+
+
+__getattr__ = old_names(__name__)

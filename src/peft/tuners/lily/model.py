@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...anatomy.matching import matching_entry
+from ...utils.old_names import old_names
 from ..plan import AdapterPlan
 from .layer import Lily, LilyLayer
 
@@ -52,3 +53,6 @@ class LilyModel(Lily.Model):
                 first_of_few = group[i - i % plan.config.stride_A]
                 layer.lily_A[plan.adapter_name] = first_of_few.lily_A[plan.adapter_name]
                 layer.lily_B[plan.adapter_name] = group[0].lily_B[plan.adapter_name]
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_names, check_pattern
 from ...configs.fields import Names, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -41,3 +42,6 @@ class LNTuningConfig(TyingConfig):
                 check_pattern(name, value)
             elif value is not None:
                 check_names(name, value)
+
+
+__getattr__ = old_names(__name__)

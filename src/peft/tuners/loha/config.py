@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 from ..families.lycoris import LycorisConfig
 
 
@@ -61,3 +62,6 @@ class LoHaConfig(LycorisConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LOHA
+
+
+__getattr__ = old_names(__name__)

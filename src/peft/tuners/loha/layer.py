@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
+from ...utils.old_names import old_names
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained
 from ..families.lycoris import PATTERNS, SETTINGS, LycorisLayer, LycorisTuner, start_of, values_of
@@ -79,3 +80,6 @@ class LoHa:
 
 
 LoHaLayer, Linear, Conv1d, Conv2d = LoHa.Layer, LoHa.Linear, LoHa.Conv1d, LoHa.Conv2d
+
+
+__getattr__ = old_names(__name__)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 from ..families.lycoris import LycorisConfig
 
 
@@ -70,3 +71,6 @@ class LoKrConfig(LycorisConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LOKR
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
+from ...utils.old_names import old_names
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained
 from ..families.lycoris import PATTERNS, SETTINGS, LycorisLayer, LycorisTuner, start_of, values_of
@@ -85,3 +86,6 @@ class LoKr:
 
 
 LoKrLayer, Linear, Conv1d, Conv2d = LoKr.Layer, LoKr.Linear, LoKr.Conv1d, LoKr.Conv2d
+
+
+__getattr__ = old_names(__name__)

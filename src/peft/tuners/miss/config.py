@@ -9,6 +9,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 
 
@@ -61,3 +62,6 @@ class MissConfig(TyingConfig):
                 f"miss_dropout={self.miss_dropout} has no effect with init_weights='bat', which transforms the weight"
             )
         check_layer_selection(self, pattern_needs_indices=False)
+
+
+__getattr__ = old_names(__name__)

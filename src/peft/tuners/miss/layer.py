@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ...layers.scaling import Unscaled
 from ...utils.constants import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..declared.either import DeclaredEither
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained
@@ -105,3 +106,6 @@ class Miss:
 
 
 MissLayer, MissLinear = Miss.Layer, Miss.MissLinear
+
+
+__getattr__ = old_names(__name__)

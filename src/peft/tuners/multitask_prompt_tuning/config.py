@@ -7,6 +7,7 @@ from enum import Enum
 
 from ...configs.fields import option
 from ...registry import PeftType
+from ...utils.old_names import old_names
 from ..prompt_tuning.config import PromptTuningConfig
 
 
@@ -53,3 +54,6 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.MULTITASK_PROMPT_TUNING
+
+
+__getattr__ = old_names(__name__)

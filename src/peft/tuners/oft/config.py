@@ -9,6 +9,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 # the series has long converged, or never will
@@ -100,3 +101,6 @@ class OFTConfig(TyingConfig):
                 "other shapes; train it anew, or merge it with the version that wrote it"
             )
         return super().check_kwargs(**kwargs)
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_names, check_pattern
 from ...configs.fields import Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -50,3 +51,6 @@ class OSFConfig(TyingConfig):
             check_names("target_modules", self.target_modules)
         for pattern in self.rank_pattern or ():
             check_pattern("rank_pattern", pattern)
+
+
+__getattr__ = old_names(__name__)

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ...utils.patterns import compiled
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import DeclaredModel, method
@@ -116,3 +117,6 @@ class OSF:
 
 
 OSFLayer, Linear = OSF.Layer, OSF.Linear
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...config import PeftConfig
+from ...utils.old_names import old_names
 from .layer import OSF
 
 
@@ -50,3 +51,6 @@ class OSFModel(OSF.Model):
             kwargs: likewise.
         """
         super().unmerge_adapter()
+
+
+__getattr__ = old_names(__name__)

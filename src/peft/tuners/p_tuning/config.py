@@ -8,6 +8,7 @@ from enum import Enum
 from ...config import PromptLearningConfig
 from ...configs.fields import option
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 class PromptEncoderReparameterizationType(str, Enum):
@@ -46,3 +47,6 @@ class PromptEncoderConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.P_TUNING
+
+
+__getattr__ = old_names(__name__)

@@ -7,6 +7,7 @@ from torch import nn
 
 from ...prompts.encoder import BasePromptEncoder
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 from .config import PromptEncoderConfig, PromptEncoderReparameterizationType
 
@@ -81,3 +82,6 @@ class PromptEncoder(BasePromptEncoder):
         if "lstm_head" in self._modules:
             values = self.lstm_head(values)[0]
         return self.mlp_head(values) if self.is_computed else values
+
+
+__getattr__ = old_names(__name__)

@@ -10,6 +10,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -61,3 +62,6 @@ class PeanutConfig(TyingConfig):
         if self.act_fn not in ACT2FN:
             raise ValueError(f"act_fn must be one of {', '.join(ACT2FN)}, found {self.act_fn!r}")
         check_layer_selection(self, ())
+
+
+__getattr__ = old_names(__name__)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_PEANUT_TARGET_MODULES_MAPPING
+from ...utils.old_names import old_names
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, TrainedModule, trained_linear
@@ -93,3 +94,6 @@ class Peanut:
 
 
 PeanutLayer, Linear = Peanut.Layer, Peanut.Linear
+
+
+__getattr__ = old_names(__name__)

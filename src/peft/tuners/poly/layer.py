@@ -12,6 +12,7 @@ from torch import nn
 from ...layers.call_context import calling, task_of_rows
 from ...utils.constants import TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..declared.layers import DeclaredTerm
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained, TrainedModule
@@ -88,3 +89,6 @@ class Poly:
 
 
 PolyLayer, Linear = Poly.Layer, Poly.Linear
+
+
+__getattr__ = old_names(__name__)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...layers.call_context import call_with
+from ...utils.old_names import old_names
 from .layer import Poly
 
 
@@ -70,3 +71,6 @@ class PolyModel(Poly.Model):
         if task_ids is None:
             return function(*args, **kwargs)
         return call_with(function, args, kwargs, task_ids=task_ids, **changes)
+
+
+__getattr__ = old_names(__name__)

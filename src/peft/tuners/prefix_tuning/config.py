@@ -8,6 +8,7 @@ from typing import Literal
 from ...config import PromptLearningConfig
 from ...configs.fields import option
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -35,3 +36,6 @@ class PrefixTuningConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PREFIX_TUNING
+
+
+__getattr__ = old_names(__name__)

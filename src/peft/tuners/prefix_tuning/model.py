@@ -7,6 +7,7 @@ from torch import nn
 
 from ...prompts.encoder import BasePromptEncoder
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from .config import PrefixTuningConfig
 
 
@@ -85,3 +86,6 @@ class PrefixEncoder(BasePromptEncoder):
         """
         values = self.embedding(prefix)
         return self.transform(values) if self.is_computed else values
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ from enum import Enum
 from ...config import PromptLearningConfig
 from ...configs.fields import option
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 class PromptTuningInit(str, Enum):
@@ -54,3 +55,6 @@ class PromptTuningConfig(PromptLearningConfig):
                 raise ValueError(f"prompt_tuning_init='TEXT' needs {name}")
         if self.tokenizer_kwargs and not starts_from_text:
             raise ValueError("tokenizer_kwargs has no effect without prompt_tuning_init='TEXT'; leave it out")
+
+
+__getattr__ = old_names(__name__)

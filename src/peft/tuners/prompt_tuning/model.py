@@ -11,6 +11,7 @@ from ...layers.new_tensors import on_meta
 from ...prompts.encoder import BasePromptEncoder
 from ...utils.error import PeftValueError
 from ...utils.integrations import gather_params_ctx
+from ...utils.old_names import old_names
 from .config import PromptTuningConfig, PromptTuningInit
 
 
@@ -93,3 +94,6 @@ def _text_ids(config: PromptTuningConfig, tokens: int) -> torch.Tensor:
     if not ids:
         raise PeftValueError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens to start from")
     return torch.tensor((ids * -(-tokens // len(ids)))[:tokens])
+
+
+__getattr__ = old_names(__name__)

@@ -9,6 +9,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 
 
@@ -91,3 +92,6 @@ class PsoftConfig(TyingConfig):
             if getattr(self, name) != default and not self.use_cayley_neumann:
                 warn(f"{name} has no effect without use_cayley_neumann=True")
         check_layer_selection(self)
+
+
+__getattr__ = old_names(__name__)

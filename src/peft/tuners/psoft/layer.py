@@ -12,6 +12,7 @@ from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..declared.method import method
 from ..declared.tensors import Kept, Shape, Tensors, TrainedModule
 from .config import PsoftConfig
@@ -71,3 +72,6 @@ class Psoft:
 
 
 PsoftLayer, Linear = Psoft.Layer, Psoft.Linear
+
+
+__getattr__ = old_names(__name__)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...configs.checks import check_counts
 from ...utils.constants import TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING
+from ...utils.old_names import old_names
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Frozen, Shape, Tensors, Trained
@@ -91,3 +92,6 @@ class Pvera:
 
 
 PveraLayer, Linear = Pvera.Layer, Pvera.Linear
+
+
+__getattr__ = old_names(__name__)

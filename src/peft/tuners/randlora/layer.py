@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...configs.checks import check_counts
 from ...utils.constants import TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING
+from ...utils.old_names import old_names
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Frozen, Kept, Shape, Tensors, Trained
@@ -94,3 +95,6 @@ class RandLora:
 
 
 RandLoraLayer, Linear = RandLora.Layer, RandLora.Linear
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_targets
 from ...configs.fields import Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -49,3 +50,6 @@ class RoadConfig(TyingConfig):
         if self.group_size <= 0 or self.group_size % 2:
             raise ValueError(f"group_size must be positive and even, found {self.group_size}")
         check_targets(self)
+
+
+__getattr__ = old_names(__name__)

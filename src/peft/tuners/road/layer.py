@@ -9,6 +9,7 @@ from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..declared.layers import DeclaredMixing
 from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained
@@ -78,3 +79,6 @@ class Road:
 
 
 RoadLayer, Linear = Road.Layer, Road.Linear
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 MIRROR = "mirror"
@@ -77,3 +78,6 @@ class ShadowConfig(TyingConfig):
         sizes = [name for name in _SIZES if getattr(self, name) is not None]
         if self.shadow_model != MIRROR and sizes:
             raise ValueError(f"{', '.join(sizes)} cannot be chosen for a model that is loaded; leave them out")
+
+
+__getattr__ = old_names(__name__)

@@ -23,6 +23,7 @@ from ...registry import TaskType
 from ...utils.caches import CACHE_NAMES, cache_parameter, given_cache
 from ...utils.constants import SEQ_CLS_HEAD_NAMES
 from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...utils.old_names import old_names
 from ..base import BaseTuner
 from ..plan import AdapterPlan
 from .backbone import blocks_of, make_backbone, shares_embeddings, width_of
@@ -420,3 +421,6 @@ def _with_both_caches(outputs: Any, shadow_cache: Any) -> Any:
     if name is not None:
         outputs[name] = ShadowCache(outputs[name], shadow_cache)
     return outputs
+
+
+__getattr__ = old_names(__name__)

@@ -11,6 +11,7 @@ from torch import nn
 from ...layers.merging.changes import changes_adapter
 from ...utils.constants import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..declared.method import method
 from ..declared.tensors import Kept, Shape, Tensors, Trained
 from ..families.sparse import SparseLayer, add_entries
@@ -95,3 +96,6 @@ class Shira:
 
 
 ShiraLayer, Linear = Shira.Layer, Shira.Linear
+
+
+__getattr__ = old_names(__name__)

@@ -9,6 +9,7 @@ from ...configs.checks import check_layer_selection
 from ...configs.fields import Names, option, shared_field
 from ...registry import PeftType
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 
 
@@ -68,3 +69,6 @@ class SupertuningConfig(TyingConfig):
                 "weights when the adapter is loaded, so these must be the same to the last digit"
             )
         check_layer_selection(self)
+
+
+__getattr__ = old_names(__name__)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_SUPERTUNING_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..declared.method import method
 from ..declared.tensors import Frozen, Kept, Shape, Tensors, Trained, trained_linear
 from ..families.sparse import SparseLayer, add_entries
@@ -81,3 +82,6 @@ class Supertuning:
 
 
 SupertuningLayer, Linear = Supertuning.Layer, Supertuning.Linear
+
+
+__getattr__ = old_names(__name__)

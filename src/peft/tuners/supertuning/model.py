@@ -2,7 +2,11 @@
 # peft: the fork in which tied weights stay tied
 """Super-Tuning on a whole model."""
 
+from ...utils.old_names import old_names
 from .layer import Supertuning
 
 
 SupertuningModel = Supertuning.Model
+
+
+__getattr__ = old_names(__name__)

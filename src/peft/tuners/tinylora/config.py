@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 
 
@@ -75,3 +76,6 @@ class TinyLoraConfig(TyingConfig):
                 "save_projection=False leaves the directions out of checkpoints; they are drawn again from "
                 "projection_seed, which may give other numbers with another version of torch"
             )
+
+
+__getattr__ = old_names(__name__)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..declared.method import method
 from ..declared.tensors import Frozen, Kept, Shape, Tensors, Trained
 from .config import TinyLoraConfig
@@ -71,3 +72,6 @@ class TinyLora:
 
 
 TinyLoraLayer, Linear, Embedding = TinyLora.Layer, TinyLora.Linear, TinyLora.Embedding
+
+
+__getattr__ = old_names(__name__)

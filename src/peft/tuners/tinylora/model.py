@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ...utils.old_names import old_names
 from .layer import TinyLora
 
 
@@ -37,3 +38,6 @@ class TinyLoraModel(TinyLora.Model):
         self, model: nn.Module, config: Any, adapter_name: str, low_cpu_mem_usage: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(model, config, adapter_name, low_cpu_mem_usage, **kwargs)
+
+
+__getattr__ = old_names(__name__)

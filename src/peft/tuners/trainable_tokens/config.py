@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ...config import TyingConfig
 from ...configs.fields import option
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -37,3 +38,6 @@ class TrainableTokensConfig(TyingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.TRAINABLE_TOKENS
+
+
+__getattr__ = old_names(__name__)

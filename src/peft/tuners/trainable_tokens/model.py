@@ -10,6 +10,7 @@ from ...config import PeftConfig
 from ...layers.trainable_tokens import TrainableTokensLayer, check_token_indices
 from ...tying.record import ReachedTie, default_token_module
 from ...utils.error import NoMatchingPeftModuleError
+from ...utils.old_names import old_names
 from ..base import BaseTuner
 from .config import TrainableTokensConfig
 
@@ -78,3 +79,6 @@ class TrainableTokensModel(BaseTuner):
     def _ties_unasked(self, config: PeftConfig, tie: ReachedTie) -> bool:
         """A token has one embedding, so what is tied to a targeted embedding is adapted with it."""
         return tie.group.owner in tie.targeted and not tie.saved
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -65,3 +66,6 @@ class UniLoraConfig(TyingConfig):
         if self.bias not in ("none", "all", "unilora_only"):
             raise ValueError(f'bias must be "none", "all" or "unilora_only", found {self.bias!r}')
         check_layer_selection(self, pattern_needs_indices=False)
+
+
+__getattr__ = old_names(__name__)

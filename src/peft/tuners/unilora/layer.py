@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ...layers.merging.changes import changes_adapter
 from ...utils.constants import TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
+from ...utils.old_names import old_names
 from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Frozen, Kept, Shape, Tensors, Trained
@@ -114,3 +115,6 @@ class UniLora:
 
 
 UniLoraLayer, Linear = UniLora.Layer, UniLora.Linear
+
+
+__getattr__ = old_names(__name__)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...utils.old_names import old_names
 from .layer import UniLora
 from .maths import positions
 
@@ -54,3 +55,6 @@ class UniLoraModel(UniLora.Model):
             PeftValueError: for a negative count, or a length that is not positive.
         """
         return positions(lora_param_count, theta_d_length, proj_seed)[0].clone()
+
+
+__getattr__ = old_names(__name__)

@@ -8,6 +8,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
+from ...utils.old_names import old_names
 
 
 @dataclass
@@ -66,3 +67,6 @@ class VBLoRAConfig(TyingConfig):
         super().__post_init__()
         self.peft_type = PeftType.VBLORA
         check_layer_selection(self, refused_with_pattern=("layers_pattern",))
+
+
+__getattr__ = old_names(__name__)

@@ -10,6 +10,7 @@ from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
 from ...utils.error import PeftValueError
 from ...utils.near_names import did_you_mean, nearest
+from ...utils.old_names import old_names
 
 
 # name of a wavelet -> length of its filters less 2, for rows and columns
@@ -81,3 +82,6 @@ class WaveFTConfig(TyingConfig):
                 f"{self.wavelet_family!r}{did_you_mean(nearest(str(self.wavelet_family), WAVELET_REDUCTIONS))}"
             )
         check_layer_selection(self)
+
+
+__getattr__ = old_names(__name__)

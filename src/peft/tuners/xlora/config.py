@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ...config import TyingConfig
 from ...configs.fields import option
 from ...registry import PeftType
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 
 
@@ -66,3 +67,6 @@ class XLoraConfig(TyingConfig):
             warn("enable_softmax and enable_softmax_topk take the softmax twice; switch one of them off")
         if self.top_k_lora is not None and self.top_k_lora < 1:
             warn(f"top_k_lora={self.top_k_lora} leaves no expert at all; give at least 1")
+
+
+__getattr__ = old_names(__name__)

@@ -11,6 +11,7 @@ from torch import nn
 from ...anatomy.kinds import is_linear
 from ...layers.call_context import current_call
 from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...utils.old_names import old_names
 from ..lora.low_rank import LowRankLayer
 from ..lora.variants.base import LoraVariant
 from ..lora.whole_weight import OnWholeWeight
@@ -174,3 +175,6 @@ class XLoraEmbeddingLayer(XLoraLayer):
         term = layer.delta_forward(adapter, x)
         term = term if isinstance(weights, float) else term * weights.to(term.device, term.dtype)
         return (result + term * factor).to(result.dtype)
+
+
+__getattr__ = old_names(__name__)

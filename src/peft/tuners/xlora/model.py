@@ -22,6 +22,7 @@ from ...layers.new_tensors import making_tensors
 from ...surgery.transaction import all_or_nothing
 from ...utils.error import PeftNotImplementedError, PeftTypeError, PeftValueError
 from ...utils.near_names import explain_unknown_adapters
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 from ..base import BaseTuner
 from ..lora.layer import LoraLayer
@@ -448,3 +449,6 @@ def _weigh_experts(lora_model: LoraModel, experts: Experts) -> list[LoraLayer]:
             {name: kind(layer, name, experts, number) for name in experts.names if layer.has_adapter(name)}
         )
     return layers
+
+
+__getattr__ = old_names(__name__)
