@@ -116,6 +116,11 @@ def register_start(name: bool | str) -> Callable[[type[Start]], type[Start]]:
     return enter
 
 
+def registered_starts() -> list[bool | str]:
+    """List the values of `init_lora_weights` that strategies are registered under, in lower case."""
+    return list(_STARTS)
+
+
 def find_start(name: bool | str | None) -> Start:
     """
     Find the strategy for a value of `init_lora_weights`.

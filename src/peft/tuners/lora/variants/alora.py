@@ -43,6 +43,7 @@ class ActivatedLora(LoraVariant):
 
     name = "aLoRA (alora_invocation_tokens)"
     kept_by_conversion = ("alora_invocation_tokens",)
+    leaves_outputs = True
     invocations: "Invocations | None" = None
 
     @classmethod

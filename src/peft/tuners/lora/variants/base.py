@@ -40,6 +40,8 @@ class LoraVariant:
     field: str
     # fields of the config without which an adapter that was converted to LoRA would not do what this one does
     kept_by_conversion: tuple[str, ...] = ()
+    # whether some outputs are meant to be those of the base model, so that no start may change its weights
+    leaves_outputs: bool = False
 
     def __init__(self, layer: LowRankLayer, adapter: str, config: LoraConfig) -> None:
         if not self.supports(layer):
