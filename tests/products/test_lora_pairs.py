@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft import BdLoraConfig, KasaConfig, LoraConfig, MontecloraConfig, PeftModel, VeloraConfig, get_peft_model
 from peft.tuners.lora.starts.registry import find_start, registered_starts
-from peft.tuners.lora.variants.registry import variants_by_field
+from peft.tuners.lora.variants.registry import find_variant, variants_by_field
 from peft.utils.error import PeftError
 
 
@@ -278,10 +278,20 @@ def outputs(model: nn.Module) -> torch.Tensor:
         return model(input_ids=inputs())
 
 
-def tolerance(case: Case, merged: bool = False) -> float:
+def leaves_base(case: Case) -> bool:
+    """Say whether the base weights stay as they are."""
+    made = config(case)
+    chosen = find_variant(made)
+    changed = find_start(made.init_lora_weights).changes_base or (chosen is not None and chosen.changes_base())
+    return case["bias"] == "none" and not changed
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, case: Case, merged: bool = False) -> None:
+    """Compare outputs; what is merged into a quantised weight is rounded to its codes anew."""
     if case["quantised"] == "None":
-        return 1e-3
-    return 2.0 if merged else 5e-2  # what is merged is rounded to the codes anew
+        assert_close(found, expected, 1e-3)
+    else:
+        assert (found - expected).norm() < (0.5 if merged else 0.02) * expected.norm()
 
 
 PARTS = 16
@@ -299,36 +309,34 @@ def test_every_pair_of_options(part: int, tmp_path: Path) -> None:
 
 def all_stages(case: Case, folder: Path) -> None:
     """Start, train, switch off, save, load, switch, merge."""
-    close, loosely = tolerance(case), tolerance(case, merged=True)
     base = outputs(build(case))
     model = get_peft_model(build(case), config(case)).eval()
     start = outputs(model)
     assert start.isfinite().all()
-    if case["start"] != "False" and case["quantised"] == "None":
-        assert_close(start, base, 1e-3)
+    if case["start"] != "False" and leaves_base({**case, "bias": "none"}):
+        assert_same(start, base, case)
 
     train(model)
     trained = outputs(model)
     assert (trained - start).abs().max() > 1e-3, "nothing was trained"
-    leaves_base = case["bias"] == "none" and not find_start(config(case).init_lora_weights).changes_base
     with model.disable_adapter():
-        if leaves_base:
-            assert_close(outputs(model), base, close)
-    assert_close(outputs(model), trained, close)
+        if leaves_base(case):
+            assert_same(outputs(model), base, case)
+    assert_same(outputs(model), trained, case)
 
     model.save_pretrained(folder)
     loaded = PeftModel.from_pretrained(build(case), folder).eval()
-    assert_close(outputs(loaded), trained, close)
-    if leaves_base:
+    assert_same(outputs(loaded), trained, case)
+    if leaves_base(case):
         loaded.load_adapter(folder, "other")
         loaded.set_adapter("other")
-        assert_close(outputs(loaded), trained, close)
+        assert_same(outputs(loaded), trained, case)
         loaded.delete_adapter("default")
-        assert_close(outputs(loaded), trained, close)
-    merge(loaded, trained, close, loosely)
+        assert_same(outputs(loaded), trained, case)
+    merge(loaded, trained, case)
 
 
-def merge(model: PeftModel, trained: torch.Tensor, close: float, loosely: float) -> None:
+def merge(model: PeftModel, trained: torch.Tensor, case: Case) -> None:
     """Merge, take out again, and merge for good; or be refused as it should be."""
     before = snapshot(model)
     try:
@@ -336,14 +344,14 @@ def merge(model: PeftModel, trained: torch.Tensor, close: float, loosely: float)
     except PeftError as refusal:
         after = snapshot(model)
         assert {key for key in before if before[key] != after[key]} == set(), refusal
-        assert_close(outputs(model), trained, close)
+        assert_same(outputs(model), trained, case)
         return
-    assert_close(outputs(model), trained, loosely)
+    assert_same(outputs(model), trained, case, merged=True)
     model.unmerge_adapter()
-    assert_close(outputs(model), trained, loosely)
+    assert_same(outputs(model), trained, case, merged=True)
     merged = model.merge_and_unload()
     assert not any("lora_" in name for name, _ in merged.named_parameters())
-    assert_close(outputs(merged), trained, loosely)
+    assert_same(outputs(merged), trained, case, merged=True)
 
 
 def test_the_combinations_hold_every_pair() -> None:

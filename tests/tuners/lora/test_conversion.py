@@ -14,6 +14,7 @@ from support.method_options import OPTIONS, layered_methods
 from torch import nn
 
 from peft import (
+    KasaConfig,
     LoHaConfig,
     LoraConfig,
     MissConfig,
@@ -271,6 +272,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
     biased = get_peft_model(net(), LoraConfig(r=2, target_modules=["0"], bias="lora_only"))
     with pytest.raises(PeftValueError, match="bias='lora_only'"):
         convert_to_lora(biased, 4)
+    pissa = get_peft_model(net(), LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"))
+    with pytest.raises(PeftValueError, match="path_initial_model_for_weight_conversion"):
+        convert_to_lora(pissa, 4)
+    kasa = get_peft_model(net(), LoraConfig(r=2, target_modules=["0"], kasa_config=KasaConfig()))
+    with pytest.raises(PeftTypeError, match="cannot be converted"):
+        convert_to_lora(kasa, 4)
     prompt = get_peft_model(llama(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     assert not prompt.supports_lora_conversion()
     with pytest.raises(PeftTypeError, match="nothing to convert"):

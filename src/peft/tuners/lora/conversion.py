@@ -28,6 +28,7 @@ from ...utils.near_names import explain_unknown_adapters
 from ...utils.warning import warn
 from .config import LoraConfig
 from .layer import Embedding, Linear
+from .starts import changes_base
 
 
 # fields of any method's config that mean the same in LoRA's
@@ -197,6 +198,12 @@ def _config_of(model: nn.Module, adapter_name: str) -> Any:
         raise PeftValueError(
             f"adapter {adapter_name!r} trains biases of the base model (bias={bias!r}), which a conversion would "
             "lose; merge it, or save it as it is"
+        )
+    if isinstance(config, LoraConfig) and changes_base(config.init_lora_weights):
+        raise PeftValueError(
+            f"adapter {adapter_name!r} stands on base weights that init_lora_weights={config.init_lora_weights!r} has "
+            "changed, and on those of the base model its factors mean something else; save it with "
+            "path_initial_model_for_weight_conversion, which makes plain LoRA of it"
         )
     return config
 

@@ -41,7 +41,7 @@ from .config import LoraConfig
 from .layer import LAYER_CLASSES, Conv2d, LoraLayer, ParamWrapper
 from .plain_lora import convert_on_save, without_start
 from .quantized import LAYER_OF_BACKEND
-from .starts import Start, changes_base, check_start, find_start
+from .starts import changes_base, check_start, find_start
 from .starts.base_weight import warn_of_changed_bases
 from .tp_layer import LoraParallelLinear, backend_of, check_parallel, parallel_layers, parallel_settings
 from .variants import (
@@ -314,9 +314,7 @@ class LoraModel(BaseTuner):
         }
         shared = [names - set(ties) for names in holders]
         check_targets(config, own, shared)
-        start = find_start(config.init_lora_weights)
-        _check_outputs_left(config, start)
-        check_start(start, own, shared)
+        check_start(find_start(config.init_lora_weights), own, shared)
         warn_of_changed_bases(config.init_lora_weights, targets.values())
 
     def _place_layers(self, plan: AdapterPlan) -> None:
@@ -327,16 +325,6 @@ class LoraModel(BaseTuner):
         is_long = name is not plan.config.init_lora_weights or changes_base(name)
         with showing_progress(str(name), len(plan.targets)) if is_long else nullcontext():
             super()._place_layers(plan)
-
-
-def _check_outputs_left(config: LoraConfig, start: Start) -> None:
-    """Refuse a start that changes what a variant leaves as the base model gives it."""
-    variant = find_variant(config)
-    if variant is not None and variant.leaves_outputs and start.changes_base:
-        raise PeftValueError(
-            f"{variant.name} leaves a part of the outputs as they are, and init_lora_weights="
-            f"{config.init_lora_weights!r} changes the base weights that they come from; use True or 'gaussian'"
-        )
 
 
 def _warn_of_lost_biases(targets: dict[str, nn.Module]) -> None:

@@ -23,6 +23,7 @@ from ....utils.warning import warn
 from ..config import LoraConfig
 from ..low_rank import LowRankLayer
 from ..maths import NEVER, find_invocations
+from ..starts import changes_base
 from ..whole_weight import OnWholeWeight
 from .base import LoraVariant
 from .registry import register_variant
@@ -43,7 +44,6 @@ class ActivatedLora(LoraVariant):
 
     name = "aLoRA (alora_invocation_tokens)"
     kept_by_conversion = ("alora_invocation_tokens",)
-    leaves_outputs = True
     invocations: "Invocations | None" = None
 
     @classmethod
@@ -55,6 +55,18 @@ class ActivatedLora(LoraVariant):
     def supports(cls, layer: LowRankLayer) -> bool:
         """Say whether the layer is a linear one."""
         return isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)) and not isinstance(layer, OnWholeWeight)
+
+    @classmethod
+    def refusal(
+        cls, config: LoraConfig, target: str, base: nn.Module, layer: nn.Module, rank: int
+    ) -> Exception | None:
+        """Say that what comes before the invocation needs the base weights as they are."""
+        if changes_base(config.init_lora_weights):
+            return PeftValueError(
+                f"{cls.name} leaves a part of the outputs as they are, and init_lora_weights="
+                f"{config.init_lora_weights!r} changes the base weights that they come from; use True or 'gaussian'"
+            )
+        return super().refusal(config, target, base, layer, rank)
 
     def attach(self, model: nn.Module, adapter: str, config: LoraConfig) -> None:
         """Have the base model note where its inputs invoke the adapter."""

@@ -40,8 +40,6 @@ class LoraVariant:
     field: str
     # fields of the config without which an adapter that was converted to LoRA would not do what this one does
     kept_by_conversion: tuple[str, ...] = ()
-    # whether some outputs are meant to be those of the base model, so that no start may change its weights
-    leaves_outputs: bool = False
 
     def __init__(self, layer: LowRankLayer, adapter: str, config: LoraConfig) -> None:
         if not self.supports(layer):
@@ -245,5 +243,5 @@ class LoraVariant:
         return True
 
     def supports_lora_conversion(self) -> bool:
-        """Say whether plain LoRA can stand for what merging the adapter changes of the weight."""
-        return True
+        """Say whether plain LoRA on the base model can stand for what merging the adapter changes of the weight."""
+        return not self.changes_base()
