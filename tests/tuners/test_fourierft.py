@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft import FourierFTConfig, get_peft_model
 from peft.tuners.fourierft.layer import FourierFTLayer, FourierFTLinear
+from peft.tuners.fourierft.maths import spectral_product
 
 
 def adapted(base: nn.Module, **fields: object) -> FourierFTLayer:
@@ -84,3 +85,23 @@ def test_biases_of_targets_are_trained() -> None:
     assert adapted(nn.Linear(6, 4), bias="fourier_only").base_layer.bias.requires_grad
     with pytest.raises(NotImplementedError, match="bias='fourier'"):
         adapted(nn.Linear(6, 4), bias="fourier")
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (5, 7)])
+def test_product_without_the_matrix(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    places = torch.stack([torch.randint(size, (9,)) for size in shape])  # some of them more than once
+    spectrum = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, shape[1], dtype=torch.float64, requires_grad=True)
+    matrix = torch.zeros(shape, dtype=torch.float64).index_put(tuple(places), spectrum, accumulate=True)
+    expected = x @ torch.fft.ifft2(matrix).real.T
+    torch.testing.assert_close(spectral_product(x, spectrum, places, shape), expected)
+    torch.autograd.gradcheck(lambda x, spectrum: spectral_product(x, spectrum, places, shape), (x, spectrum))
+
+
+def test_wide_layers_build_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = adapted(nn.Linear(256, 256)), torch.randn(3, 256)
+    expected = layer.base_layer(x) + x @ layer.get_delta_weight("default").T
+    monkeypatch.delattr(torch.fft, "ifft2")
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+    assert layer(x.requires_grad_()).requires_grad

@@ -5,6 +5,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
@@ -14,6 +15,7 @@ from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Frozen, Shape, Tensors, Trained
 from .config import FourierFTConfig
+from .maths import is_worth_building, spectral_matrix, spectral_product
 
 
 class SpectralLayer(DeclaredAdditive):
@@ -68,9 +70,14 @@ class FourierFT:
         return {"spectrum": Trained((n,), start), "places": Frozen(places)}
 
     def delta(t: Tensors, shape: Shape, c: FourierFTConfig) -> torch.Tensor:
-        """Transform the spectrum, (out, in); transforms know no half precision."""
-        spectrum = t.spectrum.new_zeros(shape, dtype=torch.float32).index_put(tuple(t.places), t.spectrum.float())
-        return (torch.fft.ifft2(spectrum).real * c.scaling).to(t.spectrum.dtype)
+        """Transform the spectrum, (out, in)."""
+        return (spectral_matrix(t.spectrum, t.places, shape) * c.scaling).to(t.spectrum.dtype)
+
+    def apply(t: Tensors, x: torch.Tensor, shape: Shape, c: FourierFTConfig) -> torch.Tensor:
+        """Transform the input, and back from the few coefficients, unless they are too many for that."""
+        if is_worth_building(x.shape[:-1].numel(), c.n_frequency, shape):
+            return F.linear(x, FourierFT.delta(t, shape, c))
+        return (spectral_product(x, t.spectrum, t.places, shape) * c.scaling).to(x.dtype)
 
 
 FourierFTLayer, FourierFTLinear = FourierFT.Layer, FourierFT.FourierFTLinear
