@@ -70,6 +70,35 @@ def test_adapters_add_up_and_leave_the_weight_as_it_was() -> None:
     assert torch.equal(layer.base_layer.weight, weight)
 
 
+def test_linear_layers_need_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = adapted(nn.Linear(6, 4)), torch.randn(3, 6, requires_grad=True)
+    delta = layer.get_delta_weight("default")
+    expected = layer.base_layer(x) + x @ delta.T
+    products = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: products.append(1) or linear(*given))
+    torch.testing.assert_close(layer(x), expected)
+    assert len(products) == 1
+    wanted = x, layer.hira_A["default"], layer.hira_B["default"]
+    gradients = [torch.autograd.grad(y.sum(), wanted, retain_graph=True) for y in (layer(x), expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_nothing_that_is_beside_the_weight_is_left_out() -> None:
+    layer, x = adapted(nn.Linear(6, 4), hira_dropout=1.0), torch.randn(3, 6)
+    assert torch.equal(layer.train()(x), layer.base_layer(x))
+    heard = []
+    layer.base_layer.register_forward_hook(lambda *given: heard.append(1))
+    layer.eval()(x)
+    assert heard
+    halves = adapted(nn.Linear(6, 4, dtype=torch.bfloat16))
+    with torch.no_grad():
+        halves.hira_A["default"].fill_(1e-2)
+        halves.hira_B["default"].fill_(1e-2)  # W + W * 2e-4 is W in so few digits
+        half = torch.ones(1, 6, dtype=torch.bfloat16)
+        assert halves.delta_forward("default", half).any()
+
+
 @pytest.mark.parametrize(("start", "expected"), [(True, 6**-0.5), ("gaussian", None), (False, None)])
 def test_starts_of_linear_layers(start: bool | str, expected: float | None) -> None:
     base = nn.Linear(6, 4)

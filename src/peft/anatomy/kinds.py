@@ -27,6 +27,20 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Linear, Conv1D)) or is_quantized_linear(layer)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """
+    Say whether a layer is linear, computes what its weight and bias tell, and nobody listens.
+
+    Args:
+        layer: any layer.
+    """
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in layer.__dict__
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+    )
+
+
 def gives_features(layer: nn.Module) -> bool:
     """
     Say whether a linear layer gives what linear layers do: one tensor, of its output features.

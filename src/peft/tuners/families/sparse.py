@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from ...anatomy.kinds import is_linear
+from ...anatomy.kinds import is_linear, is_plain
 from ..declared.layers import DeclaredAdditive
 from ..declared.tensors import Tensors
 
@@ -84,17 +83,3 @@ class SparseLayer(DeclaredAdditive):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say that a few entries are nothing that a low rank approximates."""
         return False
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """
-    Say whether a layer computes what its weight and bias tell, and nobody listens.
-
-    Args:
-        layer: any layer.
-    """
-    return (
-        type(layer) is nn.Linear
-        and "forward" not in layer.__dict__
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-    )

@@ -3,12 +3,14 @@
 """HiRA: W + W * (B A), where * multiplies entry by entry."""
 
 import copy
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...anatomy.kinds import CONVOLUTIONS, is_linear
+from ...anatomy.kinds import CONVOLUTIONS, is_linear, is_plain
 from ...utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
@@ -31,6 +33,29 @@ class HadamardLayer(DeclaredAdditive):
             init_weights: as in the config.
         """
         self.restart(adapter_name, init_weights=init_weights)
+
+    def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Multiply by the changed weight, one product where weight and delta are two, where that is the same."""
+        layer = self.base_layer
+        if args or kwargs or not self._is_one_product(adapters, x):
+            return super().adapter_forward(adapters, x, *args, **kwargs)
+        factors = x.new_ones(())
+        for adapter in adapters:
+            factors = torch.addmm(factors, self.hira_B[adapter], self.hira_A[adapter])
+        return F.linear(x, layer.weight * factors, layer.bias)
+
+    def _is_one_product(self, adapters: list[str], x: torch.Tensor) -> bool:
+        """Say whether the base layer is its weight, inputs are not dropped, and no digits of a delta get lost."""
+        layer = self.base_layer
+        if not is_plain(layer) or self.quantization_backend is not None or self._merge_state.contributions:
+            return False
+        types = {x.dtype, layer.weight.dtype, *(parameter.dtype for parameter in self.hira_A.values())}
+        return (
+            types in ({torch.float32}, {torch.float64})
+            and not self._owners
+            and not torch.is_autocast_enabled(x.device.type)
+            and not any(isinstance(drop, nn.Dropout) and drop.training for drop in self.hira_dropout.values())
+        )
 
 
 class HadamardModel(DeclaredModel):
