@@ -56,7 +56,7 @@ def one_task(samples: int) -> dict[str, Any]:
 PROMPT = {"num_virtual_tokens": 8}
 SETUPS: dict[str, Setup] = {
     "ADALORA": Setup({"total_step": 1000}),
-    "ADAPTION_PROMPT": Setup({"adapter_len": 8, "adapter_layers": 2}),
+    "ADAPTION_PROMPT": Setup({"adapter_len": 8, "adapter_layers": 2, "target_modules": None}),
     "CARTRIDGE": Setup(PROMPT),
     "CPT": Setup({"cpt_token_ids": list(range(8))}),
     "FROD": Setup({"progressbar": False}),

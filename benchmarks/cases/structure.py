@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from case import Row, case, ours, released
 from measuring import best_of
+from torch import nn
+
 from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from torch import nn
 
 
 WIDTH, TOKENS = 2048, 256
