@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft import LoraConfig, disable_fused, get_peft_model
+from peft.layers.fused import linear
 from peft.layers.fused.path import Path
 
 
@@ -25,17 +26,24 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout": {"lora_dropout": 0.3},
     "bias of B": {"lora_bias": True},
     "rank-stabilised": {"use_rslora": True, "lora_alpha": 3},
+    "DoRA": {"use_dora": True},
+    "DoRA with dropout": {"use_dora": True, "lora_dropout": 0.3},
 }
 
 
 def adapted(bias: bool = True, adapters: int = 1, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     torch.manual_seed(0)
+    with_magnitudes = options.get("use_dora") and adapters == 1
     config = LoraConfig(target_modules=["0", "2"], r=4, init_lora_weights=False, **options)
     base = nn.Sequential(nn.Linear(12, 20, bias=bias), nn.Tanh(), nn.Linear(20, 6, bias=bias)).to(dtype)
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     for number in range(1, adapters):
         model.add_adapter(f"other{number}", LoraConfig(**{**vars(config), "r": 4 + number}))
     model.base_model.set_adapter(["default", *(f"other{number}" for number in range(1, adapters))])
+    if with_magnitudes:  # what has been trained, and not what they start with
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.data.mul_(torch.rand_like(parameter) + 0.5)
     return model
 
 
@@ -102,6 +110,8 @@ def test_float32_is_the_same_bit_by_bit_on_the_cpu(case: str, bias: bool) -> Non
 @pytest.mark.parametrize("adapters", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients_are_those_of_the_ordinary_way(case: str, adapters: int, shape: tuple[int, ...]) -> None:
+    if adapters > 1 and "DoRA" in case:
+        pytest.skip("which are computed in the ordinary way")
     model = adapted(adapters=adapters, **CASES[case])
     x = torch.randn(shape, requires_grad=True)
     for fused, ordinary in zip(outcome(model, x, True), outcome(model, x, False), strict=True):
@@ -115,7 +125,7 @@ def test_outputs_and_gradients_are_those_of_the_ordinary_way(case: str, adapters
 def test_types_are_those_of_the_ordinary_way(
     case: str, autocast: bool, base_dtype: torch.dtype, adapters_dtype: torch.dtype
 ) -> None:
-    model = adapted(adapters=2, dtype=base_dtype, **CASES[case])
+    model = adapted(adapters=1 if "DoRA" in case else 2, dtype=base_dtype, **CASES[case])
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(adapters_dtype)
@@ -128,8 +138,9 @@ def test_types_are_those_of_the_ordinary_way(
         torch.testing.assert_close(fused, ordinary, rtol=0.05, atol=0.02 * scale)
 
 
-def test_the_base_layer_can_be_trained_too() -> None:
-    model = adapted(bias=True, adapters=2)
+@pytest.mark.parametrize("case", ["plain", "DoRA"])
+def test_the_base_layer_can_be_trained_too(case: str) -> None:
+    model = adapted(bias=True, adapters=1 if case == "DoRA" else 2, **CASES[case])
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     x = torch.randn(5, 12, requires_grad=True)
@@ -149,6 +160,29 @@ def test_gradients_and_their_gradients_are_right(case: str) -> None:
     assert is_fused(lambda: compute(x))
     assert torch.autograd.gradcheck(compute, (x, *parameters))
     assert torch.autograd.gradgradcheck(compute, (x, *parameters))
+
+
+def test_gradients_of_magnitudes_are_right() -> None:
+    """The norm is a constant in them, so finite differences can only tell about what does not enter it."""
+    layer = layer_of(adapted(dtype=torch.float64, use_dora=True))
+    x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+    inputs = (x, layer.lora_magnitude_vector["default"].weight)
+    assert is_fused(lambda: layer(x))
+    assert torch.autograd.gradcheck(lambda x, magnitude: layer(x).sin(), inputs)
+    assert torch.autograd.gradgradcheck(lambda x, magnitude: layer(x).sin(), inputs)
+
+
+def test_the_sum_is_computed_again_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(use_dora=True), torch.randn(3, 5, 12, requires_grad=True)
+    expected = outcome(model, x, True)
+    monkeypatch.setattr(linear, "keeps_sum", lambda x: False)
+    for again, kept in zip(outcome(model, x, True), expected, strict=True):
+        torch.testing.assert_close(again, kept)
+
+
+def test_several_adapters_of_which_one_scales_take_the_ordinary_way() -> None:
+    model, x = adapted(adapters=2, use_dora=True), torch.randn(3, 12)
+    assert not is_fused(lambda: model(x))
 
 
 def test_gradients_of_gradients_with_dropout_use_the_same_mask() -> None:

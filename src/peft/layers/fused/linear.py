@@ -3,6 +3,7 @@
 """A linear layer with low-rank adapters as one function for autograd."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from .dropout import Drawn, drop, mask_again, masked
 
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
+
+# an adapter's tensors: factor A, factor B, and the bias of B or None
+PER_ADAPTER = 3
 
 
 class Computation(NamedTuple):
@@ -31,191 +35,231 @@ class Computation(NamedTuple):
     shares: tuple[float, ...]
 
 
-# an adapter's tensors: factor A, factor B, and the bias of B or None
-_PER_ADAPTER = 3
-
-
-def compute(
-    how: Computation,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    factors: Sequence[torch.Tensor | None],
-    kept: list[Any] | None = None,
-) -> torch.Tensor:
+class Tensors(NamedTuple):
     """
-    Compute the layer, without a record for autograd.
+    What the layer is computed from.
+
+    Attributes:
+        x: the input, (..., in).
+        weight: of the base layer, (out, in).
+        bias: of the base layer, (out,), or None.
+        magnitude: what each output feature is scaled to, (out,); None for adapters that only add.
+        factors: for each adapter A, (r, in), B, (out, r), and the bias of B or None.
+        norm: what each output feature is divided by, (out,), a constant; None as `magnitude`.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    magnitude: torch.Tensor | None
+    factors: tuple[torch.Tensor | None, ...]
+    norm: torch.Tensor | None
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The input as a matrix."""
+        return self.x if self.x.dim() == 2 else self.x.reshape(-1, self.x.shape[-1])
+
+    def adapter(self, number: int) -> tuple[torch.Tensor | None, ...]:
+        """Give the tensors of one adapter."""
+        return self.factors[number * PER_ADAPTER : (number + 1) * PER_ADAPTER]
+
+
+def evaluate(how: Computation, of: Tensors) -> torch.Tensor:
+    """
+    Compute the layer where no gradients are recorded.
 
     Args:
         how: types, scales and shares.
-        x: (..., in).
-        weight: of the base layer, (out, in).
-        bias: of the base layer, or None.
-        factors: A, B, bias of B or None, for each adapter.
-        kept: takes what the backward pass needs: for each adapter A x, (rows, r), and what was dropped or None.
-
-    Returns:
-        (..., out), no view of anything.
+        of: the tensors.
     """
-    x2 = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    y = F.linear(_to(x2, how.base), _to(weight, how.base), _bias(how, bias, factors))
-    own, wide = _to(x2, how.own), None
-    for number, (scale, share) in enumerate(zip(how.scales, how.shares, strict=True)):
-        a, b, _ = factors[number * _PER_ADAPTER : (number + 1) * _PER_ADAPTER]
-        inputs, drawn = drop(own, share) if share else (own, None)
-        hidden = F.linear(inputs, _to(a, how.own))
-        up = _to(b, how.own).t()
-        if kept is not None:
-            kept += (hidden, drawn)
-        if how.own == how.base:
-            y.addmm_(hidden, up, alpha=scale)
-        elif wide is None:
-            wide = torch.mm(hidden.mul(scale), up)
-        else:
-            wide.addmm_(hidden, up, alpha=scale)
-    if wide is not None:
-        y.add_(wide)  # rounded once
-    return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+    x, weight, bias, magnitude, factors, _ = of
+    if how.base != how.own or magnitude is not None or any(how.shares) or x.dim() < 2:
+        return _shaped(_scaled(how, of, _sum(how, of, _hidden(how, of)[0])), x)
+    dtype = how.base
+    x = _to(x, dtype)
+    y = F.linear(x, _to(weight, dtype), _bias(how, bias, factors))
+    flat = y if y.dim() == 2 else y.view(-1, y.shape[-1])
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    for number, scale in enumerate(how.scales):
+        a, b, _ = of.adapter(number)
+        flat.addmm_(F.linear(x, _to(a, dtype)), _to(b, dtype).t(), alpha=scale)
+    return y
 
 
-def formula(
-    how: Computation,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    factors: Sequence[torch.Tensor | None],
-    masks: Sequence[torch.Tensor | None],
-) -> torch.Tensor:
-    """
-    Compute the same by operations that autograd follows, for gradients of gradients.
-
-    Args:
-        how: see `compute`.
-        x: (rows, in).
-        weight: see `compute`.
-        bias: likewise.
-        factors: likewise.
-        masks: for each adapter which inputs are kept, or None for all.
-    """
-    y = F.linear(x.to(how.base), weight.to(how.base), None if bias is None else bias.to(how.base))
-    for number, (scale, share, mask) in enumerate(zip(how.scales, how.shares, masks, strict=True)):
-        a, b, own_bias = (None if t is None else t.to(how.own) for t in factors[number * 3 : number * 3 + 3])
-        inputs = x.to(how.own)
-        if mask is not None:
-            inputs = inputs * mask / (1 - share)
-        y = y + F.linear(F.linear(inputs, a), b, own_bias) * scale
-    return y.to(how.base)
+def keeps_sum(x: torch.Tensor) -> bool:
+    """Say whether the sum that is scaled, as large as the output, is kept for the gradient of the magnitudes."""
+    return not x.is_cuda  # where memory is what is short, and it is computed again
 
 
 class LinearWithAdapters(torch.autograd.Function):
-    """`compute`, for autograd."""
+    """The layer, for autograd."""
 
     @staticmethod
     def forward(
         ctx: Any,
         how: Computation,
+        norm: torch.Tensor | None,
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        magnitude: torch.Tensor | None,
         *factors: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Compute the layer; see `compute`."""
-        kept: list[Any] = []
-        y = compute(how, x, weight, bias, factors, kept)
-        ctx.how, ctx.drawn = how, kept[1::2]
-        ctx.save_for_backward(x, weight, bias, *factors, *kept[::2])
-        return y
+        """Compute the layer; see `Tensors`."""
+        of = Tensors(x, weight, bias, magnitude, factors, norm)
+        hidden, ctx.drawn = _hidden(how, of)
+        total = _sum(how, of, hidden)
+        kept = total if magnitude is not None and keeps_sum(x) else None
+        ctx.how = how
+        ctx.save_for_backward(x, weight, bias, magnitude, *factors, norm, kept, *hidden)
+        return _shaped(_scaled(how, of, total, in_place=kept is None), x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Give gradients of the input, the base layer's tensors and the factors, as far as they are wanted."""
+        """Give gradients of the input, the base layer's tensors and the adapters', as far as they are wanted."""
         how: Computation = ctx.how
-        count = len(how.scales)
-        x, weight, bias, *rest = ctx.saved_tensors
-        factors, hidden = rest[: count * _PER_ADAPTER], rest[count * _PER_ADAPTER :]
-        wanted = ctx.needs_input_grad[1:]
-        x2 = x.reshape(-1, x.shape[-1])
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return None, *_backward(how, wanted, gradient, x, x2, weight, bias, factors, hidden, ctx.drawn)
-        return None, *_backward(how, wanted, gradient, x, x2, weight, bias, factors, hidden, ctx.drawn)
+        end = 4 + len(how.scales) * PER_ADAPTER
+        saved = ctx.saved_tensors
+        of = Tensors(*saved[:4], saved[4:end], saved[end])
+        kept, hidden = saved[end + 1], saved[end + 2 :]
+        wanted, device = ctx.needs_input_grad[2:], of.x.device.type
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        own_x = _to(of.rows, how.own)
+        masks = [None if drawn is None else mask_again(own_x, drawn) for drawn in ctx.drawn]
+        # what was cast is cast here
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            if torch.is_grad_enabled():
+                return None, None, *_recorded(how, of, masks, gradient, wanted)
+            return None, None, *_gradients(how, of, masks, hidden, kept, gradient, own_x, wanted)
 
 
-def _backward(
+def _hidden(how: Computation, of: Tensors) -> tuple[list[torch.Tensor], list[Drawn | None]]:
+    """Compute for each adapter A x, (rows, r), and say what was dropped of x."""
+    own, hidden, dropped = _to(of.rows, how.own), [], []
+    for number, share in enumerate(how.shares):
+        inputs, drawn = drop(own, share) if share else (own, None)
+        hidden.append(F.linear(inputs, _to(of.adapter(number)[0], how.own)))
+        dropped.append(drawn)
+    return hidden, dropped
+
+
+def _sum(how: Computation, of: Tensors, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Compute W x and what the adapters add, (rows, out); with the biases, but for that which is not scaled."""
+    bias = _bias(how, None if of.magnitude is not None else of.bias, of.factors)
+    y = F.linear(_to(of.rows, how.base), _to(of.weight, how.base), bias)
+    wide = None
+    for number, (scale, narrow) in enumerate(zip(how.scales, hidden, strict=True)):
+        up = _to(of.adapter(number)[1], how.own).t()
+        if how.own == how.base:
+            y.addmm_(narrow, up, alpha=scale)
+        elif wide is None:
+            wide = torch.mm(narrow.mul(scale), up)
+        else:
+            wide.addmm_(narrow, up, alpha=scale)
+    return y if wide is None else y.add_(wide)  # rounded once
+
+
+def _scaled(how: Computation, of: Tensors, total: torch.Tensor, in_place: bool = True) -> torch.Tensor:
+    """Scale the sum by feature, where adapters do more than add."""
+    if of.magnitude is None:
+        return total
+    scale, out = of.magnitude / of.norm, total if in_place else torch.empty_like(total)
+    if of.bias is None:
+        return torch.mul(total, scale, out=out)
+    return torch.addcmul(_to(of.bias, scale.dtype), total, scale, out=out)
+
+
+def _gradients(
     how: Computation,
-    wanted: Sequence[bool],
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    x2: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    factors: Sequence[torch.Tensor | None],
+    of: Tensors,
+    masks: Sequence[torch.Tensor | None],
     hidden: Sequence[torch.Tensor],
-    drawn: Sequence[Drawn | None],
+    kept: torch.Tensor | None,
+    gradient: torch.Tensor,
+    own_x: torch.Tensor,
+    wanted: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    gradient = gradient.reshape(-1, gradient.shape[-1])
-    own_x, own_gradient = _to(x2, how.own), _to(gradient, how.own)
-    masks = [None if what is None else mask_again(own_x, what) for what in drawn]
-    if torch.is_grad_enabled():
-        return _recorded(how, wanted, gradient, x, weight, bias, factors, masks)
+    """Give the gradients of x, weight, bias, magnitude and factors."""
+    wants_x, wants_weight, wants_bias, wants_magnitude = wanted[:4]
     found: list[torch.Tensor | None] = [None] * len(wanted)
-    dx = torch.mm(gradient, _to(weight, how.base)) if wanted[0] else None
-    if wanted[1]:
-        found[1] = torch.mm(gradient.t(), _to(x2, how.base)).to(weight.dtype)
-    if wanted[2]:
-        found[2] = gradient.sum(0).to(bias.dtype)
+    if wants_bias:
+        found[2] = gradient.sum(0).to(of.bias.dtype)
+    if of.magnitude is not None:
+        if wants_magnitude:
+            total = _sum(how, of, hidden) if kept is None else kept
+            summed = (gradient * total).sum(0, dtype=of.norm.dtype)
+            found[3] = (summed / of.norm).to(of.magnitude.dtype)
+        gradient = torch.mul(gradient, of.magnitude / of.norm, out=torch.empty_like(gradient))
+    dx = torch.mm(gradient, _to(of.weight, how.base)) if wants_x else None
+    if wants_weight:
+        found[1] = torch.mm(gradient.t(), _to(of.rows, how.base)).to(of.weight.dtype)
+    gradient = _to(gradient, how.own)
     for number, (scale, mask) in enumerate(zip(how.scales, masks, strict=True)):
-        place = number * _PER_ADAPTER
-        a, b, own_bias = factors[place : place + _PER_ADAPTER]
-        wants_a, wants_b, wants_bias = wanted[3 + place : 3 + place + _PER_ADAPTER]
+        a, b, bias = of.adapter(number)
+        place = 4 + number * PER_ADAPTER
+        wants_a, wants_b, wants_bias = wanted[place : place + PER_ADAPTER]
         if wants_b:
-            found[3 + place + 1] = torch.mm(own_gradient.t(), hidden[number]).mul_(scale).to(b.dtype)
+            found[place + 1] = torch.mm(gradient.t(), hidden[number]).mul_(scale).to(b.dtype)
         if wants_bias:
-            found[3 + place + 2] = own_gradient.sum(0).mul_(scale).to(own_bias.dtype)
-        if not (wants_a or wanted[0]):
+            found[place + 2] = gradient.sum(0).mul_(scale).to(bias.dtype)
+        if not (wants_a or wants_x):
             continue
-        dh = torch.mm(own_gradient, _to(b, how.own)).mul_(scale)
+        narrow = torch.mm(gradient, _to(b, how.own)).mul_(scale)
         if wants_a:
             inputs = own_x if mask is None else masked(own_x, mask, how.shares[number])
-            found[3 + place] = torch.mm(dh.t(), inputs).to(a.dtype)
-        if not wanted[0]:
-            continue
-        if mask is None and how.own == how.base:
-            dx.addmm_(dh, _to(a, how.own))
-        else:
-            term = torch.mm(dh, _to(a, how.own))
+            found[place] = torch.mm(narrow.t(), inputs).to(a.dtype)
+        if wants_x and mask is None and how.own == how.base:
+            dx.addmm_(narrow, _to(a, how.own))
+        elif wants_x:
+            term = torch.mm(narrow, _to(a, how.own))
             dx.add_(term if mask is None else masked(term, mask, how.shares[number]))
-    found[0] = None if dx is None else _to(dx, x.dtype).view(x.shape)
+    found[0] = None if dx is None else _to(dx, of.x.dtype).view(of.x.shape)
     return found
 
 
 def _recorded(
     how: Computation,
-    wanted: Sequence[bool],
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    factors: Sequence[torch.Tensor | None],
+    of: Tensors,
     masks: Sequence[torch.Tensor | None],
+    gradient: torch.Tensor,
+    wanted: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Give gradients that themselves have gradients, by the formula."""
-    inputs = (x, weight, bias, *factors)
+    """Give gradients that have gradients themselves."""
+    inputs = (of.x, of.weight, of.bias, of.magnitude, *of.factors)
     chosen = [tensor for tensor, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
-    y = formula(how, x.reshape(-1, x.shape[-1]), weight, bias, factors, masks)
+    y = _formula(how, of, masks)
     found = iter(torch.autograd.grad(y, chosen, gradient, create_graph=True, allow_unused=True))
     return [next(found) if is_wanted else None for is_wanted in wanted]
+
+
+def _formula(how: Computation, of: Tensors, masks: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """Compute the layer, (rows, out), by operations that autograd follows."""
+    y = F.linear(of.rows.to(how.base), of.weight.to(how.base))
+    for number, (scale, share, mask) in enumerate(zip(how.scales, how.shares, masks, strict=True)):
+        a, b, bias = (None if tensor is None else tensor.to(how.own) for tensor in of.adapter(number))
+        inputs = of.rows.to(how.own)
+        if mask is not None:
+            inputs = inputs * mask / (1 - share)
+        y = y + F.linear(F.linear(inputs, a), b, bias) * scale
+    if of.magnitude is not None:
+        y = y * (of.magnitude / of.norm)
+    return (y if of.bias is None else y + of.bias).to(how.base)
 
 
 def _bias(how: Computation, bias: torch.Tensor | None, factors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """Add the biases of the adapters, which are scaled, to that of the base layer."""
     total = None if bias is None else _to(bias, how.base)
-    for scale, own_bias in zip(how.scales, factors[2::_PER_ADAPTER], strict=True):
+    for scale, own_bias in zip(how.scales, factors[2::PER_ADAPTER], strict=True):
         if own_bias is not None:
             own = _to(own_bias, how.own) * scale
             total = own.to(how.base) if total is None else (total + own).to(how.base)
     return total
+
+
+def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Give the rows the shape of the input; no view, so that the output can be changed in place."""
+    return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def _to(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

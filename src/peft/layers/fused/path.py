@@ -7,7 +7,7 @@ What depends on the adapters is decided once, when they have changed. What other
 hook, is looked at in each call, in the cheapest way that there is.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ...utils.computed_weights import find_computed_weight
 from ..base_layer import BaseTunerLayer
 from ..call_context import names_of_rows
 from . import switch
-from .linear import Computation, LinearWithAdapters, compute
+from .linear import PER_ADAPTER, Computation, LinearWithAdapters, Tensors, evaluate
 from .terms import LowRank
 
 
@@ -93,16 +93,16 @@ class Path:
         terms: what its adapters add; empty if the layer is computed in the ordinary way.
     """
 
-    __slots__ = ("active", "base", "dictionaries", "held", "modules", "must_be_empty", "parts", "terms")
+    __slots__ = ("active", "base", "dictionaries", "modules", "must_be_empty", "parts", "terms")
 
     def __init__(self, layer: FusedLayer) -> None:
         self.modules, self.active = layer._modules, layer._active_adapter
         self.terms: tuple[LowRank, ...] = tuple(_terms(layer)) if _is_plain(layer) else ()
         if self.terms:
             self.base: nn.Linear = layer.base_layer
-            self.held = tuple((holder._modules, term.adapter) for term in self.terms for holder in term.containers)
-            self.parts = tuple(holder[name] for holder, name in self.held)
-            self.dictionaries = tuple(part.__dict__ for part in (self.base, *self.parts))
+            self.parts = tuple(tuple(_parts(term)) for term in self.terms)
+            modules = (self.base, *(part for parts in self.parts for _, part in parts))
+            self.dictionaries = tuple(part.__dict__ for part in modules)
             self.must_be_empty = (*_of_all_modules(), *(part[name] for part in self.dictionaries for name in _HOOKS))
 
     def __reduce__(self) -> tuple[type, tuple]:
@@ -126,13 +126,14 @@ class Path:
             or any(self.must_be_empty)
             or layer._disable_adapters
             or layer._merge_state.contributions
+            or self.modules["base_layer"] is not self.base
             or type(x) not in _PLAIN
             or x.is_nested
-            or any("forward" in own for own in self.dictionaries)
             or names_of_rows(layer, (x,)) is not None
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
             or torch._C._get_tracing_state() is not None
+            or any("forward" in own for own in self.dictionaries)
         )
 
     def compute(self, layer: FusedLayer, x: torch.Tensor) -> torch.Tensor | None:
@@ -144,64 +145,70 @@ class Path:
             x: its input.
 
         Returns:
-            The output; None if the tensors that are there at the moment are none that this can be done with.
+            The output; None if what is there at the moment is nothing that this can be done with.
         """
         parameters = self.base._parameters
-        weight, bias = parameters.get("weight"), parameters.get("bias")
-        if type(weight) not in _PLAIN or layer._modules["base_layer"] is not self.base:
-            return None
-        parts = tuple(holder.get(name) for holder, name in self.held)
-        if parts != self.parts:  # somebody has put others there
-            layer.__dict__["_path"] = None
-            return None
+        weight, bias, magnitude, norm = parameters.get("weight"), parameters.get("bias"), None, None
         factors: list[torch.Tensor | None] = []
         scales, shares = [], []
-        for number, term in enumerate(self.terms):
-            if term.adapter in term.otherwise:
+        for term, parts in zip(self.terms, self.parts, strict=True):
+            name = term.adapter
+            for holder, part in parts:
+                if holder.get(name) is not part:  # somebody has put another one there
+                    layer.__dict__["_path"] = None
+                    return None
+            if term.strategies.get(name) is not term.strategy:
                 return None
-            down, up, dropout = parts[number * 3 : number * 3 + 3]
-            factors += (down._parameters.get("weight"), up._parameters.get("weight"), up._parameters.get("bias"))
-            scales.append(term.scaling[term.adapter])
+            down, up, dropout = parts[0][1]._parameters, parts[1][1]._parameters, parts[2][1]
+            factors += (down.get("weight"), up.get("weight"), up.get("bias"))
+            scales.append(term.scaling[name])
             shares.append(dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0)
+            if term.magnitude is not None:
+                magnitude, norm = parts[3][1]._parameters.get("weight"), term.norm
+                if magnitude is None:
+                    return None
         how = _types(layer, x, weight, bias, factors, scales, shares)
         if how is None:
             return None
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *factors)):
-            return LinearWithAdapters.apply(how, x, weight, bias, *factors)
-        return compute(how, x, weight, bias, factors)
+        norm = None if norm is None else norm()
+        if torch.is_grad_enabled():
+            for tensor in (x, weight, bias, magnitude, *factors):
+                if tensor is not None and tensor.requires_grad:
+                    return LinearWithAdapters.apply(how, norm, x, weight, bias, magnitude, *factors)
+        return evaluate(how, Tensors(x, weight, bias, magnitude, tuple(factors), norm))
 
 
 def _types(
     layer: FusedLayer,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    factors: Sequence[torch.Tensor | None],
-    scales: Sequence[float],
-    shares: Sequence[float],
+    factors: list[torch.Tensor | None],
+    scales: list[float],
+    shares: list[float],
 ) -> Computation | None:
     """Find the types that the ordinary way would compute in; None if it would refuse, or mixes others."""
-    own, device = factors[0].dtype if factors[0] is not None else None, x.device
+    if type(weight) not in _PLAIN or x.shape[-1:] != weight.shape[-1:]:
+        return None
+    base, own = weight.dtype, None
     for number, factor in enumerate(factors):
-        if factor is None and number % 3 == 2:
+        if factor is None and number % PER_ADAPTER == 2:
             continue
-        if type(factor) not in _PLAIN or factor.dtype != own or factor.device != device:
+        if type(factor) not in _PLAIN or factor.dtype != (own or factor.dtype):
             return None
-    if weight.device != device or not x.is_floating_point() or not x.dim():
+        own = factor.dtype
+    for scale, share in zip(scales, shares, strict=True):
+        if not (0 <= share < 1 and (type(scale) is float or type(scale) is int)):
+            return None
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        types = (x.dtype, base, own, base if bias is None else bias.dtype)
+        base = own = torch.get_autocast_dtype(device)
+        if torch.float64 in types or not all(dtype.is_floating_point for dtype in types):
+            return None
+    elif x.dtype != base or not base.is_floating_point or (bias is not None and bias.dtype != base):
         return None
-    if any(not 0 <= share < 1 for share in shares) or any(type(scale) not in (float, int) for scale in scales):
-        return None
-    dtypes = {x.dtype, weight.dtype, own, weight.dtype if bias is None else bias.dtype}
-    if torch.is_autocast_enabled(device.type):
-        if torch.float64 in dtypes:
-            return None
-        base = own = torch.get_autocast_dtype(device.type)
-    else:
-        base = weight.dtype
-        may_cast = getattr(layer, "cast_input_dtype_enabled", True)
-        if x.dtype != base or (bias is not None and bias.dtype != base) or not (may_cast or x.dtype == own):
-            return None
-    if not (base.is_floating_point and own.is_floating_point):
+    elif own != base and not getattr(layer, "cast_input_dtype_enabled", True):
         return None
     return Computation(base, own, tuple(scales), tuple(shares))
 
@@ -225,13 +232,22 @@ def _terms(layer: FusedLayer) -> Iterator[LowRank]:
     """Yield what the active adapters add; nothing if one of them cannot be declared."""
     names = [name for name in layer.active_adapters if layer.has_adapter(name)]
     terms = [None if name in layer._owners else layer.fused_term(name) for name in names]
-    if all(term is not None and _is_linear(term) for term in terms):
+    if not all(term is not None and _is_linear(term) for term in terms):
+        return
+    if len(terms) == 1 or all(term.magnitude is None for term in terms):  # a sum that is scaled may be part of another
         yield from terms
+
+
+def _parts(term: LowRank) -> Iterator[tuple[Mapping[str, nn.Module], nn.Module]]:
+    """Yield the modules of a term, each after what holds it: factors, dropout, magnitudes."""
+    for container in (term.down, term.up, term.dropout, term.magnitude):
+        if container is not None:
+            yield container._modules, container._modules[term.adapter]
 
 
 def _is_linear(term: LowRank) -> bool:
     """Say whether the modules of a term compute what their classes say."""
-    down, up, dropout = (holder._modules.get(term.adapter) for holder in term.containers)
+    down, up, dropout, *_ = (part for _, part in _parts(term))
     return (
         all(isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward for part in (down, up))
         and down._parameters.get("bias") is None

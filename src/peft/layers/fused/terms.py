@@ -2,9 +2,11 @@
 # peft: the fork in which tied weights stay tied
 """What a method declares of an adapter, so that its layer can be computed as one."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -19,7 +21,11 @@ class LowRank:
         up: the same for the one that gives the output; weight (out, r), and maybe a bias, which is scaled as well.
         dropout: the same for what drops inputs: `nn.Dropout` or `nn.Identity`.
         scaling: adapter name -> number; it is looked up at each call.
-        otherwise: names of adapters that something else is made of; while this one is among them, nothing is declared.
+        strategies: adapter name -> what its layer computes it by, if not by the factors alone; looked up at each call.
+        strategy: what stands there for this adapter. If that changes, what is declared here does not hold any more.
+        magnitude: adapter name -> module whose `weight`, (out,), takes the place of the norms of the sum of base weight
+            and delta; None where it is nothing but added.
+        norm: gives these norms, (out,), which are constants for autograd.
     """
 
     adapter: str
@@ -27,9 +33,7 @@ class LowRank:
     up: nn.ModuleDict
     dropout: nn.ModuleDict
     scaling: Mapping[str, float]
-    otherwise: Collection[str] = ()
-
-    @property
-    def containers(self) -> tuple[nn.ModuleDict, nn.ModuleDict, nn.ModuleDict]:
-        """Give what holds the modules."""
-        return self.down, self.up, self.dropout
+    strategies: Mapping[str, Any] = field(default_factory=dict)
+    strategy: Any = None
+    magnitude: nn.ModuleDict | None = None
+    norm: Callable[[], torch.Tensor] | None = None

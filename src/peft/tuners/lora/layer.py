@@ -292,8 +292,10 @@ class Linear(OnLinear, WithAdapter, FusedLayer, LoraLayer, nn.Module):
         return F.linear(hidden, b.weight, b.bias * self.scaling[adapter])
 
     def fused_term(self, adapter: str) -> LowRank | None:
-        """Declare what an adapter adds, unless it is a variant of LoRA; see `FusedLayer.fused_term`."""
-        return LowRank(adapter, self.lora_A, self.lora_B, self.lora_dropout, self.scaling, otherwise=self.variants)
+        """Declare what an adapter adds; a variant of LoRA says what it makes of that. See `FusedLayer.fused_term`."""
+        term = LowRank(adapter, self.lora_A, self.lora_B, self.lora_dropout, self.scaling, self.variants)
+        variant = self.variants.get(adapter)
+        return term if variant is None else variant.fused_term(self, term)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """LoRA is LoRA, and its variants say it."""

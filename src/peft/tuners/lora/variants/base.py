@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ....layers.fused.terms import LowRank
 from ....utils.error import PeftValueError
 from ..config import LoraConfig
 from ..low_rank import LowRankLayer
@@ -203,6 +204,16 @@ class LoraVariant:
             x: its input.
         """
         return layer.delta_forward(adapter, x)
+
+    def fused_term(self, layer: LowRankLayer, term: LowRank) -> LowRank | None:
+        """
+        Declare what the adapter adds, so that the layer can be computed as one; None if it is nothing of that kind.
+
+        Args:
+            layer: the layer, which has the adapter's tensors itself.
+            term: what plain LoRA would add.
+        """
+        return None
 
     def forward_rows(
         self, layer: LowRankLayer, adapter: str, rows: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any

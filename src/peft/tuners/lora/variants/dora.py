@@ -7,7 +7,8 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, arXiv:2402.0935
 """
 
 from collections.abc import Callable, Iterator
-from functools import wraps
+from dataclasses import replace
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ....anatomy.kinds import along_features, can_use_weight, feature_axis
+from ....layers.fused.terms import LowRank
 from ....utils.error import PeftRuntimeError, PeftValueError
 from ....utils.integrations import gather_params_ctx
 from ....utils.kept_values import KeptValue
@@ -183,6 +185,11 @@ class Dora(LoraVariant):
         else:  # which is in the result already, and is not scaled
             result = torch.addcmul(along_features(base, bias - bias * scale), result, along_features(base, scale))
         return result.to(before.dtype)
+
+    def fused_term(self, layer: LowRankLayer, term: LowRank) -> LowRank:
+        """Declare that the sum is scaled to the magnitudes; see `LoraVariant.fused_term`."""
+        norm = partial(self._norm_of, layer, term.adapter)
+        return replace(term, strategy=self, magnitude=layer.lora_magnitude_vector, norm=norm)
 
     def forward_rows(self, layer: LowRankLayer, adapter: str, *args: Any, **kwargs: Any) -> torch.Tensor:
         """
