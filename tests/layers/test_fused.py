@@ -334,6 +334,15 @@ def test_a_changed_scale_counts_at_once() -> None:
     torch.testing.assert_close(layer(x), layer.base_layer(x))
 
 
+@pytest.mark.parametrize("scale", [1e160, float("nan"), torch.tensor(2.0)])
+def test_scales_that_are_no_ordinary_numbers_take_the_ordinary_way(scale: Any) -> None:
+    model, x = adapted(), torch.randn(3, 12)
+    layer_of(model).scaling["default"] = scale
+    found = layer_of(model)(x)
+    with disable_fused():
+        torch.testing.assert_close(found, layer_of(model)(x), equal_nan=True)
+
+
 def test_parametrised_tensors_are_computed_in_the_ordinary_way() -> None:
     model, x = adapted(), torch.randn(3, 12)
     layer = layer_of(model)

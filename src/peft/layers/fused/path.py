@@ -28,6 +28,7 @@ _METHODS = ("forward", "adapter_forward", "delta_forward", "adapters_to_apply", 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (torch.Tensor, nn.Parameter)
 _DROPOUTS = (nn.Dropout, nn.Identity)
+_LARGEST = 1e4
 
 
 class FusedLayer(BaseTunerLayer):
@@ -198,7 +199,8 @@ def _types(
             return None
         own = factor.dtype
     for scale, share in zip(scales, shares, strict=True):
-        if not (0 <= share < 1 and (type(scale) is float or type(scale) is int)):
+        # products take the number as one of the tensors' type, and refuse what that does not have
+        if not (0 <= share < 1 and type(scale) in (float, int) and -_LARGEST < scale < _LARGEST):
             return None
     device = x.device.type
     if torch.is_autocast_enabled(device):

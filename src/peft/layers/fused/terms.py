@@ -21,10 +21,10 @@ class LowRank:
         up: the same for the one that gives the output; weight (out, r), and maybe a bias, which is scaled as well.
         dropout: the same for what drops inputs: `nn.Dropout` or `nn.Identity`.
         scaling: adapter name -> number; it is looked up at each call.
-        strategies: adapter name -> what its layer computes it by, if not by the factors alone; looked up at each call.
+        strategies: adapter name -> what computes it, if not the factors alone; looked up at each call.
         strategy: what stands there for this adapter. If that changes, what is declared here does not hold any more.
-        magnitude: adapter name -> module whose `weight`, (out,), takes the place of the norms of the sum of base weight
-            and delta; None where it is nothing but added.
+        magnitude: adapter name -> module whose `weight`, (out,), takes the place of the norms of base weight plus
+            delta; None where that is nothing but added.
         norm: gives these norms, (out,), which are constants for autograd.
     """
 
