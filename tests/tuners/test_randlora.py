@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft import PeftModel, RandLoraConfig, get_peft_model, get_peft_model_state_dict
-from peft.tuners.randlora.maths import UniqueBaseGrad, sparse_basis
+from peft.tuners.randlora.maths import UniqueBaseGrad, random_basis, sparse_basis
 from peft.utils.error import PeftValueError
 
 
@@ -75,12 +75,25 @@ def test_bases_are_drawn_from_the_seed() -> None:
 
     def piece(*shape: int) -> torch.Tensor:
         bound = shape[-1] ** -0.5
-        return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
+        drawn = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator).bfloat16()
+        return torch.where(drawn == torch.tensor(bound).bfloat16(), torch.tensor(-bound).bfloat16(), drawn)
 
     a = piece(3, 1, 8)
     b = torch.cat([piece(8, 1, 3) for _ in range(3)], dim=1)
     assert_equal(net[0].randlora_A["default"], (a / a.std()).float())
     assert_equal(net[1].randlora_B["default"], (b / b.std()).float())
+
+
+def test_bases_of_any_version_of_torch() -> None:
+    """What torch 2.13 draws in bfloat16, but for the upper bound, which only sizes like this one meet."""
+    drawn = random_basis((500, 1, 32), torch.Generator().manual_seed(3))
+    wide = torch.empty(500, 1, 32).uniform_(-(32**-0.5), 32**-0.5, generator=torch.Generator().manual_seed(3))
+    rounded = wide.bfloat16()
+    at_bound = rounded == torch.tensor(32**-0.5).bfloat16()
+    assert at_bound.any()
+    assert (drawn[at_bound] < 0).all()
+    rounded[at_bound] *= -1
+    assert_equal(drawn, rounded / rounded.std())
 
 
 @pytest.mark.parametrize(("field", "q"), [("sparse", 3.0), ("very_sparse", 8**0.5)])

@@ -10,7 +10,7 @@ import torch
 
 def random_basis(shape: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
     """
-    Draw one basis with a standard deviation of 1, in bfloat16, uniformly.
+    Draw one basis with a standard deviation of 1, in bfloat16, uniformly; the same with every version of torch.
 
     Args:
         shape: (r, 1, columns), or (rows, products, r), which is drawn product by product.
@@ -18,10 +18,12 @@ def random_basis(shape: tuple[int, int, int], generator: torch.Generator) -> tor
     """
     bound = 1 / math.sqrt(shape[2])
     pieces = [
-        torch.empty(shape[0], 1, shape[2], dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
+        torch.empty(shape[0], 1, shape[2], dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         for _ in range(shape[1])
     ]
-    basis = torch.cat(pieces, dim=1)
+    # as torch 2.13 draws bfloat16 itself, bounds included; older versions draw other numbers, which files do not fit
+    basis = torch.cat(pieces, dim=1).to(torch.bfloat16)
+    basis[basis == basis.new_tensor(bound)] = -bound
     return basis / basis.std()
 
 
