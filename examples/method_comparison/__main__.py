@@ -14,9 +14,9 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from examples.method_comparison.base import Base, bits_per_byte, read_texts
 from examples.method_comparison.comparing import Result, compare
 from examples.method_comparison.methods import methods
+from examples.small_model import Base, bits_per_byte, read_texts
 from examples.tables import table
 from tqdm import tqdm
 

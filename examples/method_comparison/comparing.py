@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import mean, pstdev
 
 import torch
-from examples.method_comparison.base import Base, Texts, bits_per_byte, train
 from examples.method_comparison.methods import RATES, config_of, setup_of
+from examples.small_model import Base, Texts, bits_per_byte, train
 
 from peft import get_peft_model
 
@@ -47,14 +47,14 @@ def run(method: str, base: Base, texts: Texts, steps: int, rate: float, seed: in
     model, extra = base.copy(), setup_of(method).inputs(SAMPLES)
     model = get_peft_model(model, config_of(method, model, folder))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    seconds = train(model, texts.train, steps, rate, seed, extra)
+    training = train(model, texts.train, steps, rate, seed, extra)
     target = folder / f"{method}-{rate}-{seed}"
     model.save_pretrained(target)
     return {
         "validation": bits_per_byte(model, texts.validation, extra),
         "test": bits_per_byte(model, texts.test, extra),
         "trained": trained,
-        "seconds": seconds,
+        "seconds": training.seconds,
         "bytes": sum(file.stat().st_size for file in target.rglob("*.safetensors")),
     }
 

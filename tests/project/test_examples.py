@@ -16,6 +16,8 @@ from peft import PeftType
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # examples are run as modules, from the root
 
+from examples.lora_variants import __main__ as lora_forms  # noqa: E402
+from examples.lora_variants import settings as lora_settings  # noqa: E402
 from examples.method_comparison import __main__ as comparison  # noqa: E402
 from examples.method_comparison import methods as compared  # noqa: E402
 from examples.multi_adapter import __main__ as multi_adapter  # noqa: E402
@@ -138,3 +140,21 @@ def test_methods_are_compared(tmp_path, capsys):
 
 def test_every_method_is_compared():
     assert set(compared.SETUPS) <= set(PeftType) and "LORA" in compared.methods()
+
+
+# ------------------------------------------------------------------------------------------------- the forms of LoRA
+def test_every_form_of_lora_is_trained(tmp_path, capsys):
+    results = lora_forms.main(["--quick", "--steps", "2", "--output", str(tmp_path)])
+
+    assert [r.name for r in results] == list(lora_settings.settings())
+    assert all(math.isfinite(r.bits) and len(r.losses) == 2 and r.trained > 0 for r in results)
+    assert {"start", "variant", "optimiser"} == {r.kind for r in results}
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == len(results) + 1
+    assert "LoRA-FA" in capsys.readouterr().out
+
+
+def test_a_form_that_does_not_exist(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        lora_forms.main(["--only", "LoRRA", "--output", str(tmp_path)])
+    assert "LoRRA" in capsys.readouterr().err

@@ -5,15 +5,17 @@
 import copy
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 NOVEL = ROOT / "examples" / "tied_embeddings" / "data" / "pride_and_prejudice.txt"
 LENGTH = 64  # bytes that are read at once
 
@@ -75,9 +77,33 @@ def batch(text: torch.Tensor, size: int, generator: torch.Generator) -> torch.Te
     return text[starts + torch.arange(LENGTH)]
 
 
+class Training(NamedTuple):
+    """
+    What a training was like.
+
+    Attributes:
+        seconds: per step, the median.
+        losses: of each step.
+    """
+
+    seconds: float
+    losses: list[float]
+
+
+def adamw(model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Make the optimiser that is used where nothing else is said."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+
+
 def train(
-    model: torch.nn.Module, text: torch.Tensor, steps: int, rate: float, seed: int, extra: dict[str, torch.Tensor]
-) -> float:
+    model: torch.nn.Module,
+    text: torch.Tensor,
+    steps: int,
+    rate: float,
+    seed: int,
+    extra: dict[str, torch.Tensor] | None = None,
+    optimizer_of: Callable[[torch.nn.Module, float], torch.optim.Optimizer] = adamw,
+) -> Training:
     """
     Train what is trainable in a model.
 
@@ -88,29 +114,29 @@ def train(
         rate: learning rate at the start; it falls to zero.
         seed: of the pieces.
         extra: further arguments of the model.
-
-    Returns:
-        Seconds per step, the median.
+        optimizer_of: makes an optimiser from the model and the rate.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    optimizer = optimizer_of(model, rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    times = []
+    times, losses = [], []
     model.train()
     for _ in range(steps):
         ids = batch(text, 16, generator)
         started = time.perf_counter()
-        model(input_ids=ids, labels=ids, **extra).loss.backward()
+        loss = model(input_ids=ids, labels=ids, **(extra or {})).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2]
+        losses.append(loss.item())
+    return Training(sorted(times)[len(times) // 2], losses)
 
 
 @torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, text: torch.Tensor, extra: dict[str, torch.Tensor]) -> float:
+def bits_per_byte(model: torch.nn.Module, text: torch.Tensor, extra: dict[str, torch.Tensor] | None = None) -> float:
     """Measure how badly a model foretells pieces of a text that are always the same, in bits per byte."""
     model.eval()
     generator = torch.Generator().manual_seed(1234)
@@ -118,7 +144,7 @@ def bits_per_byte(model: torch.nn.Module, text: torch.Tensor, extra: dict[str, t
     for _ in range(8):
         ids = batch(text, 16, generator)
         # from the logits: some methods add a penalty to the loss, and some put virtual tokens in front
-        logits = model(input_ids=ids, **extra).logits[:, -LENGTH:]
+        logits = model(input_ids=ids, **(extra or {})).logits[:, -LENGTH:]
         losses.append(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item())
     return sum(losses) / len(losses) / math.log(2)
 
@@ -134,7 +160,7 @@ class Base:
 
     def __init__(self, texts: Texts, steps: int) -> None:
         self._model = build_model()
-        train(self._model, texts.novel, steps, rate=3e-3, seed=0, extra={})
+        train(self._model, texts.novel, steps, rate=3e-3, seed=0)
         self._model.eval()
 
     def copy(self) -> LlamaForCausalLM:
