@@ -106,4 +106,5 @@ def plain_config(config: PeftConfig) -> LoraConfig:
     plain.rank_pattern = {name: 2 * rank for name, rank in (config.rank_pattern or {}).items()}
     plain.alpha_pattern = {name: growth * alpha for name, alpha in (config.alpha_pattern or {}).items()}
     plain.init_lora_weights = True
+    plain.eva_config = plain.corda_config = plain.lora_ga_config = None  # settings of starts
     return plain

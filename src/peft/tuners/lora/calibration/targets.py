@@ -15,6 +15,8 @@ from ....anatomy.walking import unwrapped
 from ....utils.error import PeftValueError
 from ..config import LoraConfig
 from ..model import LoraModel
+from ..starts import find_start
+from ..starts.base_weight import FromBaseWeight
 
 
 class CalibrationTarget(NamedTuple):
@@ -65,4 +67,9 @@ def find_calibration_targets(model: nn.Module, config: LoraConfig) -> dict[str, 
             f"init_lora_weights={config.init_lora_weights!r} is calibrated for linear layers, and none is among the "
             f"targets ({', '.join(plan.names)}); choose other target_modules, or another initialisation"
         )
+    start = find_start(config.init_lora_weights)
+    for name, target in found.items() if isinstance(start, FromBaseWeight) else ():
+        refusal = start.refusal_of_weight(target.layer, target.rank)
+        if refusal is not None:
+            raise type(refusal)(f"{name!r}: {refusal}")
     return found

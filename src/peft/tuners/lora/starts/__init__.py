@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """How LoRA's factors start: strategies by the value of `init_lora_weights`, a file for each kind."""
 
+from .corda import Corda
 from .eva import Eva
 from .olora import Olora
 from .pissa import Pissa
@@ -10,6 +11,7 @@ from .registry import Start, changes_base, check_start, find_start, register_sta
 
 
 __all__ = [
+    "Corda",
     "Eva",
     "Gaussian",
     "Neutral",

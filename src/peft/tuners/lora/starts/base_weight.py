@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
 """
-Starts that make the factors from the base weight and take their product out of it.
+Starts whose product of factors is taken out of the base weight, of which most make the factors from it.
 
 That is put off until all layers of an injection are made (`deferring_base_changes`), so that an injection or a load
 that is refused halfway has changed no weight.
 """
 
-from abc import abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -52,11 +51,30 @@ def warn_of_changed_bases(name: bool | str | None, targets: Iterable[nn.Module])
 
 
 class FromBaseWeight(Start):
-    """Factors that are a part of the base weight, which keeps the rest. An embedding starts neutrally."""
+    """
+    Factors whose product moves out of the base weight, which keeps the rest. An embedding starts neutrally.
+
+    Subclasses supply `factorise`, or `make_factors` if they need more than the weight.
+    """
 
     changes_base = True
 
-    @abstractmethod
+    def make_factors(
+        self, layer: LowRankLayer, adapter: str, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Make the factors of a layer; scaling times their product is taken out of its weight.
+
+        Args:
+            layer: the layer.
+            adapter: name of the adapter.
+            weight: (out, in), float32 or float64.
+
+        Returns:
+            B (out, rank) and A (rank, in).
+        """
+        return self.factorise(weight, layer.r[adapter], layer.scaling[adapter])
+
     def factorise(self, weight: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Factorise a matrix; scaling times the product is taken out of it.
@@ -69,6 +87,7 @@ class FromBaseWeight(Start):
         Returns:
             B (out, rank) and A (rank, in).
         """
+        raise NotImplementedError
 
     def start(self, layer: LowRankLayer, adapter: str) -> None:
         """
@@ -86,7 +105,7 @@ class FromBaseWeight(Start):
         weight = layer.get_base_weight()
         matrix = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
         transposed = stores_weight_transposed(layer.get_base_layer())
-        b, a = self.factorise(matrix.T if transposed else matrix, layer.r[adapter], layer.scaling[adapter])
+        b, a = self.make_factors(layer, adapter, matrix.T if transposed else matrix)
         into, out = layer.factor_weights(adapter)
         into.copy_(a)
         out.copy_(b)
@@ -100,9 +119,19 @@ class FromBaseWeight(Start):
         """Say what stands against factors made from a base weight; see `Start.refusal`."""
         if isinstance(base, nn.Embedding):
             return None
-        return self._refusal_of_weight(base, rank) or self._refusal_of_others(base, layer)
+        return self.refusal_of_weight(base, rank) or self._refusal_of_others(base, layer)
 
-    def _refusal_of_weight(self, base: nn.Module, rank: int) -> Exception | None:
+    def refusal_of_weight(self, base: nn.Module, rank: int) -> Exception | None:
+        """
+        Say what about a weight stands against it.
+
+        Args:
+            base: the base layer.
+            rank: rank of the factors.
+
+        Returns:
+            The exception to raise, or None.
+        """
         weight, kind = getattr(base, "weight", None), type(base).__name__
         value = f"init_lora_weights={self.name!r}"
         backend = resolve_quantization_backend(base)

@@ -12,7 +12,7 @@ from ..low_rank import LowRankLayer
 
 
 # named in the config's type, and part of later versions of this package
-_PLANNED = ("corda", "loftq", "mica", "lora_ga")
+_PLANNED = ("loftq", "mica", "lora_ga")
 
 _STARTS: dict[bool | str, type["Start"]] = {}
 
