@@ -56,7 +56,6 @@ def named(*patterns: str) -> Condition:
 
 # What needs one of these has to fail; once it passes, the entry has to go.
 FEATURES_NOT_IMPLEMENTED = {
-    "LoRA: BD-LoRA": uses("use_bdlora"),
     "LoRA: VeLoRA": uses("velora_config"),
     "LoRA: MonteCLoRA": uses("monteclora_config"),
     "LoRA: Arrow": named("ops/arrow_*"),

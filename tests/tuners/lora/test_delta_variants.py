@@ -13,6 +13,7 @@ from support.helpers import assert_close, assert_equal, differs, features, logit
 from torch import nn
 
 from peft import (
+    BdLoraConfig,
     KasaConfig,
     LoraConfig,
     PeftModel,
@@ -26,7 +27,11 @@ from peft import (
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
 
 # name -> what asks for it
-VARIANTS: dict[str, dict[str, Any]] = {"KaSA": {"kasa_config": KasaConfig()}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "KaSA": {"kasa_config": KasaConfig()},
+    "BD-LoRA": {"use_bdlora": BdLoraConfig(target_modules_bd_a=["head"], target_modules_bd_b=["up"], nblocks=2)},
+    "QA-LoRA": {"use_qalora": True, "qalora_group_size": 4},
+}
 # those that take something out of the base weight, which is what is left when they are off
 CHANGE_BASE = {"KaSA"}
 
@@ -199,16 +204,17 @@ def test_ties(variant: str, tmp_path: Path) -> None:
         (nn.Conv2d(16, 16, 1), {}),
         (nn.MultiheadAttention(16, 2), {}),
         (nn.Linear(16, 16), {"use_dora": True}),
-        (nn.Linear(16, 16), {"target_modules": [], "target_parameters": ["0.weight"]}),
+        (nn.Linear(16, 16), {"target_modules": [], "target_parameters": ["head.weight"]}),
     ],
     ids=["embedding", "convolution", "attention", "with DoRA", "parameter"],
 )
 def test_where_it_does_not_exist_it_is_refused(variant: str, target: nn.Module, options: dict[str, Any]) -> None:
-    net = nn.Sequential(target)
+    net = nn.ModuleDict({"head": target})
     with refused(net, ValueError):
-        get_peft_model(net, config(variant, **{"target_modules": ["0"], **options}))
+        get_peft_model(net, config(variant, **{"target_modules": ["head"], **options}))
 
 
+@pytest.mark.filterwarnings("ignore:adapter 'default' is LoRA already")
 @each_variant
 def test_conversion_to_plain_lora(variant: str) -> None:
     model = adapted(variant)

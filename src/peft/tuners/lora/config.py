@@ -161,6 +161,7 @@ class BdLoraConfig:
     def __post_init__(self) -> None:
         both = sorted(set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ()))
         _require(not both, f"{', '.join(both)} stands in target_modules_bd_a and in target_modules_bd_b; keep one")
+        _require(self.nblocks > 0, f"nblocks must be positive, found {self.nblocks}")
 
 
 @dataclass

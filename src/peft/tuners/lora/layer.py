@@ -106,14 +106,15 @@ class LoraLayer(MixedBatches, VariantLayer):
             config: the adapter's config.
             r: rank, positive.
             lora_alpha: numerator of the scaling.
-            kwargs: kept for callers of the released package.
+            kwargs: `target_name`, the full name of the target, for variants; others are kept for callers of the
+                released package.
 
         Raises:
             PeftValueError: if `r` is not positive.
         """
         if not isinstance(r, int) or r <= 0:
             raise PeftValueError(f"the rank r must be a positive integer, found {r!r}")
-        variant = make_variant(self, adapter_name, config)
+        variant = make_variant(self, adapter_name, config, kwargs.get("target_name"))
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         for name in ("use_dora", "use_rslora", "lora_bias"):
             getattr(self, name)[adapter_name] = getattr(config, name)

@@ -69,6 +69,18 @@ class LowRankLayer(Scaled, AdditiveLayer):
                 self.__dict__["adapter_layer_names"] = (*self.adapter_layer_names, name)
         return self._modules[name]
 
+    def setting(self, name: str) -> dict[str, Any]:
+        """
+        Give the mapping for a setting that a variant of LoRA has by adapter name; it is made when it is needed.
+
+        Args:
+            name: attribute that holds it.
+        """
+        if name not in self.__dict__:
+            self.__dict__[name] = {}
+            self.__dict__["other_param_names"] = (*self.other_param_names, name)
+        return self.__dict__[name]
+
     def _make_linear_factors(self, adapter: str, r: int, with_bias: bool) -> None:
         """Make the factors of a weight that is a matrix, or a row of matrices: (r, in) and (out, r)."""
         bias = self.new_parameter(self.out_features) if with_bias else None

@@ -35,6 +35,7 @@ from ...utils.old_names import old_names
 from ...utils.progress import showing_progress
 from ...utils.warning import warn
 from ..base import BaseTuner
+from ..placement import Placement
 from ..plan import AdapterPlan, Target
 from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig
@@ -145,6 +146,13 @@ class LoraModel(BaseTuner):
         if issubclass(target.layer_class, LoraParallelLinear):
             arguments.update(backend=backend_of(self.peft_config.values()))
         return super()._create_layer(base, target, adapter_name, config, arguments)
+
+    def _make_layer(
+        self, placement: Placement, planned: Target, stands: nn.Module, config: PeftConfig, arguments: dict[str, Any]
+    ) -> LoraLayer:
+        if planned.parameter is None and find_variant(config) is not None:
+            arguments["target_name"] = planned.name
+        return super()._make_layer(placement, planned, stands, config, arguments)
 
     def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
         super()._check_new_adapter_config(adapter_name, config)

@@ -11,8 +11,10 @@ from .alora import (
     is_alora_relevant_in_batch,
 )
 from .base import LoraVariant
+from .bdlora import BdLora, BlockDiagonalLinear
 from .dora import Dora
 from .kasa import Kasa
+from .qalora import QaLora
 from .registry import (
     attach_variants,
     check_beside,
@@ -29,9 +31,12 @@ from .registry import (
 
 __all__ = [
     "ActivatedLora",
+    "BdLora",
+    "BlockDiagonalLinear",
     "Dora",
     "Kasa",
     "LoraVariant",
+    "QaLora",
     "attach_variants",
     "calculate_alora_offsets",
     "check_beside",
@@ -50,7 +55,7 @@ __all__ = [
 
 # the released package has a class for each kind of layer, which is one here
 ALoraLinearVariant = ActivatedLora
-KasaLinearVariant = Kasa
+BdLoraLinearVariant, KasaLinearVariant, QALoraLinearVariant = BdLora, Kasa, QaLora
 DoraLinearVariant = DoraEmbeddingVariant = DoraConv1dVariant = DoraConv2dVariant = DoraConv3dVariant = Dora
 
 

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ....anatomy.kinds import is_linear
 from ....layers.fused.terms import LowRank
 from ....utils.error import PeftValueError
 from ..config import LoraConfig
 from ..low_rank import LowRankLayer
-from ..starts import Start
+from ..starts import Start, find_start
+from ..whole_weight import OnWholeWeight
 
 
 class LoraVariant:
@@ -36,6 +38,8 @@ class LoraVariant:
     """
 
     adds_delta = False
+    # full name of the target, where the layer was made for one
+    target: str | None = None
     name = "the variant"
     # the field of the config that asks for it; `register_variant` sets it
     field: str
@@ -88,6 +92,17 @@ class LoraVariant:
         Raises:
             PeftValueError: in that case.
         """
+
+    @classmethod
+    def applies_to(cls, config: LoraConfig, target: str | None) -> bool:
+        """
+        Say whether a target gets the variant; one that does not is plain LoRA.
+
+        Args:
+            config: the adapter's config.
+            target: full name; None if the layer is made by hand.
+        """
+        return True
 
     @classmethod
     def refusal(
@@ -150,6 +165,16 @@ class LoraVariant:
     def adapter_aliases(self, layer: LowRankLayer, adapter: str) -> Iterator[tuple[str, str, bool]]:
         """Yield what a checkpoint holds for a layer that follows, beside the factors; see `BaseTunerLayer`."""
         yield from ()
+
+    def prepare_to_load(self, layer: LowRankLayer, adapter: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """
+        Make room for tensors of a checkpoint that have another form; see `AdapterModule.prepare_to_load`.
+
+        Args:
+            layer: the layer.
+            adapter: name.
+            tensors: key in the checkpoint -> tensor, of all layers.
+        """
 
     def attach(self, model: nn.Module, adapter: str, config: LoraConfig) -> None:
         """Do what has to be done on the model, once the adapter is in it; it is called for each layer."""
@@ -256,3 +281,37 @@ class LoraVariant:
     def supports_lora_conversion(self) -> bool:
         """Say whether plain LoRA on the base model can stand for what merging the adapter changes of the weight."""
         return not self.changes_base()
+
+
+class OfLinearLayers(LoraVariant):
+    """A variant that exists for linear layers, quantised or not, that are called with their inputs."""
+
+    @classmethod
+    def supports(cls, layer: LowRankLayer) -> bool:
+        """Say whether the layer is a linear one that is called."""
+        return is_linear(layer.get_base_layer()) and not isinstance(layer, OnWholeWeight)
+
+    @classmethod
+    def refusal(
+        cls, config: LoraConfig, target: str, base: nn.Module, layer: nn.Module, rank: int
+    ) -> Exception | None:
+        """Say that another kind of layer has no such variant; see `LoraVariant.refusal`."""
+        if is_linear(base):
+            return None
+        return PeftValueError(f"{cls.name} does not exist for {type(base).__name__} layers; narrow the targets")
+
+
+class OwnStart(OfLinearLayers):
+    """One that starts a factor by itself, whatever `init_lora_weights` says of plain factors."""
+
+    @classmethod
+    def refusal(
+        cls, config: LoraConfig, target: str, base: nn.Module, layer: nn.Module, rank: int
+    ) -> Exception | None:
+        """Refuse starts that need both factors as they make them, too; see `LoraVariant.refusal`."""
+        if find_start(config.init_lora_weights).needs_matrix:
+            return PeftValueError(
+                f"{cls.name} starts one of the factors by itself, which does not go with "
+                f"init_lora_weights={config.init_lora_weights!r}; use True, False or 'gaussian'"
+            )
+        return super().refusal(config, target, base, layer, rank)

@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """The side of a layer that has variants of LoRA: it asks them for what differs from LoRA."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,6 +52,11 @@ class VariantLayer(LowRankLayer):
         yield from super().adapter_aliases(adapter_name)
         if adapter_name in self._owners and adapter_name in self.variants:
             yield from self.variants[adapter_name].adapter_aliases(self, adapter_name)
+
+    def prepare_to_load(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Let a variant make room for another form of its tensors; see `AdapterModule.prepare_to_load`."""
+        if adapter_name in self.variants and adapter_name not in self._owners:
+            self.variants[adapter_name].prepare_to_load(self, adapter_name, tensors)
 
     def _written_out(self, name: str, adapter: str) -> torch.Tensor:
         """Give the matrix that a factor stands for; that of an owner is written out already."""

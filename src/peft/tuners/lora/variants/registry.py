@@ -15,7 +15,7 @@ from .base import LoraVariant
 
 
 # fields that ask for variants of later versions of this package
-_PLANNED = ("velora_config", "monteclora_config", "arrow_config", "use_bdlora")
+_PLANNED = ("velora_config", "monteclora_config", "arrow_config")
 
 _VARIANTS: dict[str, type[LoraVariant]] = {}
 
@@ -88,7 +88,9 @@ def find_variant(config: LoraConfig) -> type[LoraVariant] | None:
     return _VARIANTS[asked[0]]
 
 
-def make_variant(layer: LowRankLayer, adapter: str, config: LoraConfig) -> LoraVariant | None:
+def make_variant(
+    layer: LowRankLayer, adapter: str, config: LoraConfig, target: str | None = None
+) -> LoraVariant | None:
     """
     Make the strategy of an adapter, if its config asks for one.
 
@@ -96,9 +98,14 @@ def make_variant(layer: LowRankLayer, adapter: str, config: LoraConfig) -> LoraV
         layer: a layer that is about to get the adapter.
         adapter: name.
         config: its config.
+        target: full name of the layer, if it is made for a model.
     """
     variant_cls = find_variant(config)
-    return None if variant_cls is None else variant_cls(layer, adapter, config)
+    if variant_cls is None or not variant_cls.applies_to(config, target):
+        return None
+    variant = variant_cls(layer, adapter, config)
+    variant.target = target
+    return variant
 
 
 def check_beside(config: LoraConfig, others: Mapping[str, LoraConfig]) -> None:
