@@ -87,7 +87,8 @@ def layer_and_adapter(model: nn.Module, name: str) -> tuple[nn.Module, str] | No
         name: name of a parameter.
 
     Returns:
-        The two; None if the parameter is no factor, or one of a method that has a third factor between the two.
+        The two; None if the parameter is no factor, one of a method that has a third factor between the two, or one
+        that is kept in another form than that of a matrix.
     """
     parts = name.split(".")
     place = next((i for i, part in enumerate(parts) if part in {*_PARTNERS, *_PARTNERS.values()}), None)
@@ -95,7 +96,7 @@ def layer_and_adapter(model: nn.Module, name: str) -> tuple[nn.Module, str] | No
         return None
     layer = model.get_submodule(".".join(parts[:place]))
     is_whole = isinstance(layer, LoraLayer) and (layer.is_embedding or parts[-1] == "weight")
-    return (layer, parts[place + 1]) if is_whole else None
+    return (layer, parts[place + 1]) if is_whole and layer.keeps_matrices(parts[place + 1]) else None
 
 
 @dataclass(frozen=True)

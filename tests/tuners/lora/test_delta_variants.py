@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import assert_close, assert_equal, differs, features, logits, randomise, refused, stack
+from support.helpers import assert_close, assert_equal, differs, features, logits, randomise, refused, stack, warned
 from torch import nn
 
 from peft import (
@@ -22,6 +22,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.optimizers import create_lorafa_optimizer, create_riemannian_optimizer
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
@@ -34,6 +35,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # those that take something out of the base weight, which is what is left when they are off
 CHANGE_BASE = {"KaSA"}
+
+# those whose factors are not kept as the matrices whose product is the delta
+WRITTEN_OUT = {"KaSA", "BD-LoRA", "QA-LoRA"}
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -214,7 +218,6 @@ def test_where_it_does_not_exist_it_is_refused(variant: str, target: nn.Module, 
         get_peft_model(net, config(variant, **{"target_modules": ["head"], **options}))
 
 
-@pytest.mark.filterwarnings("ignore:adapter 'default' is LoRA already")
 @each_variant
 def test_conversion_to_plain_lora(variant: str) -> None:
     model = adapted(variant)
@@ -222,8 +225,48 @@ def test_conversion_to_plain_lora(variant: str) -> None:
         with refused(model, TypeError):
             convert_to_lora(model, 4)
         return
-    plain, tensors = convert_to_lora(model, 4)
+    with warned("is LoRA already"):
+        plain, tensors = convert_to_lora(model, 4)
     again = get_peft_model(stack(), plain).eval()
     set_peft_model_state_dict(again, tensors)
     assert again.base_model.model.head.variants == {}
     assert_close(logits(again, features()), logits(model, features()), atol=1e-4)
+
+
+@each_variant
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_a_weighted_sum_with_a_plain_adapter_is_plain_lora(variant: str, kind: str) -> None:
+    model = adapted(variant)
+    if variant in CHANGE_BASE:
+        with refused(model, ValueError, "cannot be combined"):
+            model.add_weighted_adapter(["default"], [1.0], "sum", kind)
+        return
+    model.add_adapter("plain", LoraConfig(r=4, target_modules=["up", "head"], init_lora_weights=False))
+    model.add_weighted_adapter(["default", "plain"], [0.5, -2.0], "sum", kind, svd_rank=6)
+    layer = model.base_model.model.head
+    assert "sum" not in layer.variants and "default" in layer.variants
+    expected = 0.5 * layer.get_delta_weight("default") - 2 * layer.get_delta_weight("plain")
+    assert_close(layer.get_delta_weight("sum"), expected)
+
+
+@each_variant
+@pytest.mark.parametrize("how", ["LoRA-FA", "Riemannian"])
+def test_optimisers_that_look_at_factors_leave_other_forms_alone(variant: str, how: str) -> None:
+    model = adapted(variant).train()
+    keeps = model.base_model.model.head.keeps_matrices("default")
+    assert keeps == (variant not in WRITTEN_OUT)
+    if not keeps:
+        with refused(model, ValueError):
+            make_optimizer(how, model)
+        return
+    before = model.base_model.model.head.lora_B["default"].weight.clone()
+    optimizer = make_optimizer(how, model)
+    model(features()).square().mean().backward()
+    optimizer.step()
+    assert differs(model.base_model.model.head.lora_B["default"].weight, before)
+
+
+def make_optimizer(how: str, model: PeftModel) -> torch.optim.Optimizer:
+    if how == "LoRA-FA":
+        return create_lorafa_optimizer(model, r=2, lora_alpha=6, lr=0.1)
+    return create_riemannian_optimizer(model, torch.optim.SGD, lr=0.1)

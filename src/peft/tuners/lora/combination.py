@@ -42,7 +42,7 @@ def _as_matrices(layer: LoraLayer, adapter: str) -> Factors:
     # what has room for greater ranks counts with those that it has
     into, out = (
         layer.rank_axis(name).cut(factor, layer.r[adapter])
-        for name, factor in zip(("lora_A", "lora_B"), layer.factor_weights(adapter), strict=True)
+        for name, factor in zip(("lora_A", "lora_B"), layer.factors_written_out(adapter), strict=True)
     )
     groups = _groups(layer)
     dtype = torch.promote_types(into.dtype, torch.float32)
@@ -115,6 +115,8 @@ def add_weighted_adapter(
     rows = combined_tokens(model.model, weighted)
     config.trainable_token_indices = _joined_tokens(configs, rows)
     config.modules_to_save = None if source is None else model.peft_config[source].modules_to_save
+    for field in _become_plain(configs):
+        setattr(config, field, None)
     config.ensure_weight_tying = any(other.ensure_weight_tying for other in configs)
     config.lora_bias = any(layer.lora_bias[a] for name, layer in layers.items() for a in parts[name])
     if config.init_lora_weights not in (True, False, "gaussian"):
@@ -153,8 +155,7 @@ def _check_adapters(model: BaseTuner, adapters: Sequence[str], weights: list[flo
     if len(weights) != len(adapters):
         warn(f"{len(adapters)} adapters and {len(weights)} weights were given; what is left over is not used")
     configs = [model.peft_config[name] for name in adapters]
-    variants = {find_variant(config) for config in configs}
-    add_up = len(variants) == 1 and all(v is not None and v.has_weighted_sum(configs) for v in variants)
+    add_up = _have_sum_of_their_kind(configs) or bool(_become_plain(configs))
     for name, config in zip(adapters, configs, strict=True):
         # as a rule, a variant is no sum of deltas, so it has no weighted sum; nor have parameters that experts share
         asked = [] if add_up else names_asked_for(config)
@@ -167,6 +168,18 @@ def _check_adapters(model: BaseTuner, adapters: Sequence[str], weights: list[flo
     for name, weight in zip(adapters, weights, strict=False):
         weighted[name] = weighted.get(name, 0.0) + weight
     return weighted
+
+
+def _have_sum_of_their_kind(configs: Sequence[LoraConfig]) -> bool:
+    variants = {find_variant(config) for config in configs}
+    return len(variants) == 1 and all(v is not None and v.has_weighted_sum(configs) for v in variants)
+
+
+def _become_plain(configs: Sequence[LoraConfig]) -> set[str]:
+    """Name the fields that ask for variants, if all of these add deltas and so have a sum that is plain LoRA."""
+    variants = {find_variant(config) for config in configs} - {None}
+    add_deltas = all(v.adds_delta and not v.changes_base() for v in variants)
+    return {v.field for v in variants} if add_deltas and not _have_sum_of_their_kind(configs) else set()
 
 
 def _joined_targets(configs: Sequence[LoraConfig]) -> set[str] | str:

@@ -148,6 +148,16 @@ class LowRankLayer(Scaled, AdditiveLayer):
         into, out = self.factor_names
         return self._factor(into, adapter), self._factor(out, adapter)
 
+    def factors_written_out(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the same two as the matrices that they stand for, whatever form they are kept in."""
+        into, out = self.factor_names
+        return self._written_out(into, adapter), self._written_out(out, adapter)
+
+    def keeps_matrices(self, adapter: str) -> bool:
+        """Say whether an adapter's factors are kept as the matrices whose product is the delta without scaling."""
+        kept = zip(self.factor_weights(adapter), self.factors_written_out(adapter), strict=True)
+        return all(factor is matrix for factor, matrix in kept)
+
     def delta_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Give two matrices whose product is the delta without its scaling, in the layout of the base weight.
