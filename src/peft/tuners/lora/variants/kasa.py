@@ -129,10 +129,6 @@ class Kasa(LoraVariant):
         hidden = layer.lora_A[adapter](layer.prepared_input(adapter, x))
         return layer.output_of(adapter, hidden * (layer.lora_diag[adapter] * layer.scaling[adapter]))
 
-    def supports_lora_conversion(self) -> bool:
-        """It cannot: what a plain adapter would stand on is not the base model."""
-        return False
-
     def penalty(self, layer: LowRankLayer, adapter: str) -> torch.Tensor:
         """
         Compute what keeps the singular values small, and the factors orthogonal; in float32.
