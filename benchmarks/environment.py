@@ -31,7 +31,7 @@ def released_python(folder: Path = RELEASED_VENV) -> Path:
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", CONSTRAINTS]
         # torch by itself, so that the build is the one that the package under development is measured with
         subprocess.run([*pip, "torch"], check=True)
-        subprocess.run([*pip, f"peft=={RELEASED_VERSION}", "transformers"], check=True)
+        subprocess.run([*pip, f"peft=={RELEASED_VERSION}", "transformers", "scikit-learn"], check=True)
         complete.touch()
     return python
 

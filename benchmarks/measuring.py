@@ -117,11 +117,15 @@ class TensorMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run an operation, and count what it has made."""
         result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor, given)
+        given = {tensor.untyped_storage().data_ptr() for tensor in self._stored((args, kwargs))}
+        for tensor in self._stored(result):
+            self._count(tensor, given)
         return result
+
+    @staticmethod
+    def _stored(values: Any) -> list[torch.Tensor]:
+        """Give the tensors that have a storage of their own, as sparse ones have not."""
+        return [t for t in tree_leaves(values) if isinstance(t, torch.Tensor) and t.layout == torch.strided]
 
     def _count(self, tensor: torch.Tensor, given: set[int]) -> None:
         storage = tensor.untyped_storage()

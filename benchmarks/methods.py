@@ -67,6 +67,7 @@ SETUPS: dict[str, Setup] = {
     "PREFIX_TUNING": Setup(PROMPT),
     "PROMPT_TUNING": Setup(PROMPT),
     "P_TUNING": Setup({**PROMPT, "encoder_hidden_size": 64}),
+    "SHADOW": Setup({"target_modules": None}),
     "TRAINABLE_TOKENS": Setup({"token_indices": list(range(16)), "target_modules": ["embed_tokens"]}),
     "XLORA": Setup(needs=experts),
 }

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft import WaveFTConfig, get_peft_model
+from peft.tuners.waveft import maths
 from peft.tuners.waveft.constants import WAVELET_REDUCTIONS
 from peft.tuners.waveft.layer import WaveFTLayer
 from peft.tuners.waveft.maths import filters_of
@@ -155,3 +156,15 @@ def test_number_that_does_not_fit_is_refused(n: int, proportional: bool) -> None
 def test_unknown_wavelets_are_refused(family: str) -> None:
     with pytest.raises(ValueError, match="wavelet_family must be one of"):
         WaveFTConfig(wavelet_family=family)
+
+
+@pytest.mark.parametrize("family", ["db1", "sym2", "db4"])
+@pytest.mark.parametrize("shape", [(9, 8), (16, 31)])
+def test_sum_of_wavelets_is_the_matrix_of_all_coefficients(family: str, shape: tuple[int, int]) -> None:
+    filters = maths.filters_of(family).double()
+    places = maths.places_of(maths.draw_places(shape, 12, seed=0), shape, filters)
+    values = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    grid = maths.scatter(values, places, maths.grid_size(shape, filters))
+    expected = maths.synthesise_matrix(grid, filters, shape)
+    torch.testing.assert_close(maths.sum_of_wavelets(values, places, filters, shape), expected)
+    torch.autograd.gradcheck(lambda values: maths.sum_of_wavelets(values, places, filters, shape), values)

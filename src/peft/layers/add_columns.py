@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from ..utils.own_derivative import OwnDerivative
 
-class AddColumns(torch.autograd.Function):
+
+class AddColumns(OwnDerivative):
     """
     Add to some columns of a tensor that nobody else looks at, in its own memory.
 

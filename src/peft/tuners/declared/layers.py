@@ -95,7 +95,8 @@ class DeclaredLayer(BaseTunerLayer):
         if self.dropout_field is not None:
             p = getattr(c, self.dropout_field)
             self._modules[self.dropout_field][adapter_name] = nn.Dropout(p) if p else nn.Identity()
-        for name, spec in self.specified(c):
+        specified = dict(self.specified(c))
+        for name, spec in specified.items():
             container = self._modules.get(self.tensor_names[name])
             if isinstance(spec, Trained):
                 container[adapter_name] = self.new_parameter(*spec.shape)
@@ -105,7 +106,7 @@ class DeclaredLayer(BaseTunerLayer):
                 container.put(adapter_name, self._made(spec), isinstance(spec, Kept))
         for name in getattr(self.declared, "frozen", ()):
             if name not in getattr(self.declared, "shared", ()):
-                self.frozen(adapter_name, name)
+                self.frozen(adapter_name, name, specified)
 
     def _placed(self, module: nn.Module) -> nn.Module:
         """Bring the tensors of a module to where, and trained ones to the type, that the base weight calls for."""
@@ -127,7 +128,7 @@ class DeclaredLayer(BaseTunerLayer):
         with torch.no_grad():
             return spec.made(weight, device, dtype)
 
-    def frozen(self, adapter: str, name: str) -> torch.Tensor | None:
+    def frozen(self, adapter: str, name: str, specified: Mapping[str, Any] | None = None) -> torch.Tensor | None:
         """
         Give a tensor that the config tells, where and in the type that the adapter's trained ones are.
 
@@ -136,6 +137,7 @@ class DeclaredLayer(BaseTunerLayer):
         Args:
             adapter: name of an adapter that this layer has itself.
             name: name of the tensor in the functions.
+            specified: what the functions tell of the adapter's tensors, where that is known.
         """
         like, made = next(self.adapter_parameters(adapter)), self.made.setdefault(adapter, {})
         tensor = made.get(name)
@@ -144,7 +146,9 @@ class DeclaredLayer(BaseTunerLayer):
             or tensor.device != like.device
             or (tensor.is_floating_point() and tensor.dtype != like.dtype)
         ):
-            spec = self.declared.tensors(self.shape, self.settings[adapter]).get(name)
+            if specified is None:
+                specified = dict(self.specified(self.settings[adapter]))
+            spec = specified.get(name)
             if spec is None:
                 return None
             with torch.inference_mode(False), torch.no_grad():

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from ...utils.own_derivative import OwnDerivative
 
-class HadaWeight(torch.autograd.Function):
+
+class HadaWeight(OwnDerivative):
     """The delta of two pairs of factors. Keeps the factors for the backward pass and not the products."""
 
     generate_vmap_rule = True
@@ -45,7 +47,7 @@ class HadaWeight(torch.autograd.Function):
         return _product_rule(HadaWeight.forward, ctx.saved_tensors, tangents, ctx.scale)
 
 
-class HadaWeightCP(torch.autograd.Function):
+class HadaWeightCP(OwnDerivative):
     """The delta of a convolution in Tucker form. Keeps the factors for the backward pass and not the products."""
 
     generate_vmap_rule = True
@@ -139,7 +141,7 @@ def make_weight(
     Returns:
         (out, in).
     """
-    return HadaWeight.apply(w1a, w1b, w2a, w2b, scale)
+    return HadaWeight.of(w1a, w1b, w2a, w2b, scale)
 
 
 def make_weight_cp(
@@ -166,7 +168,7 @@ def make_weight_cp(
     Returns:
         (out, in, *kernel).
     """
-    return HadaWeightCP.apply(t1, w1a, w1b, t2, w2a, w2b, scale)
+    return HadaWeightCP.of(t1, w1a, w1b, t2, w2a, w2b, scale)
 
 
 def low_rank_factors(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...utils.own_derivative import OwnDerivative
+
 
 def split(weight: torch.Tensor, k: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """
@@ -38,7 +40,7 @@ def kept_apart(gradient: torch.Tensor, basis: torch.Tensor, is_complement: bool)
     return inside if is_complement else gradient - inside
 
 
-class _KeptApart(torch.autograd.Function):
+class _KeptApart(OwnDerivative):
     """The identity, whose gradient is taken out of a subspace; it survives whatever replaces parameters."""
 
     generate_vmap_rule = True
@@ -68,7 +70,7 @@ def with_gradient_apart(columns: torch.Tensor, basis: torch.Tensor, is_complemen
         basis: see `kept_apart`.
         is_complement: see there.
     """
-    return _KeptApart.apply(columns, basis, is_complement)
+    return _KeptApart.of(columns, basis, is_complement)
 
 
 def decompose_weight_matrix(weight: torch.Tensor, top_k: int) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class RandLora:
         """Give Q, (larger, n r), and the scaled P, (n r, smaller); their inner indices are not in the same order."""
         smaller, larger = sorted(shape)
         rows, columns = t.A[..., :smaller].to(t.gamma), t.B[:larger].flatten(1)[:, : c.n * c.r].to(t.gamma)
-        rows = UniqueBaseGrad.apply(rows, t.lambda_ * c.scaling, t.gamma).flatten(0, 1)
+        rows = UniqueBaseGrad.of(rows, t.lambda_ * c.scaling, t.gamma).flatten(0, 1)
         return (columns, rows) if shape[1] <= shape[0] else (rows.T, columns.T)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ...utils.own_derivative import OwnDerivative
+
 
 def random_basis(shape: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
     """
@@ -42,7 +44,7 @@ def sparse_basis(shape: tuple[int, ...], q: float, generator: torch.Generator) -
     return basis / deviation if deviation > 0 else basis  # one without entries cannot be scaled
 
 
-class UniqueBaseGrad(torch.autograd.Function):
+class UniqueBaseGrad(OwnDerivative):
     """Product of a basis and its scalings; no gradient of the basis, and nothing of the product's size, is kept."""
 
     generate_vmap_rule = True

@@ -3,7 +3,7 @@
 """WaveFT: W + s times an inverse wavelet transform of a few numbers at places that a seed tells."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class WaveFT:
                 f"n_frequency must be positive and at most {out * inputs}, the number of entries of a target's "
                 f"weight, found {n}"
             )
-        indices = partial(maths.draw_places, shape, n, c.random_loc_seed)
+        indices = cache(partial(maths.draw_places, shape, n, c.random_loc_seed))
         filters = partial(maths.filters_of, c.wavelet_family)
         return {
             "spectrum": Trained((n,), 0.0 if c.init_weights else lambda spectrum: spectrum.normal_().mul_(0.01)),
@@ -74,6 +74,8 @@ class WaveFT:
     def delta(t: Tensors, shape: Shape, c: WaveFTConfig) -> torch.Tensor:
         """Put the coefficients in their places and transform them, (out, in)."""
         filters = t.filters if c.use_idwt else None
+        if filters is not None and maths.are_few(t.spectrum, filters, shape):
+            return maths.sum_of_wavelets(t.spectrum * c.scaling, t.places, filters, shape)
         grid = maths.scatter(t.spectrum * c.scaling, t.places, maths.grid_size(shape, filters))
         return maths.synthesise_matrix(grid, filters, shape)
 

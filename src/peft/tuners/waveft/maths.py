@@ -272,6 +272,43 @@ def sparse_product(x: torch.Tensor, values: torch.Tensor, places: torch.Tensor, 
     return x.new_zeros(*x.shape[:-1], size[0]).index_add(-1, rows, x.index_select(-1, columns) * values)
 
 
+def are_few(values: torch.Tensor, filters: torch.Tensor, shape: Sequence[int]) -> bool:
+    """
+    Say whether adding wavelets one by one costs less than putting a matrix together from all coefficients.
+
+    Args:
+        values: coefficients that are not zero, (n,).
+        filters: both filters, (2, L).
+        shape: size of the matrix.
+    """
+    return 4 * values.numel() * filters.shape[1] ** 2 < shape[0] * shape[1]
+
+
+def sum_of_wavelets(
+    values: torch.Tensor, places: torch.Tensor, filters: torch.Tensor, shape: Sequence[int]
+) -> torch.Tensor:
+    """
+    Put a matrix together from few coefficients, as `synthesise_matrix` does from all.
+
+    A coefficient adds a patch of L x L numbers, the product of the filters that belong to its row and its column.
+
+    Args:
+        values: coefficients, (n,).
+        places: their rows and columns among all coefficients, (2, n).
+        filters: both filters, (2, L).
+        shape: size of the matrix.
+    """
+    taps = filters.shape[1]
+    halves = torch.tensor(grid_size(shape, filters), device=places.device)[:, None] // 2
+    patches = filters[(places >= halves).long()]  # (2, n, L)
+    steps = torch.arange(taps, device=places.device)
+    rows, columns = (2 * (places % halves) - (taps - 2)).unsqueeze(-1) + steps
+    inside = ((rows >= 0) & (rows < shape[0])).unsqueeze(2) & ((columns >= 0) & (columns < shape[1])).unsqueeze(1)
+    entries = (values[:, None, None] * patches[0].unsqueeze(2) * patches[1].unsqueeze(1))[inside]
+    flat = (rows.unsqueeze(2) * shape[1] + columns.unsqueeze(1))[inside]
+    return values.new_zeros(shape[0] * shape[1]).index_add(0, flat, entries).view(tuple(shape))
+
+
 # ------------------------------------------------------------------------------------------------ names of the release
 class WaveletDetailTuple2d(NamedTuple):
     """
