@@ -61,7 +61,6 @@ FEATURES_NOT_IMPLEMENTED = {
     "LoRA: Arrow": named("ops/arrow_*"),
     "LoRA: MiCA": uses("init_lora_weights", "mica"),
     "LoRA: EVA, CorDA, LoRA-GA": uses("init_lora_weights", "eva", "corda", "lora_ga"),
-    "LoRA: LoRA-GA": uses("init_lora_weights", "lora_ga"),
     "convert_to_lora": named("ops/convert_to_lora_f*", "ops/convert_to_lora_threshold"),
 }
 

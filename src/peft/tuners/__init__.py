@@ -51,6 +51,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".ln_tuning.config": ["LNTuningConfig"],
         ".ln_tuning.model": ["LNTuningModel"],
         ".lora.calibration.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
+        ".lora.calibration.lora_ga": ["preprocess_loraga"],
         ".lora.config": [
             "ArrowConfig",
             "BdLoraConfig",

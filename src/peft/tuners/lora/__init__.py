@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         ".calibration.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
+        ".calibration.lora_ga": ["preprocess_loraga"],
         ".config": [
             "ArrowConfig",
             "BdLoraConfig",

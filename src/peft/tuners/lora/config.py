@@ -444,7 +444,7 @@ class LoraConfig(PeftConfig):
         for name, config_field in _INIT_CONFIGS.items():
             if (init == name) != (getattr(self, config_field) is not None):
                 warn(f"init_lora_weights={name!r} and {config_field} belong together; only one of them was given")
-        factored = init in ("corda", "olora") or str(init).startswith("pissa")
+        factored = init in ("corda", "lora_ga", "olora") or str(init).startswith("pissa")
         if factored and self.use_rslora and (self.rank_pattern or self.alpha_pattern):
             settings = " (with corda_config)" if init == "corda" else ""
             warn(

@@ -22,7 +22,7 @@ from ...utils.old_names import old_names
 from .config import LoraConfig
 from .conv import OnConvolution
 from .mixed_batch import MixedBatches
-from .starts import find_start
+from .starts import Start, find_start
 from .variants import LoraVariant, find_variant, make_variant, variants_by_field
 from .variants.layer import VariantLayer
 from .whole_weight import OnAttention, OnOutputProjection, OnParameter, warn_of_dropout
@@ -131,15 +131,13 @@ class LoraLayer(MixedBatches, VariantLayer):
 
     def reset_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         """Start an adapter's factors, as layers of torch do, and then as the config says."""
-        at_random = find_start(False)
-        if type(find_start(config.init_lora_weights)) is not type(at_random):
+        start, at_random = find_start(config.init_lora_weights, config), find_start(False)
+        if type(start) is not type(at_random):
             at_random.start(self, adapter_name)
             if (bias := self.bias_of_factors(adapter_name)) is not None:
                 bias.zero_()
-        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self._start_factors(adapter_name, start)
 
-    @changes_adapter
-    @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """
         Start an adapter's factors anew.
@@ -148,7 +146,12 @@ class LoraLayer(MixedBatches, VariantLayer):
             adapter_name: name.
             init_lora_weights: see `LoraConfig`.
         """
-        start, variant = find_start(init_lora_weights), self.variants.get(adapter_name)
+        self._start_factors(adapter_name, find_start(init_lora_weights))
+
+    @changes_adapter
+    @torch.no_grad()
+    def _start_factors(self, adapter_name: str, start: Start) -> None:
+        variant = self.variants.get(adapter_name)
         if variant is None:
             start.start(self, adapter_name)
         else:

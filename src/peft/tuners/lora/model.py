@@ -322,7 +322,7 @@ class LoraModel(BaseTuner):
         }
         shared = [names - set(ties) for names in holders]
         check_targets(config, own, shared)
-        check_start(find_start(config.init_lora_weights), own, shared)
+        check_start(find_start(config.init_lora_weights, config), own, shared)
         warn_of_changed_bases(config.init_lora_weights, targets.values())
 
     def _place_layers(self, plan: AdapterPlan) -> None:

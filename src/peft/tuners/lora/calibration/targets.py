@@ -67,7 +67,7 @@ def find_calibration_targets(model: nn.Module, config: LoraConfig) -> dict[str, 
             f"init_lora_weights={config.init_lora_weights!r} is calibrated for linear layers, and none is among the "
             f"targets ({', '.join(plan.names)}); choose other target_modules, or another initialisation"
         )
-    start = find_start(config.init_lora_weights)
+    start = find_start(config.init_lora_weights, config)
     for name, target in found.items() if isinstance(start, FromBaseWeight) else ():
         refusal = start.refusal_of_weight(target.layer, target.rank)
         if refusal is not None:

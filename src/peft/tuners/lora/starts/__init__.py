@@ -4,6 +4,7 @@
 
 from .corda import Corda
 from .eva import Eva
+from .lora_ga import LoraGA
 from .olora import Olora
 from .pissa import Pissa
 from .random import Gaussian, Neutral, Orthogonal, Random
@@ -14,6 +15,7 @@ __all__ = [
     "Corda",
     "Eva",
     "Gaussian",
+    "LoraGA",
     "Neutral",
     "Olora",
     "Orthogonal",

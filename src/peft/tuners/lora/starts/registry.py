@@ -8,11 +8,13 @@ from collections.abc import Callable, Collection, Mapping
 from torch import nn
 
 from ....utils.error import PeftNotImplementedError, PeftValueError
+from ....utils.warning import warn
+from ..config import LoraConfig
 from ..low_rank import LowRankLayer
 
 
 # named in the config's type, and part of later versions of this package
-_PLANNED = ("loftq", "mica", "lora_ga")
+_PLANNED = ("loftq", "mica")
 
 _STARTS: dict[bool | str, type["Start"]] = {}
 
@@ -30,11 +32,13 @@ class Start(ABC):
         needs_matrix: whether it works for weights that are matrices only, and not for experts, whose factors hold
             one after the other.
         family: what to tell of the values beside the registered one, if there are such.
+        config: config of the adapter, for starts with settings; None where only the value is known.
     """
 
     changes_base: bool = False
     needs_matrix: bool = True
     family: str | None = None
+    config: LoraConfig | None = None
 
     def __init__(self, name: bool | str) -> None:
         self.name = name
@@ -65,6 +69,18 @@ class Start(ABC):
 
         Returns:
             The exception to raise, or None.
+        """
+        return None
+
+    def remark(self, targets: Mapping[str, nn.Module]) -> str | None:
+        """
+        Say what should be known about the targets of an adapter before they are started.
+
+        Args:
+            targets: name -> base layer, none of which the start refuses.
+
+        Returns:
+            The text of a warning, or None.
         """
         return None
 
@@ -121,12 +137,13 @@ def registered_starts() -> list[bool | str]:
     return list(_STARTS)
 
 
-def find_start(name: bool | str | None) -> Start:
+def find_start(name: bool | str | None, config: LoraConfig | None = None) -> Start:
     """
     Find the strategy for a value of `init_lora_weights`.
 
     Args:
         name: the value; None is True.
+        config: config of the adapter, if there is one.
 
     Raises:
         PeftValueError: if no start has that name.
@@ -134,6 +151,7 @@ def find_start(name: bool | str | None) -> Start:
     """
     found = _look_up(name)
     if found is not None:
+        found.config = config
         return found
     if _key(name) in _PLANNED:
         raise PeftNotImplementedError(
@@ -182,6 +200,9 @@ def check_start(
                 f"{', '.join(repr(other) for other in apart if other != target)} would get too without the adapter; "
                 "set ensure_weight_tying=True where all of them can follow, or use another initialisation"
             )
+    remark = start.remark({target: base for target, (base, _, _) in targets.items()})
+    if remark is not None:
+        warn(remark)
 
 
 def _key(name: bool | str | None) -> bool | str:
