@@ -350,17 +350,13 @@ class PeftConfig(PeftConfigMixin):
     revision: str | None = option(None, "Revision of the base model on the hub.")
     inference_mode: bool = option(False, "Whether the adapter is frozen.")
 
-    def advice_for_new_adapter(self, low_cpu_mem_usage: bool) -> str | None:
+    def advise(self, low_cpu_mem_usage: bool) -> None:
         """
-        Say what a caller of `get_peft_model` should know, such as what is left to do. To be extended by methods.
+        Warn of what a caller of `get_peft_model` should know, such as what is left to do. To be extended by methods.
 
         Args:
             low_cpu_mem_usage: whether the adapter's tensors are made without storage.
-
-        Returns:
-            The text of a warning, or None.
         """
-        return None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give configs that were written for the released package the field too, if they can name modules."""

@@ -88,9 +88,7 @@ def get_peft_model(
         if config.revision is not None and config.revision != revision:
             warn(f"revision={revision!r} replaces the config's revision {config.revision!r}")
         config.revision = revision
-    advice = config.advice_for_new_adapter(low_cpu_mem_usage)
-    if advice is not None:
-        warn(advice)
+    config.advise(low_cpu_mem_usage)
     with all_or_nothing(model):
         if mixed:
             return PeftMixedModel(model, config, adapter_name=adapter_name)

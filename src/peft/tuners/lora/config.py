@@ -394,14 +394,13 @@ class LoraConfig(PeftConfig):
         """
         self._custom_modules = {**(self._custom_modules or {}), **mapping}
 
-    def advice_for_new_adapter(self, low_cpu_mem_usage: bool) -> str | None:
-        """Say that EVA is not done yet; see `PeftConfig.advice_for_new_adapter`."""
-        if self.init_lora_weights != "eva" or low_cpu_mem_usage:
-            return None
-        return (
-            "with init_lora_weights='eva' the factors start neutrally until initialize_lora_eva_weights(model, "
-            "dataloader) is called; low_cpu_mem_usage=True saves making them twice"
-        )
+    def advise(self, low_cpu_mem_usage: bool) -> None:
+        """Say that EVA is not done yet; see `PeftConfig.advise`."""
+        if self.init_lora_weights == "eva" and not low_cpu_mem_usage:
+            warn(
+                "with init_lora_weights='eva' the factors start neutrally until initialize_lora_eva_weights(model, "
+                "dataloader) is called; low_cpu_mem_usage=True saves making them twice"
+            )
 
     def _build_nested_configs(self) -> None:
         """Turn dictionaries, as they stand in a file, into the configs they are."""

@@ -14,8 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ....anatomy.kinds import stores_weight_transposed
 from ....utils.error import PeftValueError
+from ....utils.near_names import FEW
 from ....utils.quantization_utils import resolve_quantization_backend
 from ....utils.seeding import seeded
+from ....utils.warning import warn
 from ..config import LoraGAConfig
 from ..low_rank import LowRankLayer
 from .base_weight import FromBaseWeight
@@ -88,18 +90,17 @@ class LoraGA(FromBaseWeight):
             return PeftValueError(f"stable_gamma must be positive, found {settings.stable_gamma}")
         return None
 
-    def remark(self, targets: Mapping[str, nn.Module]) -> str | None:
-        """Say which targets have no gradient; see `Start.remark`."""
+    def warn_of_targets(self, targets: Mapping[str, nn.Module]) -> None:
+        """Say which targets have no gradient; see `Start.warn_of_targets`."""
         names = [n for n, base in targets.items() if isinstance(base, KINDS) and not hasattr(base, GRADIENT)]
-        if not names:
-            return None
-        return (
-            f"preprocess_loraga has left no gradient for {', '.join(map(repr, names[:5]))}"
-            f"{' ...' if len(names) > 5 else ''}: they start as with init_lora_weights=True, and their weights stay. "
-            "An adapter that was trained from gradients computes something else on such weights: prepare the base "
-            "model with the cache_file that it was prepared with, or save it with path_initial_model_for_weight_"
-            "conversion, which makes plain LoRA of it"
-        )
+        if names:
+            warn(
+                f"preprocess_loraga has left no gradient for {', '.join(map(repr, names[:FEW]))}"
+                f"{' ...' if len(names) > FEW else ''}: they start as with init_lora_weights=True, and their weights "
+                "stay. An adapter that was trained from gradients computes something else on such weights: prepare "
+                "the base model with the cache_file that it was prepared with, or save it with "
+                "path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+            )
 
     def start(self, layer: LowRankLayer, adapter: str) -> None:
         """Make the factors from the gradient; neutrally where there is none."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping
 from torch import nn
 
 from ....utils.error import PeftNotImplementedError, PeftValueError
-from ....utils.warning import warn
 from ..config import LoraConfig
 from ..low_rank import LowRankLayer
 
@@ -72,17 +71,13 @@ class Start(ABC):
         """
         return None
 
-    def remark(self, targets: Mapping[str, nn.Module]) -> str | None:
+    def warn_of_targets(self, targets: Mapping[str, nn.Module]) -> None:
         """
-        Say what should be known about the targets of an adapter before they are started.
+        Warn of what should be known about the targets of an adapter before they are started.
 
         Args:
             targets: name -> base layer, none of which the start refuses.
-
-        Returns:
-            The text of a warning, or None.
         """
-        return None
 
     @abstractmethod
     def start(self, layer: LowRankLayer, adapter: str) -> None:
@@ -200,9 +195,7 @@ def check_start(
                 f"{', '.join(repr(other) for other in apart if other != target)} would get too without the adapter; "
                 "set ensure_weight_tying=True where all of them can follow, or use another initialisation"
             )
-    remark = start.remark({target: base for target, (base, _, _) in targets.items()})
-    if remark is not None:
-        warn(remark)
+    start.warn_of_targets({target: base for target, (base, _, _) in targets.items()})
 
 
 def _key(name: bool | str | None) -> bool | str:
