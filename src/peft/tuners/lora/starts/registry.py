@@ -71,7 +71,7 @@ class Start(ABC):
         """
         return None
 
-    def warn_of_targets(self, targets: Mapping[str, nn.Module]) -> None:
+    def warn_of_targets(self, targets: Mapping[str, nn.Module]) -> None:  # noqa: B027
         """
         Warn of what should be known about the targets of an adapter before they are started.
 
