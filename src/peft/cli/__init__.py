@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
 """
-The command line: `peft plan`, `inspect`, `diff`, `verify` and `merge`.
+The command line: `peft plan`, `inspect`, `diff`, `verify`, `merge` and `doctor`.
 
 Each command is a module with `HELP`, `EXAMPLES`, `add_arguments`, `run` (the work; returns exit status and plain
 values) and `as_text` (those values for people). They load torch when they run, so that `--help` is there at once.
@@ -18,12 +18,12 @@ from types import ModuleType
 from typing import Any
 
 
-COMMANDS = ("plan", "inspect", "diff", "verify", "merge")
+COMMANDS = ("plan", "inspect", "diff", "verify", "merge", "doctor")
 
 STATUS = """\
 exit status:
   0  done, and nothing found
-  1  something was found: problems (verify), differences (diff)
+  1  something was found: problems (verify, doctor), differences (diff)
   2  it could not be done; the reason is on the error stream
 """
 
