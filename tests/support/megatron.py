@@ -94,8 +94,11 @@ class TransformerConfig:
     hidden_size: int
     num_attention_heads: int = 1
     sequence_parallel: bool = False
+    params_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        if not isinstance(self.params_dtype, torch.dtype):
+            raise TypeError("params_dtype must be a type of tensors")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError("hidden_size must be a multiple of num_attention_heads")
 

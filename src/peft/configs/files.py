@@ -123,11 +123,13 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def to_json(value: Any) -> Any:
-    """Write sets as sorted lists (the same file on each run) and enum members as their value."""
+    """Write sets as sorted lists (the same file on each run), enum members as their value, and types of tensors."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if isinstance(value, Enum):
         return value.value
+    if str(value).startswith("torch.") and type(value).__name__ == "dtype":  # nothing here imports torch
+        return str(value)
     raise PeftTypeError(f"a {type(value).__name__} cannot be written to {CONFIG_NAME}: {value!r}")
 
 

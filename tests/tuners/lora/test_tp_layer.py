@@ -108,13 +108,14 @@ def test_a_fresh_adapter_changes_nothing_and_parts_start_differently(weights: di
 
 
 def test_adapters_are_saved_loaded_copied_and_added(weights: dict[str, torch.Tensor], tmp_path: Any) -> None:
-    model = adapted(weights)
+    model = adapted(weights, megatron_config={**SETTINGS, "params_dtype": torch.float32})
     wanted = model(weights["x"])
     model.save_pretrained(tmp_path)
     assert sorted(load_file(tmp_path / "adapter_model.safetensors")) == [
         f"base_model.model.{side}.lora_{factor}.weight" for side in ("down", "up") for factor in "AB"
     ]
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["megatron_config"] == SETTINGS
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())["megatron_config"]
+    assert settings == {**SETTINGS, "params_dtype": "torch.float32"}
     for low_cpu_mem_usage in (False, True):
         loaded = PeftModel.from_pretrained(
             Mlp(weights["up"], weights["down"]), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage

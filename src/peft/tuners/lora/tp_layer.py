@@ -82,8 +82,14 @@ def parallel_settings(config: LoraConfig) -> Any:
         PeftValueError: if Megatron does not take the arguments.
     """
     make = import_megatron(config).transformer.transformer_config.TransformerConfig
+    # files of adapters hold the names of types
+    dtypes = {
+        name: getattr(torch, value.removeprefix("torch."), value)
+        for name, value in config.megatron_config.items()
+        if isinstance(value, str) and value.startswith("torch.")
+    }
     try:
-        return make(**config.megatron_config)
+        return make(**{**config.megatron_config, **dtypes})
     except (TypeError, ValueError, AssertionError) as error:
         raise PeftValueError(
             f"megatron_config={config.megatron_config!r} does not make a TransformerConfig of "
