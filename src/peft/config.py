@@ -26,7 +26,7 @@ from .configs.files import (
     without_doubles,
     write_text,
 )
-from .registry import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType
+from .registry import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, config_of_method
 from .utils.constants import CONFIG_NAME
 from .utils.error import PeftConfigError, PeftError, PeftKeyError, PeftMissingKeyError, PeftPathError, PeftTypeError
 from .utils.files import read_json, write_atomically
@@ -177,13 +177,14 @@ class PeftConfigMixin:
         Build the config of the class that belongs to `peft_type`.
 
         Args:
-            kwargs: field values; `peft_type` picks the class. Unknown fields are left out with one warning.
+            kwargs: field values; `peft_type` picks the class, or this one if it derives from that. Unknown fields are
+                left out with one warning.
 
         Raises:
             PeftKeyError: if no method has that `peft_type`.
         """
         peft_type = kwargs.get("peft_type")
-        config_cls = cls if peft_type is None else PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+        config_cls = cls if peft_type is None else cls._class_for(peft_type)
         names = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls._runtime_fields)
         unknown = sorted(set(kwargs) - names)
         if unknown:
@@ -200,6 +201,12 @@ class PeftConfigMixin:
         if peft_type is not None and config.peft_type is None:
             config.peft_type = peft_type
         return config
+
+    @classmethod
+    def _class_for(cls, peft_type: str) -> type["PeftConfigMixin"]:
+        """Give the class that a method's config is read into: the method's, or a client's own that derives from it."""
+        config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+        return cls if config_of_method(cls) is config_cls else config_cls
 
     @classmethod
     def from_pretrained(
@@ -266,7 +273,7 @@ class PeftConfigMixin:
         if not isinstance(values["peft_type"], str):
             found = values["peft_type"]
             raise PeftKeyError(f"{path!r} has peft_type {found!r}, expected the name of a method such as 'LORA'")
-        config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[values["peft_type"]]
+        config_cls = cls._class_for(values["peft_type"])
         # callers pass on what other loaders take (`proxies`, `trust_remote_code`): that says nothing about the file
         known = {*from_file, *config_cls.__dataclass_fields__}
         values = {name: value for name, value in values.items() if name in known}

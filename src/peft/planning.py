@@ -59,7 +59,7 @@ def plan_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "defa
     skeleton = without_storage(base)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](skeleton, {}, adapter_name)
     tuner.peft_config[adapter_name] = config
-    tuner._prepare_model(skeleton, adapter_name)
+    tuner._prepare_model(config, skeleton)
     with viewing(skeleton) as view:
         remove_adapter(skeleton, adapter_name)
         return tuner.plan_adapter(view, adapter_name, config)

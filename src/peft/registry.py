@@ -183,6 +183,18 @@ class _MethodTable(Mapping):
         return len(self._rows())
 
 
+def config_of_method(cls: type) -> type | None:
+    """
+    Find the config that a method was entered with and that a class is, or derives from.
+
+    Args:
+        cls: a config class, such as a client's own that has further fields.
+    """
+    find_methods()
+    entered = {method.config_cls for method in _METHODS.values()}
+    return next((c for c in cls.__mro__ if c in entered or f"{c.__module__}:{c.__qualname__}" in entered), None)
+
+
 PEFT_TYPE_TO_CONFIG_MAPPING = _MethodTable("config_cls")
 PEFT_TYPE_TO_TUNER_MAPPING = _MethodTable("model_cls")
 PEFT_TYPE_TO_PREFIX_MAPPING = _MethodTable("prefix")

@@ -135,5 +135,11 @@ def refuse_unknown_fields(cls: type, values: Iterable[str]) -> None:
         return
     for name in values:
         if name not in parameters:
+            bare = next((base for base in cls.__mro__ if name in inspect.get_annotations(base)), None)
+            if bare is not None and name not in bare.__dict__.get("__dataclass_fields__", {}):
+                raise TypeError(
+                    f"{name!r} stands in {bare.__name__}, which derives from a config and is no dataclass, so that it "
+                    f"is no field; put @dataclass in front of the class"
+                )
             near = nearest(name, cls.__dataclass_fields__, most=1)
             raise TypeError(f"{cls.__name__} has no field {name!r}{did_you_mean(near)}")

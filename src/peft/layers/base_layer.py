@@ -17,6 +17,7 @@ from torch import nn
 from ..anatomy.kinds import features
 from ..anatomy.offload import computing_device
 from ..utils.error import PeftNotImplementedError
+from ..utils.former_methods import explain_former_method
 from ..utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from ..utils.warning import warn
 from .call_context import names_of_rows
@@ -124,6 +125,8 @@ class BaseTunerLayer(MergeableLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if (former := explain_former_method(type(self), name)) is not None:
+                raise former from None
             if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             settings = self.get_base_layer().__dict__
@@ -244,6 +247,29 @@ class BaseTunerLayer(MergeableLayer):
         """Make an uninitialised parameter for an adapter, where and in the type that the base weight calls for."""
         weight = self.stored_weight()
         return new_parameter(weight, *shape, device=computing_device(self.get_base_layer(), weight))
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | str | int | None = None
+    ) -> None:
+        """
+        Move an adapter's tensors to where the base weight is. Clients call it, who have moved that by themselves.
+
+        Args:
+            adapter_name: name.
+            device: another place to move them to.
+        """
+        weight = self.stored_weight()
+        device = device if device is not None else None if weight is None else weight.device
+        if device is None or torch.device(device).type == "meta":
+            return
+        for _, container in self._containers():
+            value = container[adapter_name] if adapter_name in container else None
+            if isinstance(value, nn.Parameter):
+                value.data = value.data.to(device)
+            elif isinstance(value, nn.Module):
+                value.to(device)
+            elif isinstance(value, torch.Tensor):
+                container[adapter_name] = value.to(device)
 
     def fill_missing(self, adapter_name: str, config: Any) -> None:
         """

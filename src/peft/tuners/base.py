@@ -22,7 +22,7 @@ from ..checkpoints.sizes import count_saved
 from ..config import PeftConfig
 from ..layers.base_layer import BaseTunerLayer
 from ..layers.merging.layer import unmerge_layers
-from ..layers.merging.model import merge_layers
+from ..layers.merging.model import call_replaced, merge_layers
 from ..layers.merging.state import original_weights
 from ..layers.training_wrapper import AuxiliaryTrainingWrapper
 from ..layers.undo import who_undoes
@@ -44,6 +44,7 @@ from ..utils.constants import (
 from ..utils.error import (
     PeftValueError,
 )
+from ..utils.former_methods import OF_THE_HOOK, explain_former_method, warn_of_former_steps
 from ..utils.near_names import explain_unknown_adapters
 from ..utils.quantization_utils import accompany_layer
 from ..utils.warning import warn
@@ -140,6 +141,8 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         except AttributeError:
             if name == "model" or "_modules" not in self.__dict__:  # while unpickling
                 raise
+            if (former := explain_former_method(type(self), name)) is not None and not hasattr(self.model, name):
+                raise former from None
             return getattr(self.model, name)
 
     @property
@@ -220,18 +223,20 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
             NoMatchingPeftModuleError: if nothing matches.
             PeftValueError: if the name or a target cannot work.
         """
+        # a client's own hook may call what it has taken over along with it
+        warn_of_former_steps(type(self), OF_THE_HOOK if self._hook_is_replaced() else ())
         with all_or_nothing(self, model):
-            self._prepare_model(model, adapter_name)
+            self._prepare_model(self.peft_config[adapter_name], model)
             with viewing(model):
                 self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
-    def _prepare_model(self, model: nn.Module, adapter_name: str) -> None:
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """
         Change the base model before anything is planned; methods extend it. What it changes is put back on refusal.
 
         Args:
+            peft_config: the new adapter's config.
             model: the base model.
-            adapter_name: name of the adapter, whose config is in `peft_config`.
         """
 
     def _inject(
@@ -381,7 +386,7 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
         """Take merged adapters out of the base weights."""
         if not any(layer.merged for layer in self._layers()):
             warn("no adapter is merged, so there is nothing to unmerge")
-        unmerge_layers(self._layers())
+        unmerge_layers(call_replaced(self._layers(), "unmerge"))
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None

@@ -98,10 +98,10 @@ class Targeting:
             NoMatchingPeftModuleError: if nothing matches.
             PeftValueError: for whatever the config asks for and the model does not allow.
         """
+        check_adapter_name(adapter_name, self.prefix)
+        self._check_new_adapter_config(config)
         model, config = view.model, copy.copy(config)
         _forget_wrappers(config)
-        check_adapter_name(adapter_name, self.prefix)
-        self._check_new_adapter_config(adapter_name, config)
         self._resolve_targets(model, config)
         modules = view.names_of_modules()
         parameters = self._matched_parameters(modules, config, state_dict)
@@ -208,15 +208,23 @@ class Targeting:
         """
         return {}
 
-    def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
-        """Refuse a config that cannot stand beside those that the model has. To be extended by methods."""
-        bias = [name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
-        if len(self.peft_config) > 1 and getattr(config, "bias", "none") != "none" and bias != [adapter_name]:
-            raise PeftValueError(
-                f"adapter {adapter_name!r} trains the base model's biases (bias={config.bias!r}), and so does "
-                f"{bias[0]!r}; biases exist once. Use bias='none' for all adapters but one"
-            )
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        """
+        Refuse a config that cannot stand beside those that the model has. To be extended by methods.
+
+        Args:
+            config: the new one, as it is in `peft_config`.
+        """
         which = getattr(config, "bias", "none")
+        names = {
+            id(other): name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"
+        }
+        new = names.pop(id(config), None)
+        if which != "none" and names:
+            raise PeftValueError(
+                f"adapter {new!r} trains the base model's biases (bias={which!r}), and so does "
+                f"{next(iter(names.values()))!r}; biases exist once. Use bias='none' for all adapters but one"
+            )
         # files of the released package have other names than that of the method before `_only`
         if which not in ("none", "all") and not (isinstance(which, str) and which.endswith("_only")):
             method = f"{config.peft_type.lower()}_only"

@@ -105,11 +105,11 @@ class AdaLoraModel(LoraModel):
     def _needs_targets(self, config: AdaLoraConfig) -> bool:
         return True
 
-    def _check_new_adapter_config(self, adapter_name: str, config: AdaLoraConfig) -> None:
+    def _check_new_adapter_config(self, config: AdaLoraConfig) -> None:
         ignored = [name for name in _WITHOUT_EFFECT if getattr(config, name)]
         if ignored:
             warn(f"{', '.join(ignored)} of LoRA: AdaLoRA has no such thing, so it has no effect")
-        super()._check_new_adapter_config(adapter_name, config)
+        super()._check_new_adapter_config(config)
         trained = [
             name
             for name, other in self.peft_config.items()

@@ -51,16 +51,16 @@ class DeclaredModel(BaseTuner):
     declared: ClassVar[type]
     fields_in_common: ClassVar[tuple[str, ...]] = ()
 
-    def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
-        super()._check_new_adapter_config(adapter_name, config)
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
         for field in self.fields_in_common:
             values = {name: getattr(c, field) for name, c in self.peft_config.items() if type(c) is type(config)}
-            if any(value != values[adapter_name] for value in values.values()):
+            if any(value != getattr(config, field) for value in values.values()):
                 raise PeftConfigError(
                     f"{field} must be the same for all {config.peft_type} adapters of a model, found {values}"
                 )
         if hasattr(self.declared, "check"):
-            others = [c for name, c in self.peft_config.items() if name != adapter_name and type(c) is type(config)]
+            others = [c for c in self.peft_config.values() if c is not config and type(c) is type(config)]
             self.declared.check(config, others)
 
     def _layer_arguments_for(self, config: PeftConfig) -> Callable[[list[str]], dict[str, Any]]:

@@ -239,8 +239,8 @@ class LycorisLayer(Scaled, DeclaredAdditive):
 class LycorisTuner(DeclaredModel):
     """What the models of LyCORIS methods share; the arguments are those of `BaseTuner`."""
 
-    def _check_new_adapter_config(self, adapter_name: str, config: LycorisConfig) -> None:
-        super()._check_new_adapter_config(adapter_name, config)
+    def _check_new_adapter_config(self, config: LycorisConfig) -> None:
+        super()._check_new_adapter_config(config)
         known = self.declared.zero_at_start
         if config.init_weights not in known:
             choices = ", ".join(map(repr, known))

@@ -89,12 +89,11 @@ class LoraModel(BaseTuner):
     pattern_fields = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     adapts_parallel_layers = True
 
-    def _prepare_model(self, model: nn.Module, adapter_name: str) -> None:
+    def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
         """Stack layers if the config says so."""
-        super()._prepare_model(model, adapter_name)
-        layer_map = self.peft_config[adapter_name].layer_replication
-        if layer_map:
-            replicate_layers(model, layer_map)
+        super()._prepare_model(peft_config, model)
+        if peft_config.layer_replication:
+            replicate_layers(model, peft_config.layer_replication)
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any) -> None:
         super()._inject(model, adapter_name, *args)
@@ -154,9 +153,9 @@ class LoraModel(BaseTuner):
             arguments["target_name"] = planned.name
         return super()._make_layer(placement, planned, stands, config, arguments)
 
-    def _check_new_adapter_config(self, adapter_name: str, config: PeftConfig) -> None:
-        super()._check_new_adapter_config(adapter_name, config)
-        check_beside(config, {name: other for name, other in self.peft_config.items() if name != adapter_name})
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        check_beside(config, {name: other for name, other in self.peft_config.items() if other is not config})
         if config.megatron_config:
             if not self.adapts_parallel_layers:
                 raise PeftNotImplementedError(f"{type(self).__name__} does not have: megatron_config; leave it out")

@@ -82,8 +82,8 @@ class ShadowModel(BaseTuner):
     uses_shared_state = True
 
     # ------------------------------------------------------------------------------------------------------ injecting
-    def _check_new_adapter_config(self, adapter_name: str, config: ShadowConfig) -> None:
-        super()._check_new_adapter_config(adapter_name, config)
+    def _check_new_adapter_config(self, config: ShadowConfig) -> None:
+        super()._check_new_adapter_config(config)
         if len(self.peft_config) > 1 and any(_classifies(other) for other in self.peft_config.values()):
             raise PeftValueError("a classifier has one Shadow adapter, since each brings a head; delete it first")
 
