@@ -21,6 +21,8 @@ from support.helpers import differs
 
 
 CLIENT = "axolotl"
+pytestmark = pytest.mark.own_environment
+
 SOME = ["q_proj", "v_proj"]
 ROUTES = {
     "plain": {"lora_target_modules": SOME},
@@ -30,22 +32,6 @@ ROUTES = {
     "targeted_both": {"lora_target_modules": [*SOME, "embed_tokens", "lm_head"]},
     "tokens": {"lora_target_modules": SOME, "peft_trainable_token_indices": [4, 5, 9]},
 }
-
-
-def imports_work() -> bool:
-    """It imports them at the start, whatever it trains."""
-    try:
-        from peft import AdaptionPromptConfig  # noqa: F401
-        from peft.optimizers import create_loraplus_optimizer  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-pytestmark = [
-    pytest.mark.own_environment,
-    pytest.mark.skipif(not imports_work(), reason="axolotl does not start without AdaptionPromptConfig and LoRA+"),
-]
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""Private methods of the released package that are not here, and what does their work; clients call or replace some."""
+"""Private methods of the released package that are not here, and what does their work: clients call or bring some."""
 
 from .error import PeftAttributeError
 from .warning import warn
@@ -16,7 +16,7 @@ STEPS = {
         "an injection freezes the base model by itself; call set_requires_grad(adapter_names) afterwards"
     ),
     "_prepare_adapter_config": (
-        "default targets stand in the class attribute target_module_mapping; fill in the config before it is given away"
+        "default targets stand in the class attribute target_module_mapping; fill in a config before it is used"
     ),
     "_pre_injection_hook": "extend inject_adapter, and do it before calling the original",
     "_post_injection_hook": "extend inject_adapter, and do it after calling the original",
