@@ -173,3 +173,17 @@ def test_resetting() -> None:
     assert_equal(model(torch.eye(4)), layer.base_layer(torch.eye(4)))
     layer.reset_pvera_parameters("default")
     assert_equal(layer.pvera_lambda_d["default"], torch.full((6,), 0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_starts_have_the_digits_of_the_base(dtype: torch.dtype, autocast: bool) -> None:
+    for fields in ({"d_initial": 0.3}, {"init_weights": False}):
+        base = linears(20, 30).to(dtype)
+        torch.manual_seed(0)
+        get_peft_model(base, PveraConfig(r=9, target_modules=["0"], **fields), autocast_adapter_dtype=autocast)
+        torch.manual_seed(0)
+        drawn = torch.randn(18) if fields.get("init_weights") is False else torch.full((18,), 0.3)
+        found = base[0].pvera_lambda_d["default"]
+        assert found.dtype == (torch.float32 if autocast else dtype)
+        assert_equal(found.float(), drawn.to(dtype).float())

@@ -168,3 +168,17 @@ def test_restart() -> None:
     nn.init.ones_(net[0].randlora_lambda["default"])
     net[0].reset_randlora_parameters("default")
     assert not net[0].randlora_lambda["default"].any()
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_starts_have_the_digits_of_the_base(autocast: bool) -> None:
+    for start, gamma in ((True, 1 / 20), (False, 1 / 30)):
+        base = linears(20, 30).bfloat16()
+        torch.manual_seed(0)
+        get_peft_model(
+            base, RandLoraConfig(r=4, target_modules=["0"], init_weights=start), autocast_adapter_dtype=autocast
+        )
+        torch.manual_seed(0)
+        scales = torch.zeros(4, 5) if start else torch.randn(4, 5)
+        assert_equal(base[0].randlora_lambda["default"].float(), scales.bfloat16().float())
+        assert_equal(base[0].randlora_gamma["default"].float(), torch.full((5, 20), gamma).bfloat16().float())

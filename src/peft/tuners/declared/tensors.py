@@ -139,13 +139,24 @@ class Trained:
     Attributes:
         shape: its shape.
         start: what it starts with: a number, or a function that writes into the tensor, such as `nn.init.normal_`.
+        rounded_to: type, such as that of the base weight, in which that is no other number, although the tensor may
+            have more digits. Then it is drawn in float32. Types of whole numbers do not count.
     """
 
     shape: tuple[int, ...]
     start: float | Callable[[torch.Tensor], Any] = 0.0
+    rounded_to: torch.dtype | None = None
 
     def fill(self, tensor: torch.Tensor) -> None:
         """Give a tensor the values that it starts with."""
+        if self.rounded_to is None or not self.rounded_to.is_floating_point:
+            self._write(tensor)
+            return
+        values = torch.empty_like(tensor, dtype=torch.float32)
+        self._write(values)
+        tensor.copy_(values.to(self.rounded_to))
+
+    def _write(self, tensor: torch.Tensor) -> None:
         self.start(tensor) if callable(self.start) else tensor.fill_(self.start)
 
 

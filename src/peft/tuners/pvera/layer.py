@@ -74,7 +74,8 @@ class Pvera:
             if c.init_weights:
                 d.fill_(c.d_initial)
 
-        return {"b": Trained((shape[0],), 0.0 if c.init_weights else 1.0), "d": Trained((2 * c.r,), start)}
+        b = Trained((shape[0],), 0.0 if c.init_weights else 1.0)
+        return {"b": b, "d": Trained((2 * c.r,), start, shape.dtype)}
 
     def delta(t: Tensors, shape: Shape, c: PveraConfig) -> torch.Tensor:
         """Compute diag(b) B diag(d) A from the halves that give means, (out, in)."""

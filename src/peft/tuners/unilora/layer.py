@@ -95,7 +95,7 @@ class UniLora:
     def shared_tensors(targets: Mapping[str, Shape], c: UniLoraConfig) -> dict[str, Trained]:
         """Tell the vector, (theta_d_length,)."""
         dtype = next(iter(targets.values())).dtype
-        return {"theta_d": Trained((c.theta_d_length,), partial(start_vector, c, dtype))}
+        return {"theta_d": Trained((c.theta_d_length,), partial(start_vector, c), dtype)}
 
     def tensors(shape: Shape, c: UniLoraConfig) -> dict[str, Any]:
         """Tell which entries go to A (r, in) and B (out, r), and what they are multiplied by there."""

@@ -60,18 +60,13 @@ def scales(count: int, length: int, seed: int, first: int, size: tuple[int, int]
     return positions(count, length, seed)[1][entries(count, length, seed, first, size)]
 
 
-def start_vector(c: UniLoraConfig, dtype: torch.dtype, theta: torch.Tensor) -> None:
+def start_vector(c: UniLoraConfig, theta: torch.Tensor) -> None:
     """
-    Draw the vector, with no more digits than the base weight.
+    Draw the vector, on the CPU.
 
     Args:
         c: the config, which has the bound.
-        dtype: of the base weight; anything, if it is quantised.
         theta: where it is written.
     """
-    drawn = torch.empty(theta.shape, dtype=torch.float32)
-    if c.init_weights:
-        drawn.uniform_(-c.init_theta_d_bound, c.init_theta_d_bound)
-    else:
-        drawn.normal_()
-    theta.copy_(drawn.to(dtype) if dtype.is_floating_point else drawn)
+    drawn, bound = torch.empty(theta.shape), c.init_theta_d_bound
+    theta.copy_(drawn.uniform_(-bound, bound) if c.init_weights else drawn.normal_())
