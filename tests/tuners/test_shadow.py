@@ -279,6 +279,43 @@ def test_small_models_that_are_loaded(tmp_path: Path) -> None:
         get_peft_model(base, config(shadow_model=str(folder)))
 
 
+@pytest.mark.parametrize("projected", [False, True])
+def test_loading_an_adapter_reads_the_small_model_from_its_file(projected: bool, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small, folder = LlamaModel(LlamaConfig(vocab_size=48, **sizes)), tmp_path / "small"
+    small.save_pretrained(folder)
+    if projected:
+        tensors = {f"shadow_model.{key}": value for key, value in small.state_dict().items()}
+        settings = {"model_type": "causal_lm_with_hidden_projection", "shadow_model_config": small.config.to_dict()}
+        (folder / "config.json").write_text(json.dumps(settings))
+        save_file({**tensors, "shadow_hidden_projection.weight": torch.randn(16, 8)}, folder / "model.safetensors")
+    model = adapted(shadow_model=str(folder))
+    model.save_pretrained(tmp_path / "adapter")
+    (folder / "model.safetensors").unlink()
+    again = PeftModel.from_pretrained(llama(), tmp_path / "adapter", strict=True)
+    assert_equal(logits(again, input_ids=IDS), logits(model, input_ids=IDS))
+    again.load_adapter(tmp_path / "adapter", "other", strict=True)
+    again.set_adapter("other")
+    assert_equal(logits(again, input_ids=IDS), logits(model, input_ids=IDS))
+    with pytest.raises(OSError, match="model.safetensors"):
+        get_peft_model(llama(), config(shadow_model=str(folder)))
+
+
+@each_base
+def test_embeddings_that_are_given_are_not_made_again(base, tmp_path: Path) -> None:
+    """Files of the released package hold some for a small model whose class calls them otherwise than Llama does."""
+    model = adapted(base())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    kept = adapted(base(), share_embeddings=False).base_model.shadow_backbone["default"]
+    extra = {f"base_model.shadow_backbone.default.{key}" for key in kept.state_dict()} - tensors.keys()
+    assert len(extra) == 1
+    save_file({**tensors, extra.pop(): torch.randn(48, 16)}, file)
+    again = PeftModel.from_pretrained(base(), tmp_path, strict=True)
+    assert_equal(logits(again, input_ids=IDS), logits(model, input_ids=IDS))
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_by_itself(copied: bool) -> None:
     model = adapted()

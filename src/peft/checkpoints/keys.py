@@ -159,10 +159,27 @@ def optional_keys(model: nn.Module, adapter_name: str) -> set[str]:
         model: a model with adapter modules.
         adapter_name: name.
     """
+    return set(_keys_of_having(model, adapter_name, "optional_keys"))
+
+
+def ignored_keys(model: nn.Module, adapter_name: str) -> set[str]:
+    """
+    Find the keys of tensors that a checkpoint may hold without a word, although nothing in the model uses them.
+
+    Args:
+        model: a model with adapter modules.
+        adapter_name: name.
+    """
+    return set(_keys_of_having(model, adapter_name, "ignored_keys"))
+
+
+def _keys_of_having(model: nn.Module, adapter_name: str, method: str) -> Iterator[str]:
+    """Yield the keys in a checkpoint that a method of the modules with an adapter yields."""
     modules = list(adapter_modules(model))
     prefixes = _saved_prefixes(modules)
-    having = [module for _, module in modules if module.has_adapter(adapter_name)]
-    return {prefixes[id(module)] + key for module in having for key in module.optional_keys(adapter_name)}
+    for _, module in modules:
+        if module.has_adapter(adapter_name):
+            yield from (prefixes[id(module)] + key for key in getattr(module, method)(adapter_name))
 
 
 def write_forms(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -36,6 +36,7 @@ from .keys import (
     bias_key_map,
     embedding_key_map,
     embedding_tensors,
+    ignored_keys,
     optional_keys,
     read_forms,
     write_forms,
@@ -231,12 +232,14 @@ def _load_tensors(
     filled = {id(live[key]) for key in values}
     lacking = [key for key in expected if key not in found and id(live[keys[key].key]) not in filled]
     optional = optional_keys(model, adapter_name) if lacking else ()
+    unexpected = [key for key in content if key not in keys]
+    ignored = ignored_keys(model, adapter_name) if unexpected else ()
     report = LoadReport(
         adapter_name,
         expected=expected,
         loaded=tuple(fitting),
         missing=tuple(key for key in lacking if key not in optional),
-        unexpected=tuple(key for key in content if key not in keys),
+        unexpected=tuple(key for key in unexpected if key not in ignored),
         mismatched=mismatched,
         mistyped=mistyped(fitting, keys, live),
         not_finite=not_finite(found),

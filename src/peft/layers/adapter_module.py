@@ -283,6 +283,10 @@ class AdapterModule:
         """
         return ()
 
+    def ignored_keys(self, adapter_name: str) -> Iterator[str]:
+        """Yield keys of tensors that a checkpoint may hold without a word although nothing uses them."""
+        yield from ()
+
     def is_whole(self, adapter_name: str, key: str, tensor: torch.Tensor) -> bool:
         """
         Say whether a tensor is what this module has, and not the part of it that one of several processes holds.

@@ -30,10 +30,12 @@ class NewTensors:
     Attributes:
         on_meta: make them without storage, to be filled by loading a checkpoint.
         full_precision: keep them in float32 where the base weight is in half precision.
+        from_checkpoint: a checkpoint gives them their values, wherever they are made.
     """
 
     on_meta: bool = False
     full_precision: bool = True
+    from_checkpoint: bool = False
 
 
 _DEFAULT = NewTensors()
@@ -41,10 +43,15 @@ _OPTIONS: ContextVar[NewTensors] = ContextVar("new_adapter_tensors", default=_DE
 
 
 @contextmanager
-def making_tensors(on_meta: bool = False, full_precision: bool = True) -> Iterator[None]:
+def making_tensors(
+    on_meta: bool = False, full_precision: bool = True, from_checkpoint: bool = False
+) -> Iterator[None]:
     """Hold options for every adapter tensor that is made inside; what an outer context asks for holds on."""
     outer = _OPTIONS.get()
-    token = _OPTIONS.set(NewTensors(on_meta or outer.on_meta, full_precision and outer.full_precision))
+    options = NewTensors(
+        on_meta or outer.on_meta, full_precision and outer.full_precision, from_checkpoint or outer.from_checkpoint
+    )
+    token = _OPTIONS.set(options)
     try:
         yield
     finally:
@@ -54,6 +61,11 @@ def making_tensors(on_meta: bool = False, full_precision: bool = True) -> Iterat
 def on_meta() -> bool:
     """Say whether tensors are made without storage at the moment."""
     return _OPTIONS.get().on_meta
+
+
+def from_checkpoint() -> bool:
+    """Say whether the tensors that are made at the moment get their values from a checkpoint."""
+    return _OPTIONS.get().from_checkpoint
 
 
 def new_parameter(weight: torch.Tensor, *shape: int, device: torch.device | str | int | None = None) -> nn.Parameter:

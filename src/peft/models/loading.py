@@ -19,6 +19,7 @@ from ..checkpoints.state_dict import load_tensors
 from ..checkpoints.tied_members import config_for_members, name_tied_targets
 from ..config import PeftConfig
 from ..configs.differences import config_differences
+from ..layers.new_tensors import making_tensors
 from ..registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..surgery.transaction import all_or_nothing
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME
@@ -90,13 +91,14 @@ def load_model(
         config.adapters = adapters
     config = config_for_members(config, model, weights, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
     with all_or_nothing(model):
-        made = make(
-            model,
-            config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-        )
+        with making_tensors(from_checkpoint=True):
+            made = make(
+                model,
+                config,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+            )
         _fill_adapter(made, adapter_name, weights, strict, ignore_mismatched_sizes)
         if not is_trainable:
             made.eval()
@@ -158,7 +160,8 @@ def load_adapter(
     with all_or_nothing(model):
         if present is None:
             config = _for_this_run(config, model_id, is_trainable, ephemeral_gpu_offload)
-            model.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+            with making_tensors(from_checkpoint=True):
+                model.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
         result = _fill_adapter(model, adapter_name, weights, strict, ignore_mismatched_sizes, settings)
         if is_trainable:
             model._tuner.set_requires_grad(adapter_name)

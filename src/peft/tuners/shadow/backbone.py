@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ...layers.new_tensors import on_meta
+from ...layers.new_tensors import from_checkpoint, on_meta
 from ...utils.error import PeftAttributeError, PeftValueError
 from ...utils.files import read_json
 from .config import MIRROR, ShadowConfig
@@ -18,7 +18,6 @@ from .config import MIRROR, ShadowConfig
 
 _BACKBONES = ("model", "transformer", "base_model", "decoder")
 _BLOCKS = ("layers", "h", "single_transformer_blocks", "transformer_blocks")
-_TABLE = "embed_tokens"
 _WITH_PROJECTION = "causal_lm_with_hidden_projection"
 
 
@@ -86,8 +85,8 @@ def make_backbone(model: nn.Module, config: ShadowConfig) -> tuple[nn.Module, nn
     if config.shadow_model == MIRROR:
         backbone = mirror(backbone_of(model), config)
         projection = _projection(width_of(backbone), width)
-        if shares_embeddings(backbone, config, width) and hasattr(backbone, _TABLE):
-            setattr(backbone, _TABLE, None)
+        if shares_embeddings(backbone, config, width):
+            _without_table(backbone)
     else:
         backbone, projection = _load(config.shadow_model, width)
         table = backbone.get_input_embeddings()
@@ -148,21 +147,35 @@ def shares_embeddings(backbone: nn.Module, config: ShadowConfig, width: int) -> 
     return asked and width_of(backbone) == width and takes_them
 
 
+def _without_table(backbone: nn.Module) -> None:
+    """Take the embeddings of a model away, which are never looked up."""
+    table = backbone.get_input_embeddings()
+    name = next((name for name, module in backbone.named_modules() if module is table), None)
+    if name is not None:
+        path, _, key = name.rpartition(".")
+        setattr(backbone.get_submodule(path), key, None)
+
+
 def _projection(width: int, out: int) -> nn.Module:
     return nn.Identity() if width == out else nn.Linear(width, out, bias=False)
 
 
 def _load(path: str, out: int) -> tuple[nn.Module, nn.Module]:
-    """Load a small model, and its projection if it was saved with one."""
+    """Load a small model, and its projection if it was saved with one; only make them if a checkpoint fills them."""
     from transformers import AutoConfig, AutoModel
 
     file = os.path.join(path, "config.json")
     settings = read_json(file) if os.path.isfile(file) else {}
     if settings.get("model_type") != _WITH_PROJECTION:
-        backbone = AutoModel.from_pretrained(path)
+        if from_checkpoint():
+            backbone = AutoModel.from_config(AutoConfig.from_pretrained(path))
+        else:
+            backbone = AutoModel.from_pretrained(path)
         return backbone, _projection(width_of(backbone), out)
     inner = dict(settings["shadow_model_config"])
     backbone = AutoModel.from_config(AutoConfig.for_model(inner.pop("model_type"), **inner))
+    if from_checkpoint():
+        return backbone, nn.Linear(width_of(backbone), out, bias=False)
     tensors = load_file(os.path.join(path, "model.safetensors"))
     start = "shadow_model."
     backbone.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})

@@ -70,6 +70,13 @@ class ShadowParts(AdapterModule, nn.ModuleDict):
         self.frozen.pop(adapter_name, None)
         self.forget_trained_before(adapter_name)
 
+    def ignored_keys(self, adapter_name: str) -> Iterator[str]:
+        """Yield keys of embeddings that the released package saves for a small model which is given the base's."""
+        parts = self[adapter_name].named_modules() if adapter_name in self._modules else ()
+        for name, part in parts:
+            prefix = f"default.{name}." if name else "default."
+            yield from (f"{prefix}{key}.weight" for key, child in part._modules.items() if child is None)
+
     def adapter_keys(self, adapter_name: str) -> Iterator[tuple[str, str]]:
         """Yield keys of an adapter's tensors: in checkpoints every adapter is called default."""
         if adapter_name in self._modules:
