@@ -4,11 +4,40 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from ..declared.layers import DeclaredAdditive
 from ..declared.tensors import Frozen, Kept, Shape, Tensors
+
+
+class ProjectedLayer(DeclaredAdditive):
+    """
+    A layer that uses the beginning of tensors which fit the largest layer.
+
+    Those of a checkpoint may be larger: the released package saves an adapter with the tensors of another one.
+
+    Attributes:
+        cut: attribute of such a tensor -> dimensions of which layers use the beginning.
+    """
+
+    cut: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+
+    def prepare_to_load(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make room for larger tensors."""
+        for name, dimensions in self.cut.items():
+            container = self._modules[name]
+            if adapter_name not in container or not container.is_persistent(adapter_name):
+                continue
+            present = container[adapter_name]
+            given = next((tensor.shape for key, tensor in tensors.items() if key.endswith(f".{name}")), present.shape)
+            sizes = zip(given, present.shape, strict=False)
+            fits = len(given) == present.dim() and all(
+                size >= own if dimension in dimensions else size == own for dimension, (size, own) in enumerate(sizes)
+            )
+            if fits and given != present.shape:
+                container[adapter_name] = present.new_empty(given)
 
 
 def random_projections(targets: Mapping[str, Shape], c: Any, rows: int, columns: int) -> dict[str, Frozen]:

@@ -13,16 +13,17 @@ from transformers.pytorch_utils import Conv1D
 from ...configs.checks import check_counts
 from ...utils.constants import TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING
 from ...utils.old_names import old_names
-from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Frozen, Shape, Tensors, Trained
-from ..families.projections import corners, random_projections
+from ..families.projections import ProjectedLayer, corners, random_projections
 from .config import PveraConfig
 from .maths import noise_like
 
 
-class DrawingLayer(DeclaredAdditive):
+class DrawingLayer(ProjectedLayer):
     """A layer with vectors that can start anew."""
+
+    cut = {"pvera_A": (1,), "pvera_B": (0,)}
 
     def reset_pvera_parameters(self, adapter_name: str, d_initial: float = 0.1) -> None:
         """

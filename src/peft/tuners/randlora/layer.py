@@ -14,15 +14,17 @@ from transformers.pytorch_utils import Conv1D
 from ...configs.checks import check_counts
 from ...utils.constants import TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING
 from ...utils.old_names import old_names
-from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Frozen, Kept, Shape, Tensors, Trained
+from ..families.projections import ProjectedLayer
 from .config import RandLoraConfig
 from .maths import UniqueBaseGrad, random_basis, sparse_basis
 
 
-class BasesLayer(DeclaredAdditive):
+class BasesLayer(ProjectedLayer):
     """A layer that tells its scaled bases."""
+
+    cut = {"randlora_A": (2,), "randlora_B": (0, 1)}
 
     def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """

@@ -13,15 +13,16 @@ from transformers.pytorch_utils import Conv1D
 from ...utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
-from ..declared.layers import DeclaredAdditive
 from ..declared.method import method
 from ..declared.tensors import Frozen, Shape, Tensors, Trained
-from ..families.projections import corners, random_projections
+from ..families.projections import ProjectedLayer, corners, random_projections
 from .config import VeraConfig
 
 
-class VectorLayer(DeclaredAdditive):
+class VectorLayer(ProjectedLayer):
     """A layer with vectors that can start anew."""
+
+    cut = {"vera_A": (1,), "vera_B": (0,)}
 
     def reset_vera_parameters(self, adapter_name: str, d_initial: float = 0.1) -> None:
         """
