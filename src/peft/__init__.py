@@ -96,6 +96,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.ln_tuning.model": ["LNTuningModel"],
         ".tuners.lora.calibration.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
         ".tuners.lora.calibration.lora_ga": ["preprocess_loraga"],
+        ".tuners.lora.loftq": ["replace_lora_weights_loftq"],
         ".tuners.lora.config": [
             "ArrowConfig",
             "BdLoraConfig",

@@ -59,7 +59,6 @@ FEATURES_NOT_IMPLEMENTED = {
     "LoRA: VeLoRA": uses("velora_config"),
     "LoRA: MonteCLoRA": uses("monteclora_config"),
     "LoRA: Arrow": named("ops/arrow_*"),
-    "LoRA: MiCA": uses("init_lora_weights", "mica"),
     "LoRA: EVA, CorDA, LoRA-GA": uses("init_lora_weights", "eva", "corda", "lora_ga"),
     "convert_to_lora": named("ops/convert_to_lora_f*", "ops/convert_to_lora_threshold"),
 }

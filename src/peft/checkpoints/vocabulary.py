@@ -70,7 +70,7 @@ def changed_embeddings(model: nn.Module, config: Any, tensors: Mapping[str, torc
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = {live: module.__dict__.get(ROWS_BEFORE) for live, (module, _) in embedding_tensors(model).items()}
     changed = [live for live in present if before[live] not in (None, len(tensors[live]))]
-    folder = _published_folder(getattr(config, "base_model_name_or_path", None), getattr(config, "revision", None))
+    folder = published_folder(getattr(config, "base_model_name_or_path", None), getattr(config, "revision", None))
     if folder is None or len(changed) == len(present):
         return changed
     published = Published(folder)
@@ -209,7 +209,7 @@ def _quietly() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _published_folder(name_or_path: str | None, revision: str | None) -> str | None:
+def published_folder(name_or_path: str | None, revision: str | None) -> str | None:
     """Find the folder that a published model is in: the one that is named, or that in the cache of the hub."""
     if not name_or_path:
         return None

@@ -65,6 +65,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "peft.layers.training_wrapper": ["AuxiliaryTrainingWrapper"],
         "peft.surgery.saved_modules": ["_set_trainable", "set_additional_trainable_modules"],
         "peft.surgery.switching": ["_freeze_adapter", "_set_adapter", "cast_mixed_precision_params"],
+        "peft.tuners.lora.loftq": ["replace_lora_weights_loftq"],
         "peft.utils.devices": ["infer_device"],
         "peft.utils.labels": ["shift_tokens_right"],
         "peft.registry": ["PeftType", "TaskType", "register_peft_method"],

@@ -2,6 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """LoRA's layers: one class per kind of base layer, each a few lines on top of the additive rule."""
 
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ...layers.merging.changes import changes_adapter
 from ...layers.merging.checks import check_adapters_to_merge
 from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
-from .config import LoraConfig
+from .config import LoraConfig, LoraGAConfig
 from .conv import OnConvolution
 from .mixed_batch import MixedBatches
 from .starts import Start, find_start
@@ -58,6 +59,9 @@ class LoraLayer(MixedBatches, VariantLayer):
         ephemeral_gpu_offload: use the accelerator for start-up computations only.
         kwargs: kept for callers of the released package.
     """
+
+    # adapters of which the factor that gives the output is never trained
+    _with_fixed_output: Set[str] = frozenset()
 
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         super().__init__(base_layer)
@@ -118,6 +122,8 @@ class LoraLayer(MixedBatches, VariantLayer):
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         for name in ("use_dora", "use_rslora", "lora_bias"):
             getattr(self, name)[adapter_name] = getattr(config, name)
+        if find_start(config.init_lora_weights).keeps_output_factor:
+            self.__dict__.setdefault("_with_fixed_output", set()).add(adapter_name)
         self.scaling[adapter_name] = self._configured_scaling(adapter_name)
         self.lora_dropout[adapter_name] = make_dropout(config)
         self._make_factors(adapter_name, r, config)
@@ -128,6 +134,30 @@ class LoraLayer(MixedBatches, VariantLayer):
     def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
         """Make the factors of an adapter, without values; those of a linear layer, unless a subclass has others."""
         self._make_linear_factors(adapter, r, config.lora_bias)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """
+        Freeze adapters or let them be trained, but for factors that never are; see `BaseTunerLayer.set_requires_grad`.
+
+        Args:
+            adapter_names: one name or several.
+            requires_grad: False to freeze.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        super().set_requires_grad(names, requires_grad)
+        for name in self._with_fixed_output.intersection(names):
+            self.factor_weights(name)[1].requires_grad_(False)
+
+    def remove_adapter(self, adapter_name: str) -> None:
+        """
+        Remove an adapter's tensors and settings; see `BaseTunerLayer.remove_adapter`.
+
+        Args:
+            adapter_name: name.
+        """
+        super().remove_adapter(adapter_name)
+        if adapter_name in self._with_fixed_output:
+            self._with_fixed_output.remove(adapter_name)
 
     def reset_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         """Start an adapter's factors, as layers of torch do, and then as the config says."""
@@ -167,6 +197,27 @@ class LoraLayer(MixedBatches, VariantLayer):
     def olora_init(self, adapter_name: str) -> None:
         """Start an adapter by OLoRA."""
         find_start("olora").start(self, adapter_name)
+
+    @torch.no_grad()
+    def corda_init(self, adapter_name: str, init_lora_weights: str) -> None:
+        """Start an adapter by CorDA."""
+        find_start(init_lora_weights).start(self, adapter_name)
+
+    @torch.no_grad()
+    def lora_ga_init(self, adapter_name: str, lora_ga_config: LoraGAConfig | None) -> None:
+        """Start an adapter by LoRA-GA."""
+        config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=lora_ga_config)
+        find_start("lora_ga", config).start(self, adapter_name)
+
+    @torch.no_grad()
+    def loftq_init(self, adapter_name: str, config: LoraConfig) -> None:
+        """Start an adapter by LoftQ."""
+        find_start("loftq", config).start(self, adapter_name)
+
+    @torch.no_grad()
+    def mica_init(self, adapter_name: str) -> None:
+        """Start an adapter by MiCA."""
+        find_start("mica").start(self, adapter_name)
 
     @torch.no_grad()
     def orthogonal_init(self, adapter_name: str) -> None:

@@ -43,6 +43,27 @@ def leading_singular_vectors(
     return basis @ u, s, vh
 
 
+def trailing_left_vectors(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """
+    Give the left singular vectors of a matrix that belong to its smallest singular values.
+
+    They come from the Gram matrix of the smaller side, in float64, which is faster than a decomposition in float32 and
+    as precise, and needs no room for the other singular vectors.
+
+    Args:
+        weight: (out, in)
+        count: how many, at most the smaller side.
+
+    Returns:
+        (out, count), orthonormal, that of the smallest one last; float64.
+    """
+    wide = weight.double()
+    if wide.shape[0] <= wide.shape[1]:
+        return torch.linalg.eigh(wide @ wide.T).eigenvectors[:, :count].flip(1)
+    right = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, :count].flip(1)
+    return torch.linalg.qr(wide @ right).Q
+
+
 def squares_added(
     rows: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scaling: float, groups: int = 1
 ) -> torch.Tensor:

@@ -321,7 +321,13 @@ class LoraModel(BaseTuner):
         }
         shared = [names - set(ties) for names in holders]
         check_targets(config, own, shared)
-        check_start(find_start(config.init_lora_weights, config), own, shared)
+        start = find_start(config.init_lora_weights, config)
+        if start.keeps_output_factor and find_variant(config) is not None:
+            raise PeftValueError(
+                f"init_lora_weights={start.name!r} trains one factor of plain LoRA, and the config asks for another "
+                "form of it; use one of the two"
+            )
+        check_start(start, own, shared)
         warn_of_changed_bases(config.init_lora_weights, targets.values())
 
     def _place_layers(self, plan: AdapterPlan) -> None:

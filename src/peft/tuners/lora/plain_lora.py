@@ -20,6 +20,7 @@ from ...checkpoints.read_file import load_peft_weights
 from ...config import PeftConfig
 from ...utils.error import PeftValueError
 from .config import LoraConfig
+from .starts import find_start
 
 
 # ending of a key -> dimension along which the factor has its rank
@@ -93,6 +94,11 @@ def plain_config(config: PeftConfig) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise PeftValueError(
             f"path_initial_model_for_weight_conversion works for LoRA, found {type(config).__name__}; leave it out"
+        )
+    if not find_start(config.init_lora_weights).is_taken_out:
+        raise PeftValueError(
+            f"init_lora_weights={config.init_lora_weights!r} rounds the base weights, and no plain LoRA of twice the "
+            "rank can tell what they were; save it without path_initial_model_for_weight_conversion"
         )
     patterns = config.rank_pattern or config.alpha_pattern
     if config.use_rslora and patterns:

@@ -4,7 +4,9 @@
 
 from .corda import Corda
 from .eva import Eva
+from .loftq import LoftQ
 from .lora_ga import LoraGA
+from .mica import Mica
 from .olora import Olora
 from .pissa import Pissa
 from .random import Gaussian, Neutral, Orthogonal, Random
@@ -15,7 +17,9 @@ __all__ = [
     "Corda",
     "Eva",
     "Gaussian",
+    "LoftQ",
     "LoraGA",
+    "Mica",
     "Neutral",
     "Olora",
     "Orthogonal",

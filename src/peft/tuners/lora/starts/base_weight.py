@@ -7,7 +7,7 @@ That is put off until all layers of an injection are made (`deferring_base_chang
 that is refused halfway has changed no weight.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -50,7 +50,62 @@ def warn_of_changed_bases(name: bool | str | None, targets: Iterable[nn.Module])
         )
 
 
-class FromBaseWeight(Start):
+class ReadsBaseWeight(Start):
+    """Factors that are made with a look at the base weight."""
+
+    does = "reads"
+
+    def refusal(
+        self, base: nn.Module, rank: int, layer: nn.Module | None = None, adapter: str | None = None
+    ) -> Exception | None:
+        """Say what about a base weight stands against it; see `Start.refusal`."""
+        return self.refusal_of_weight(base, rank)
+
+    def refusal_of_weight(self, base: nn.Module, rank: int) -> Exception | None:
+        """
+        Say what about a weight stands against it.
+
+        Args:
+            base: the base layer.
+            rank: rank of the factors.
+
+        Returns:
+            The exception to raise, or None.
+        """
+        weight, kind = getattr(base, "weight", None), type(base).__name__
+        value = f"init_lora_weights={self.name!r}"
+        backend = resolve_quantization_backend(base)
+        if backend is not None:
+            return PeftTypeError(
+                f"{value} {self.does} the base weight, which is quantised here ({backend.name}); start the adapter "
+                "before the model is quantised, or use another initialisation"
+            )
+        computed = find_computed_weight(base, "weight")
+        if computed is not None:
+            return PeftValueError(
+                f"{value} {self.does} the base weight, which a {kind} layer computes anew in each forward pass "
+                f"({computed.kind}); use another initialisation, or take the parametrisation off first"
+            )
+        if weight is None or weight.dim() != 2:
+            return PeftValueError(
+                f"{value} works for matrices, not for the weight of a {kind}; use True or 'gaussian'"
+            )
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            return PeftTypeError(
+                f"{value} needs a base weight in float32, float64, bfloat16 or float16, found {weight.dtype}; start "
+                "the adapter before the model is quantised"
+            )
+        if weight.is_meta:
+            return PeftValueError(f"{value} reads the base weights, which are on the meta device; load them first")
+        if rank > min(weight.shape):
+            return PeftValueError(
+                f"{value} cannot give factors of rank {rank} for a {kind} of shape {tuple(weight.shape)}; use r <= "
+                f"{min(weight.shape)}, or rank_pattern for this layer"
+            )
+        return None
+
+
+class FromBaseWeight(ReadsBaseWeight):
     """
     Factors whose product moves out of the base weight, which keeps the rest. An embedding starts neutrally.
 
@@ -58,6 +113,7 @@ class FromBaseWeight(Start):
     """
 
     changes_base = True
+    does = "changes"
 
     def make_factors(
         self, layer: LowRankLayer, adapter: str, weight: torch.Tensor
@@ -109,9 +165,23 @@ class FromBaseWeight(Start):
         into, out = layer.factor_weights(adapter)
         into.copy_(a)
         out.copy_(b)
-        left, right = (a.T, b.T) if transposed else (b, a)
-        change_base((id(layer), adapter), lambda: _take_out(layer, adapter, left, right))
+        change_base((id(layer), adapter), self.change_of_base(layer, adapter, b, a))
         advance()
+
+    def change_of_base(
+        self, layer: LowRankLayer, adapter: str, b: torch.Tensor, a: torch.Tensor
+    ) -> Callable[[], None]:
+        """
+        Give what changes the base weight in place, once nothing can be refused any more.
+
+        Args:
+            layer: the layer.
+            adapter: name of the adapter.
+            b: B (out, rank), as it was made.
+            a: A (rank, in)
+        """
+        left, right = (a.T, b.T) if stores_weight_transposed(layer.get_base_layer()) else (b, a)
+        return lambda: _take_out(layer, adapter, left, right)
 
     def refusal(
         self, base: nn.Module, rank: int, layer: nn.Module | None = None, adapter: str | None = None
@@ -120,49 +190,6 @@ class FromBaseWeight(Start):
         if isinstance(base, nn.Embedding):
             return None
         return self.refusal_of_weight(base, rank) or self._refusal_of_others(base, layer)
-
-    def refusal_of_weight(self, base: nn.Module, rank: int) -> Exception | None:
-        """
-        Say what about a weight stands against it.
-
-        Args:
-            base: the base layer.
-            rank: rank of the factors.
-
-        Returns:
-            The exception to raise, or None.
-        """
-        weight, kind = getattr(base, "weight", None), type(base).__name__
-        value = f"init_lora_weights={self.name!r}"
-        backend = resolve_quantization_backend(base)
-        if backend is not None:
-            return PeftTypeError(
-                f"{value} changes the base weight, which is quantised here ({backend.name}); start the adapter before "
-                "the model is quantised, or use another initialisation"
-            )
-        computed = find_computed_weight(base, "weight")
-        if computed is not None:
-            return PeftValueError(
-                f"{value} changes the base weight, which a {kind} layer computes anew in each forward pass "
-                f"({computed.kind}); use another initialisation, or take the parametrisation off first"
-            )
-        if weight is None or weight.dim() != 2:
-            return PeftValueError(
-                f"{value} works for matrices, not for the weight of a {kind}; use True or 'gaussian'"
-            )
-        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-            return PeftTypeError(
-                f"{value} needs a base weight in float32, float64, bfloat16 or float16, found {weight.dtype}; start "
-                "the adapter before the model is quantised"
-            )
-        if weight.is_meta:
-            return PeftValueError(f"{value} reads the base weights, which are on the meta device; load them first")
-        if rank > min(weight.shape):
-            return PeftValueError(
-                f"{value} cannot give factors of rank {rank} for a {kind} of shape {tuple(weight.shape)}; use r <= "
-                f"{min(weight.shape)}, or rank_pattern for this layer"
-            )
-        return None
 
     def _refusal_of_others(self, base: nn.Module, layer: nn.Module | None) -> Exception | None:
         if not isinstance(layer, BaseTunerLayer):

@@ -7,13 +7,10 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
-from ....utils.error import PeftNotImplementedError, PeftValueError
+from ....utils.error import PeftValueError
 from ..config import LoraConfig
 from ..low_rank import LowRankLayer
 
-
-# named in the config's type, and part of later versions of this package
-_PLANNED = ("loftq", "mica")
 
 _STARTS: dict[bool | str, type["Start"]] = {}
 
@@ -28,6 +25,9 @@ class Start(ABC):
     Attributes:
         changes_base: whether the product of the factors is taken out of base weights, but for those of embeddings.
             See `FromBaseWeight`, which does it, and puts it off until all layers of an injection are made.
+        is_taken_out: whether the base weight and the product of the first factors add up to the weight as it was, so
+            that plain LoRA can be made of the adapter.
+        keeps_output_factor: whether the factor that gives the output is never trained.
         needs_matrix: whether it works for weights that are matrices only, and not for experts, whose factors hold
             one after the other.
         family: what to tell of the values beside the registered one, if there are such.
@@ -35,6 +35,8 @@ class Start(ABC):
     """
 
     changes_base: bool = False
+    is_taken_out: bool = True
+    keeps_output_factor: bool = False
     needs_matrix: bool = True
     family: str | None = None
     config: LoraConfig | None = None
@@ -142,16 +144,11 @@ def find_start(name: bool | str | None, config: LoraConfig | None = None) -> Sta
 
     Raises:
         PeftValueError: if no start has that name.
-        PeftNotImplementedError: if this version does not have it yet.
     """
     found = _look_up(name)
     if found is not None:
         found.config = config
         return found
-    if _key(name) in _PLANNED:
-        raise PeftNotImplementedError(
-            f"init_lora_weights={name!r} is not part of this version; use True or 'gaussian'"
-        )
     families = [start_cls.family for start_cls in _STARTS.values() if start_cls.family]
     raise PeftValueError(
         f"init_lora_weights={name!r} is not known; choose one of "
