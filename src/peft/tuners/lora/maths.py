@@ -60,8 +60,9 @@ def trailing_left_vectors(weight: torch.Tensor, count: int) -> torch.Tensor:
     wide = weight.double()
     if wide.shape[0] <= wide.shape[1]:
         return torch.linalg.eigh(wide @ wide.T).eigenvectors[:, :count].flip(1)
-    right = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, :count].flip(1)
-    return torch.linalg.qr(wide @ right).Q
+    right = torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(1)
+    # of a weight of less than full rank, the last ones are only told by being orthogonal to those before
+    return torch.linalg.qr(wide @ right).Q[:, -count:]
 
 
 def squares_added(
