@@ -17,6 +17,7 @@ from .layers.merging.changes import taken_out
 from .models.peft_model import PeftModel
 from .models.signatures import update_forward_signature, update_generate_signature, update_signature
 from .tuners.lora.layer import LoraLayer
+from .tuners.lora.model import LoraModel
 from .tuners.lora.variants import dora
 from .utils.error import PeftError, PeftTypeError, PeftValueError
 from .utils.old_names import old_names
@@ -25,6 +26,7 @@ from .utils.old_names import old_names
 __all__ = [
     "DoraCaching",
     "KappaTuneSelector",
+    "MontecloraTrainerMixin",
     "PeftModel",
     "check_if_peft_model",
     "disable_input_dtype_casting",
@@ -183,6 +185,39 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.cast_input_dtype_enabled = enabled
+
+
+class MontecloraTrainerMixin:
+    """
+    Adds the regulariser of MonteCLoRA to the loss of a trainer; to be put before the class of the trainer.
+
+    Example:
+
+        >>> from peft.helpers import MontecloraTrainerMixin
+        >>> class PlainTrainer:
+        ...     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        ...         return model(inputs).sum()
+        >>> class MyTrainer(MontecloraTrainerMixin, PlainTrainer):
+        ...     pass
+    """
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """
+        Compute the trainer's loss, with what MonteCLoRA adds to it; the mean, if there are several models with LoRA.
+
+        Args:
+            model: the model that is trained, wrapped or not.
+            inputs: a batch.
+            return_outputs: give the outputs of the model too.
+            kwargs: for the trainer.
+
+        Returns:
+            The loss, or loss and outputs.
+        """
+        computed = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        added = [tuner._get_monteclora_loss() for tuner in model.modules() if isinstance(tuner, LoraModel)]
+        penalty = sum(added) / max(1, len(added))
+        return (computed[0] + penalty, *computed[1:]) if return_outputs else computed + penalty
 
 
 __getattr__ = old_names(__name__)

@@ -285,21 +285,15 @@ class BaseTunerLayer(MergeableLayer):
                 self.follow(adapter_name, self._owners[adapter_name])
             return
         device = computing_device(self.get_base_layer(), self.stored_weight())
-        loaded = []
+        loaded: list[tuple[torch.Tensor, torch.Tensor]] = []
         for _, container in self._containers():
             if adapter_name not in container:
                 continue
             value = container[adapter_name]
             holders = value.modules() if isinstance(value, nn.Module) else [container]
-            for holder, name in [
-                (h, name) for h in holders for name in ([adapter_name] if h is container else h._parameters)
-            ]:
-                tensor = holder._parameters.get(name)
-                if tensor is not None and not tensor.is_meta:
-                    loaded.append((tensor, tensor.detach().clone()))
-                elif tensor is not None:
-                    empty = torch.empty_like(tensor, device=device)
-                    holder._parameters[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            for holder in holders:
+                names = [adapter_name] if holder is container else [*holder._parameters, *holder._buffers]
+                loaded += _give_storage(holder, names, device)
         with torch.no_grad():
             self.reset_adapter(adapter_name, config)
             for tensor, values in loaded:
@@ -480,3 +474,20 @@ class BaseTunerLayer(MergeableLayer):
         module = super()._apply(fn, recurse)
         self._merge_state.apply(fn)
         return module
+
+
+def _give_storage(
+    holder: nn.Module, names: Sequence[str], device: torch.device | str | None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Give storage to tensors of a module that have none; return the others, with copies of their values."""
+    filled = []
+    for name in names:
+        is_parameter = holder._parameters.get(name) is not None
+        tensors = holder._parameters if is_parameter else holder._buffers
+        tensor = tensors.get(name)
+        if tensor is not None and not tensor.is_meta:
+            filled.append((tensor, tensor.detach().clone()))
+        elif tensor is not None:
+            empty = torch.empty_like(tensor, device=device)
+            tensors[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    return filled

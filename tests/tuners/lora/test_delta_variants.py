@@ -16,7 +16,9 @@ from peft import (
     BdLoraConfig,
     KasaConfig,
     LoraConfig,
+    MontecloraConfig,
     PeftModel,
+    VeloraConfig,
     convert_to_lora,
     get_peft_model,
     get_peft_model_state_dict,
@@ -32,6 +34,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "KaSA": {"kasa_config": KasaConfig()},
     "BD-LoRA": {"use_bdlora": BdLoraConfig(target_modules_bd_a=["head"], target_modules_bd_b=["up"], nblocks=2)},
     "QA-LoRA": {"use_qalora": True, "qalora_group_size": 4},
+    "VeLoRA": {"velora_config": VeloraConfig(num_groups=4)},
+    "VeLoRA, one direction": {"velora_config": VeloraConfig(num_groups=3, init_type="random")},
+    "MonteCLoRA": {"monteclora_config": MontecloraConfig(num_samples=3)},
 }
 # those that take something out of the base weight, which is what is left when they are off
 CHANGE_BASE = {"KaSA"}

@@ -228,6 +228,8 @@ class VeloraConfig:
     def __post_init__(self) -> None:
         _require(self.num_groups > 0, f"num_groups must be positive, found {self.num_groups}")
         _require(self.scale > 0, f"scale must be positive, found {self.scale}")
+        known = ("batch_average", "batch_average_once", "random")
+        _require(self.init_type in known, f"init_type={self.init_type!r} is not known; choose one of {known}")
 
 
 # nested configs: field -> class that a dictionary in that field becomes

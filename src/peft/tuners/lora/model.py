@@ -47,6 +47,7 @@ from .starts.base_weight import warn_of_changed_bases
 from .tp_layer import LoraParallelLinear, backend_of, check_parallel, parallel_layers, parallel_settings
 from .variants import (
     Kasa,
+    Monteclora,
     attach_variants,
     check_beside,
     check_targets,
@@ -256,6 +257,20 @@ class LoraModel(BaseTuner):
             The sum over layers and adapters; 0.0 if there is no KaSA layer.
         """
         return sum(penalties(self.model, Kasa, self.active_adapters if adapter_names is None else adapter_names), 0.0)
+
+    def _get_monteclora_loss(self, adapter_names: list[str] | None = None) -> torch.Tensor | float:
+        """
+        Compute the regulariser of MonteCLoRA, to be added to the loss; see `Monteclora.penalty`.
+
+        Args:
+            adapter_names: adapters to average over; the active ones if left out.
+
+        Returns:
+            The mean over layers and adapters; 0.0 if there is none, or they are in eval mode.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        found = list(penalties(self.model, Monteclora, names))
+        return sum(found, 0.0) / max(1, len(found))
 
     # asked by `PeftModel.save_pretrained`
     convert_on_save = staticmethod(convert_on_save)

@@ -14,6 +14,7 @@ from .base import LoraVariant
 from .bdlora import BdLora, BlockDiagonalLinear
 from .dora import Dora
 from .kasa import Kasa
+from .monteclora import Monteclora, MontecloraSampler
 from .qalora import QaLora
 from .registry import (
     attach_variants,
@@ -27,6 +28,7 @@ from .registry import (
     register_variant,
     variants_by_field,
 )
+from .velora import Velora, VeloraFunction
 
 
 __all__ = [
@@ -36,7 +38,11 @@ __all__ = [
     "Dora",
     "Kasa",
     "LoraVariant",
+    "Monteclora",
+    "MontecloraSampler",
     "QaLora",
+    "Velora",
+    "VeloraFunction",
     "attach_variants",
     "calculate_alora_offsets",
     "check_beside",
@@ -55,6 +61,7 @@ __all__ = [
 
 # the released package has a class for each kind of layer, which is one here
 ALoraLinearVariant = ActivatedLora
+MontecloraLinearVariant, VeloraLinearVariant = Monteclora, Velora
 BdLoraLinearVariant, KasaLinearVariant, QALoraLinearVariant = BdLora, Kasa, QaLora
 DoraLinearVariant = DoraEmbeddingVariant = DoraConv1dVariant = DoraConv2dVariant = DoraConv3dVariant = Dora
 

@@ -15,7 +15,7 @@ from .base import LoraVariant
 
 
 # fields that ask for variants of later versions of this package
-_PLANNED = ("velora_config", "monteclora_config", "arrow_config")
+_PLANNED = ("arrow_config",)
 
 _VARIANTS: dict[str, type[LoraVariant]] = {}
 
