@@ -180,6 +180,16 @@ def test_the_sum_is_computed_again_where_memory_is_short(monkeypatch: pytest.Mon
         torch.testing.assert_close(again, kept)
 
 
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_masks_are_drawn_again_where_memory_is_short(adapters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(lora_dropout=0.3, adapters=adapters)
+    x = torch.randn(5, 3, 12).transpose(0, 1).requires_grad_()
+    expected = outcome(model, x, True)
+    monkeypatch.setattr(linear, "keeps_mask", lambda x: False)
+    for again, kept in zip(outcome(model, x, True), expected, strict=True):
+        assert torch.equal(again, kept)
+
+
 def test_several_adapters_of_which_one_scales_take_the_ordinary_way() -> None:
     model, x = adapted(adapters=2, use_dora=True), torch.randn(3, 12)
     assert not is_fused(lambda: model(x))
@@ -239,9 +249,11 @@ def test_checkpointing(case: str, use_reentrant: bool) -> None:
         assert torch.equal(one, other)
 
 
-def test_the_input_is_what_is_kept() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_the_input_is_what_is_kept(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The input once, in its own type; no copy in another type, no mask, no intermediate of full width."""
-    model = adapted(dtype=torch.bfloat16, lora_dropout=0.1, bias=False).train()
+    monkeypatch.setattr(linear, "keeps_mask", lambda x: False)
+    model = adapted(dtype=torch.bfloat16, lora_dropout=share, bias=False).train()
     layer = layer_of(model).float()
     layer.base_layer.to(torch.bfloat16)
     x, kept = torch.randn(50, 12, dtype=torch.bfloat16, requires_grad=True), []

@@ -1,26 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
-"""Dropout of which the state of the generator is kept, and not what was drawn from it."""
-
-from typing import NamedTuple
+"""Dropout of which the state of the generator is kept where memory is short, and not what was drawn from it."""
 
 import torch
 
 
-class Drawn(NamedTuple):
-    """
-    What was dropped, as it can be drawn again.
-
-    Attributes:
-        p: share that was dropped.
-        state: of the device's generator before it was drawn; for CUDA its seed and its offset.
-    """
-
-    p: float
-    state: torch.Tensor | tuple[int, int]
+# of a device's generator: all of it, or for CUDA its seed and its offset
+State = torch.Tensor | tuple[int, int]
 
 
-def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, Drawn]:
+def keeps_mask(x: torch.Tensor) -> bool:
+    """Say whether what was drawn is kept; processors need longer to draw it again than to read it."""
+    return not x.is_cuda
+
+
+def draw(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor, State]:
     """
     Drop entries as `torch.nn.functional.dropout` does, the same ones.
 
@@ -29,45 +23,41 @@ def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, Drawn]:
         p: share to drop, more than 0 and less than 1.
 
     Returns:
-        What is left, scaled, and how to find it again.
+        What is left, scaled; a mask for `masked`; and how to find that again.
     """
     if x.is_cuda:
         generator = torch.cuda.default_generators[x.get_device()]
-        drawn = Drawn(p, (generator.initial_seed(), generator.get_offset()))
-        return torch.native_dropout(x, p, True)[0], drawn
-    drawn = Drawn(p, torch.default_generator.get_state())
-    return masked(x, torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p), p), drawn
+        state = generator.initial_seed(), generator.get_offset()
+        return *torch.native_dropout(x, p, True), state
+    state = torch.default_generator.get_state()
+    mask = _factors(x, p, torch.default_generator)
+    return masked(x, mask, p), mask, state
 
 
-def mask_again(like: torch.Tensor, drawn: Drawn) -> torch.Tensor:
+def draw_again(x: torch.Tensor, p: float, state: State) -> torch.Tensor:
     """
-    Draw what was kept once more.
+    Find the mask again.
 
     Args:
-        like: a tensor of the type and layout of what was dropped from.
-        drawn: what `drop` has given.
+        x: a tensor of the type and layout of what was dropped from.
+        p: the share that was dropped.
+        state: what `draw` has given.
 
     Returns:
-        Of the shape of `like`; True for what is kept.
+        The mask, of the shape of `x`.
     """
-    if not like.is_cuda:
+    if not x.is_cuda:
         generator = torch.Generator()
-        generator.set_state(drawn.state)
-        return torch.empty_like(like, dtype=torch.bool).bernoulli_(1 - drawn.p, generator=generator)
+        generator.set_state(state)
+        return _factors(x, p, generator)
     # the mask comes from a kernel that draws from the device's own generator, as it does in `torch.utils.checkpoint`
-    generator = torch.cuda.default_generators[like.get_device()]
+    generator = torch.cuda.default_generators[x.get_device()]
     seed, offset = generator.initial_seed(), generator.get_offset()
     try:
-        _rewind(generator, *drawn.state)
-        return torch.native_dropout(like, drawn.p, True)[1]
+        _rewind(generator, *state)
+        return torch.native_dropout(x, p, True)[1]
     finally:
         _rewind(generator, seed, offset)
-
-
-def _rewind(generator: torch.Generator, seed: int, offset: int) -> None:
-    if generator.initial_seed() != seed:
-        generator.manual_seed(seed)
-    generator.set_offset(offset)
 
 
 def masked(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
@@ -76,9 +66,21 @@ def masked(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
 
     Args:
         x: any tensor.
-        mask: of its shape.
+        mask: of its shape: whether an entry is left, or what it is multiplied by.
         p: share that is dropped.
     """
-    # as torch rounds it, so that results are the same bit by bit; multiplied in the precision of the number
-    scale = 1 / (1 - p) if x.dtype == torch.float64 else torch.ones(()).div_(1 - p).item()
-    return x.mul(mask).mul_(scale)
+    if mask.dtype == torch.bool:
+        return torch.ops.aten.native_dropout_backward.default(x, mask, 1 / (1 - p))
+    return x.mul(mask).to(x.dtype)
+
+
+def _factors(x: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tensor:
+    """Draw what entries are multiplied by, which half precision would round the same way everywhere."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty_like(x, dtype=dtype).bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+def _rewind(generator: torch.Generator, seed: int, offset: int) -> None:
+    if generator.initial_seed() != seed:
+        generator.manual_seed(seed)
+    generator.set_offset(offset)

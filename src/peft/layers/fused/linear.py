@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .dropout import Drawn, drop, mask_again, masked
+from .dropout import State, draw, draw_again, keeps_mask, masked
 
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -108,25 +108,33 @@ class LinearWithAdapters(torch.autograd.Function):
     ) -> torch.Tensor:
         """Compute the layer; see `Tensors`."""
         of = Tensors(x, weight, bias, magnitude, factors, norm)
-        hidden, ctx.drawn = _hidden(how, of)
+        hidden, masks, states = _hidden(how, of)
+        if keeps_mask(x):
+            states = [None] * len(states)
+        else:
+            masks = [None] * len(masks)
         total = _sum(how, of, hidden)
         kept = total if magnitude is not None and keeps_sum(x) else None
-        ctx.how = how
-        ctx.save_for_backward(x, weight, bias, magnitude, *factors, norm, kept, *hidden)
+        ctx.how, ctx.states = how, states
+        ctx.save_for_backward(x, weight, bias, magnitude, *factors, norm, kept, *hidden, *masks)
         return _shaped(_scaled(how, of, total, in_place=kept is None), x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Give gradients of the input, the base layer's tensors and the adapters', as far as they are wanted."""
         how: Computation = ctx.how
-        end = 4 + len(how.scales) * PER_ADAPTER
+        count = len(how.scales)
+        end = 4 + count * PER_ADAPTER
         saved = ctx.saved_tensors
         of = Tensors(*saved[:4], saved[4:end], saved[end])
-        kept, hidden = saved[end + 1], saved[end + 2 :]
+        kept, hidden, masks = saved[end + 1], saved[end + 2 : end + 2 + count], saved[end + 2 + count :]
         wanted, device = ctx.needs_input_grad[2:], of.x.device.type
         gradient = gradient.reshape(-1, gradient.shape[-1])
         own_x = _to(of.rows, how.own)
-        masks = [None if drawn is None else mask_again(own_x, drawn) for drawn in ctx.drawn]
+        masks = [
+            mask if state is None else draw_again(own_x, share, state)
+            for mask, share, state in zip(masks, how.shares, ctx.states, strict=True)
+        ]
         # what was cast is cast here
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             if torch.is_grad_enabled():
@@ -134,14 +142,16 @@ class LinearWithAdapters(torch.autograd.Function):
             return None, None, *_gradients(how, of, masks, hidden, kept, gradient, own_x, wanted)
 
 
-def _hidden(how: Computation, of: Tensors) -> tuple[list[torch.Tensor], list[Drawn | None]]:
-    """Compute for each adapter A x, (rows, r), and say what was dropped of x."""
-    own, hidden, dropped = _to(of.rows, how.own), [], []
+def _hidden(how: Computation, of: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[State | None]]:
+    """Compute for each adapter A x, (rows, r), and say what is left of x where some of it is dropped."""
+    own, hidden = _to(of.rows, how.own), []
+    masks, states = [None] * len(how.shares), [None] * len(how.shares)
     for number, share in enumerate(how.shares):
-        inputs, drawn = drop(own, share) if share else (own, None)
+        inputs = own
+        if share:
+            inputs, masks[number], states[number] = draw(own, share)
         hidden.append(F.linear(inputs, _to(of.adapter(number)[0], how.own)))
-        dropped.append(drawn)
-    return hidden, dropped
+    return hidden, masks, states
 
 
 def _sum(how: Computation, of: Tensors, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -240,7 +250,7 @@ def _formula(how: Computation, of: Tensors, masks: Sequence[torch.Tensor | None]
         a, b, bias = (None if tensor is None else tensor.to(how.own) for tensor in of.adapter(number))
         inputs = of.rows.to(how.own)
         if mask is not None:
-            inputs = inputs * mask / (1 - share)
+            inputs = inputs * (mask / (1 - share) if mask.dtype == torch.bool else mask).to(how.own)
         y = y + F.linear(F.linear(inputs, a), b, bias) * scale
     if of.magnitude is not None:
         y = y * (of.magnitude / of.norm)
