@@ -23,8 +23,6 @@ from .linear import PER_ADAPTER, Computation, LinearWithAdapters, Tensors, evalu
 from .terms import LowRank
 
 
-# what a subclass can do otherwise than the class that has declared the terms
-_METHODS = ("forward", "adapter_forward", "delta_forward", "adapters_to_apply", "_mixed_batch_forward")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (torch.Tensor, nn.Parameter)
 _DROPOUTS = (nn.Dropout, nn.Identity)
@@ -34,7 +32,13 @@ _LARGEST = 1e4
 class FusedLayer(BaseTunerLayer):
     """
     To be mixed into layers that say what their adapters add in `fused_term`.
+
+    Attributes:
+        computing_methods: what computes the layer in the ordinary way. Where a subclass of the one that has declared
+            the terms does one of these otherwise, the terms do not hold.
     """
+
+    computing_methods: tuple[str, ...] = ("forward", "adapter_forward", "delta_forward", "adapters_to_apply")
 
     _path: "Path | None" = None
 
@@ -223,8 +227,8 @@ def _is_plain(layer: FusedLayer) -> bool:
         isinstance(base, nn.Linear)
         and type(base).forward is nn.Linear.forward
         and type(base).__call__ is nn.Module.__call__
-        and all(getattr(type(layer), name) is getattr(declaring, name) for name in _METHODS)
-        and not any(name in layer.__dict__ for name in _METHODS)
+        and all(getattr(type(layer), name) is getattr(declaring, name) for name in layer.computing_methods)
+        and not any(name in layer.__dict__ for name in layer.computing_methods)
         and layer.quantization_backend is None
         and find_computed_weight(base, "weight") is None
     )

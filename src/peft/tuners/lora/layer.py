@@ -296,6 +296,8 @@ class Linear(OnLinear, WithAdapter, FusedLayer, LoraLayer, nn.Module):
         kwargs: see `WithAdapter`.
     """
 
+    computing_methods = (*FusedLayer.computing_methods, "prepared_input", "output_of")
+
     def __init__(
         self,
         base_layer: nn.Module,
