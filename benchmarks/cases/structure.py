@@ -20,19 +20,20 @@ STRUCTURED = ("C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "RANDLORA", "WAVE
 
 def measure(method: str) -> Iterator[dict[str, float]]:
     """One Linear layer 2048 x 2048: forward and backward, also for the layer before it."""
+    bare = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
     base = nn.Sequential(nn.Linear(WIDTH, WIDTH))
     get_peft_model(base, PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=["0"]))
     x, gradient = torch.randn(TOKENS, WIDTH, requires_grad=True), torch.randn(TOKENS, WIDTH)
 
-    def step() -> None:
+    def step(layer: nn.Module) -> None:
         base.zero_grad()
         x.grad = None
-        base(x).backward(gradient)
+        layer(x).backward(gradient)
 
-    step()
+    step(base)
     while True:
-        (seconds,) = best_of(2, step)
-        yield {"step": seconds}
+        times = best_of(2, lambda: step(base), lambda: step(bare))
+        yield dict(zip(("step", "bare"), times, strict=True))
 
 
 def enter(method: str) -> Callable[[], Iterator[dict[str, float]]]:
@@ -40,7 +41,10 @@ def enter(method: str) -> Callable[[], Iterator[dict[str, float]]]:
     start = partial(measure, method)
     start.__doc__ = measure.__doc__
     title = f"{method}: forward and backward of {WIDTH} x {WIDTH}, {TOKENS} tokens"
-    rows = [Row(title, ours("step"), released("step"), ratio_at_most=0.5)]
+    rows = [
+        Row(title, ours("step"), released("step"), ratio_at_most=0.5),
+        Row(f"{method}: the bare layer", ours("bare"), released("bare")),
+    ]
     return case(f"structure/{method}", unit="CPU s", rows=rows)(start)
 
 
