@@ -125,6 +125,7 @@ def plot(rows: Rows, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     names = list(rows)[::-1]
     panels, axes = plt.subplots(
@@ -139,6 +140,10 @@ def plot(rows: Rows, path: Path) -> None:
             known = [(y, row[side]["low"] * column.shown) for y, row in places if row and row[side]]
             panel.scatter([value for _, value in known], [y for y, _ in known], **style)
         panel.set_xscale("log")
+        if column.shown != 1:  # less than two powers of ten
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_title(column.title, fontsize=9)
         panel.grid(axis="both", linewidth=0.3)
         panel.tick_params(labelsize=7)
