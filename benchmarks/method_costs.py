@@ -98,10 +98,13 @@ def wide_table(rows: Rows) -> str:
     lines = []
     for name, found in rows.items():
         step = next(row for title, row in found.items() if title.startswith("forward"))
-        bare = next(row for title, row in found.items() if title.startswith("the bare"))
+        bare, peak = found["the bare layer"], found["peak memory of that"]
         ms = [f"{spread['low'] * 1e3:.0f}" for spread in (bare["measured"], step["measured"], step["against"])]
-        lines.append([name, *ms, f"{step['ratio']['median']:.2f}"])
-    return table(["method", "bare layer, ms", "ours, ms", "0.21.2, ms", "ratio"], lines)
+        mib = [f"{peak[side]['low']:.0f}" for side in ("measured", "against")]
+        lines.append([name, *ms, f"{step['ratio']['median']:.2f}", *mib])
+    return table(
+        ["method", "bare layer, ms", "ours, ms", "0.21.2, ms", "ratio", "ours, peak MiB", "0.21.2, peak MiB"], lines
+    )
 
 
 def put(text: str, name: str, content: str) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from case import Row, case, ours, released
-from measuring import best_of
+from measuring import TensorMeter, best_of
 from torch import nn
 
 from peft import get_peft_model
@@ -15,7 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 WIDTH, TOKENS = 2048, 256
-STRUCTURED = ("C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "RANDLORA", "WAVEFT")
+# method -> goal: half the release's time where that builds the delta and it can be done without
+GOALS = {"C3A": 1.0, "DELORA": 1.0, "FOURIERFT": 0.5, "GRALORA": 1.0, "HIRA": 0.5, "RANDLORA": 1.0, "WAVEFT": 0.5}
 
 
 def measure(method: str) -> Iterator[dict[str, float]]:
@@ -31,9 +32,11 @@ def measure(method: str) -> Iterator[dict[str, float]]:
         layer(x).backward(gradient)
 
     step(base)
+    with TensorMeter() as meter:
+        step(base)
     while True:
         times = best_of(2, lambda: step(base), lambda: step(bare))
-        yield dict(zip(("step", "bare"), times, strict=True))
+        yield {"step": times[0], "bare": times[1], "peak": meter.peak / 2**20}
 
 
 def enter(method: str) -> Callable[[], Iterator[dict[str, float]]]:
@@ -42,11 +45,12 @@ def enter(method: str) -> Callable[[], Iterator[dict[str, float]]]:
     start.__doc__ = measure.__doc__
     title = f"{method}: forward and backward of {WIDTH} x {WIDTH}, {TOKENS} tokens"
     rows = [
-        Row(title, ours("step"), released("step"), ratio_at_most=0.5),
+        Row(title, ours("step"), released("step"), ratio_at_most=GOALS[method]),
         Row(f"{method}: the bare layer", ours("bare"), released("bare")),
+        Row(f"{method}: peak memory of that", ours("peak"), released("peak"), ratio_at_most=1.0, unit="MiB"),
     ]
     return case(f"structure/{method}", unit="CPU s", rows=rows)(start)
 
 
-for _method in STRUCTURED:
+for _method in GOALS:
     enter(_method)
