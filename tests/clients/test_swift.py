@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from support.client_runs import (
     adapted,
     assert_imports_recorded,
@@ -15,9 +16,9 @@ from support.client_runs import (
     outputs,
     write_base,
 )
-from support.helpers import differs
+from support.helpers import differs, llama
 
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 
 CLIENT = "ms-swift"
@@ -103,6 +104,29 @@ def test_the_budget_of_adalora_is_distributed_by_the_client(tokenizer, tmp_path)
     options = ["--tuner_type", "adalora", "--adalora_init_r", "4", "--adalora_target_r", "2", *SOME]
     whole = train(tmp_path / "whole", base, *options)
     assert differs(outputs(adapted(base, whole / "checkpoint-2")), outputs(base))
+
+
+def test_weights_are_handed_to_an_inference_engine_a_group_at_a_time():
+    """Its trainers of preferences merge some layers, read their weights, and take the adapter out of them again."""
+    from swift.rlhf_trainers.utils import patch_lora_merge, patch_lora_unmerge
+
+    model = llama()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    adapted_model = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    expected = outputs(adapted_model)
+    for own, other in (("q_proj", "v_proj"), ("v_proj", "q_proj")):
+        group = [name for name, _ in adapted_model.named_parameters() if own in name]
+        with patch_lora_merge(adapted_model, group):
+            adapted_model.merge_adapter()
+        state = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+        changed = {name for name, tensor in before.items() if not torch.equal(state[name], tensor)}
+        assert changed and all(own in name and other not in name for name in changed)
+        torch.testing.assert_close(outputs(adapted_model), expected)
+        with patch_lora_unmerge(adapted_model):
+            adapted_model.unmerge_adapter()
+    torch.testing.assert_close(outputs(adapted_model), expected)
 
 
 def test_imports_are_those_that_make_test_checks():
