@@ -121,7 +121,7 @@ def test_weights_are_handed_to_an_inference_engine_a_group_at_a_time():
         with patch_lora_merge(adapted_model, group):
             adapted_model.merge_adapter()
         state = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
-        changed = {name for name, tensor in before.items() if not torch.allclose(state[name], tensor)}
+        changed = {name for name, tensor in before.items() if not torch.allclose(state[name], tensor, atol=1e-5)}
         assert changed and all(own in name and other not in name for name in changed)
         torch.testing.assert_close(outputs(adapted_model), expected)
         with patch_lora_unmerge(adapted_model):
