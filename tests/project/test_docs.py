@@ -24,6 +24,7 @@ import pytest
 from support.registry import methods_put_back, strategies_put_back
 
 import peft
+from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 ROOT = Path(__file__).parents[2]
@@ -164,3 +165,15 @@ def test_examples_in_docstrings(path, alone):
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted
     assert not result.failed
+
+
+@pytest.mark.parametrize("method", sorted(method.value for method in PEFT_TYPE_TO_CONFIG_MAPPING))
+def test_a_method_has_a_page_and_rows(method: str) -> None:
+    """Its config is on a page of the reference, to which a row of the index leads, and the guide counts its lines."""
+    config = re.compile(rf"\b{PEFT_TYPE_TO_CONFIG_MAPPING[method].__name__}\b")
+    pages = [page.name for page in DOCS.glob("package_reference/*.md") if config.search(page.read_text("utf-8"))]
+    assert pages, f"no page of package_reference tells of {config.pattern}"
+    rows = [line for line in (DOCS / "index.md").read_text("utf-8").splitlines() if line.startswith("|")]
+    assert any(f"(package_reference/{page})" in row for page in pages for row in rows)
+    guide = (DOCS / "developer_guides" / "architecture.md").read_text("utf-8")
+    assert re.search(rf"^\| `?{method}`? \|", guide, re.MULTILINE)

@@ -56,13 +56,14 @@ class FactoredLayer(DeclaredAdditive):
             name: (v, version_of(v), torch.tensor(scales)) for name, (v, _, scales) in self.factored.items()
         }
 
-    def frozen(self, adapter: str, name: str) -> torch.Tensor | None:
+    def frozen(self, adapter: str, name: str, specified: Mapping[str, Any] | None = None) -> torch.Tensor | None:
         """
         Give what is not trained, beside U.
 
         Args:
             adapter: name of an adapter that this layer has itself.
             name: name of the tensor.
+            specified: not used.
         """
         if name in Frod.of_roles:
             c = self.settings[adapter]
