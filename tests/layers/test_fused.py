@@ -99,8 +99,8 @@ def outcome(model: nn.Module, x: torch.Tensor, fused: bool) -> list[torch.Tensor
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("case", ["plain", "dropout", "rank-stabilised"])
 def test_float32_is_the_same_bit_by_bit_on_the_cpu(case: str, bias: bool) -> None:
-    scales_exactly = {"lora_alpha": 8} if case != "rank-stabilised" else {"lora_alpha": 4}  # a power of two
-    model = adapted(bias=bias, **{**CASES[case], **scales_exactly})
+    power_of_two = {"lora_alpha": 4 if case == "rank-stabilised" else 8}
+    model = adapted(bias=bias, **{**CASES[case], **power_of_two})
     x = torch.randn(3, 5, 12, requires_grad=True)
     for fused, ordinary in zip(outcome(model, x, True), outcome(model, x, False), strict=True):
         assert torch.equal(fused, ordinary)

@@ -14,6 +14,9 @@ from .dropout import State, draw, draw_again, keeps_mask, masked
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
+# whether products of halves can be given in float32, which accelerators can do
+_CAN_WIDEN = "dtype" in torch.ops.aten.mm.overloads()
+
 # an adapter's tensors: factor A, factor B, and the bias of B or None
 PER_ADAPTER = 3
 
@@ -143,14 +146,15 @@ class LinearWithAdapters(torch.autograd.Function):
 
 
 def _hidden(how: Computation, of: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[State | None]]:
-    """Compute for each adapter A x, (rows, r), and say what is left of x where some of it is dropped."""
+    """Compute for each adapter A x, scaled, (rows, r), and say what is left of x where some of it is dropped."""
     own, hidden = _to(of.rows, how.own), []
     masks, states = [None] * len(how.shares), [None] * len(how.shares)
     for number, share in enumerate(how.shares):
         inputs = own
         if share:
             inputs, masks[number], states[number] = draw(own, share)
-        hidden.append(F.linear(inputs, _to(of.adapter(number)[0], how.own)))
+        down = _to(of.adapter(number)[0], how.own).t()
+        hidden.append(_product(inputs, down, how.scales[number]))
     return hidden, masks, states
 
 
@@ -159,14 +163,14 @@ def _sum(how: Computation, of: Tensors, hidden: Sequence[torch.Tensor]) -> torch
     bias = _bias(how, None if of.magnitude is not None else of.bias, of.factors)
     y = F.linear(_to(of.rows, how.base), _to(of.weight, how.base), bias)
     wide = None
-    for number, (scale, narrow) in enumerate(zip(how.scales, hidden, strict=True)):
+    for number, narrow in enumerate(hidden):
         up = _to(of.adapter(number)[1], how.own).t()
         if how.own == how.base:
-            y.addmm_(narrow, up, alpha=scale)
+            y.addmm_(narrow, up)
         elif wide is None:
-            wide = torch.mm(narrow.mul(scale), up)
+            wide = torch.mm(narrow, up)
         else:
-            wide.addmm_(narrow, up, alpha=scale)
+            wide.addmm_(narrow, up)
     return y if wide is None else y.add_(wide)  # rounded once
 
 
@@ -203,22 +207,22 @@ def _gradients(
         gradient = torch.mul(gradient, of.magnitude / of.norm, out=torch.empty_like(gradient))
     dx = torch.mm(gradient, _to(of.weight, how.base)) if wants_x else None
     if wants_weight:
-        found[1] = torch.mm(gradient.t(), _to(of.rows, how.base)).to(of.weight.dtype)
+        found[1] = _product(gradient.t(), _to(of.rows, how.base), dtype=of.weight.dtype)
     gradient = _to(gradient, how.own)
     for number, (scale, mask) in enumerate(zip(how.scales, masks, strict=True)):
         a, b, bias = of.adapter(number)
         place = 4 + number * PER_ADAPTER
         wants_a, wants_b, wants_bias = wanted[place : place + PER_ADAPTER]
         if wants_b:
-            found[place + 1] = torch.mm(gradient.t(), hidden[number]).mul_(scale).to(b.dtype)
+            found[place + 1] = _product(gradient.t(), hidden[number], dtype=b.dtype)
         if wants_bias:
             found[place + 2] = gradient.sum(0).mul_(scale).to(bias.dtype)
         if not (wants_a or wants_x):
             continue
-        narrow = torch.mm(gradient, _to(b, how.own)).mul_(scale)
+        narrow = _product(gradient, _to(b, how.own), scale)
         if wants_a:
             inputs = own_x if mask is None else masked(own_x, mask, how.shares[number])
-            found[place] = torch.mm(narrow.t(), inputs).to(a.dtype)
+            found[place] = _product(narrow.t(), inputs, dtype=a.dtype)
         if wants_x and mask is None and how.own == how.base:
             dx.addmm_(narrow, _to(a, how.own))
         elif wants_x:
@@ -265,6 +269,17 @@ def _bias(how: Computation, bias: torch.Tensor | None, factors: Sequence[torch.T
             own = _to(own_bias, how.own) * scale
             total = own.to(how.base) if total is None else (total + own).to(how.base)
     return total
+
+
+def _product(
+    left: torch.Tensor, right: torch.Tensor, scale: float = 1.0, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Multiply matrices, by a number too, and give the result in another type, with as few kernels as there can be."""
+    if scale != 1:
+        return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+    if _CAN_WIDEN and left.is_cuda and dtype == torch.float32 and left.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(left, right, out_dtype=dtype)
+    return _to(torch.mm(left, right), dtype or left.dtype)
 
 
 def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
