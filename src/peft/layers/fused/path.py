@@ -206,6 +206,8 @@ def _types(
         # products take the number as one of the tensors' type, and refuse what that does not have
         if not (0 <= share < 1 and type(scale) in (float, int) and -_LARGEST < scale < _LARGEST):
             return None
+    if x.is_cuda and any(shares) and torch.cuda.is_current_stream_capturing():
+        return None  # the state of the generator, which masks are found again by, cannot be read then
     device = x.device.type
     if torch.is_autocast_enabled(device):
         types = (x.dtype, base, own, base if bias is None else bias.dtype)
