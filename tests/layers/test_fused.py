@@ -118,6 +118,27 @@ def test_outputs_and_gradients_are_those_of_the_ordinary_way(case: str, adapters
         torch.testing.assert_close(fused, ordinary)
 
 
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("shape", [(12,), (4, 12), (2, 3, 12)])
+@pytest.mark.parametrize(
+    "base_dtype,autocast", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
+def test_evaluation_gives_the_outputs_of_the_ordinary_way(
+    base_dtype: torch.dtype, autocast: bool, shape: tuple[int, ...], adapters: int
+) -> None:
+    model, x = adapted(adapters=adapters, dtype=base_dtype).eval(), torch.randn(shape, dtype=base_dtype)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert is_fused(lambda: model(x))
+        found = model(x)
+        with disable_fused():
+            expected = model(x)
+    close = {"rtol": 0.05, "atol": 0.05 * expected.float().abs().max().item()} if base_dtype != torch.float32 else {}
+    torch.testing.assert_close(found, expected, **close)
+
+
 @pytest.mark.parametrize("adapters_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])

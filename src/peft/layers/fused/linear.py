@@ -77,16 +77,20 @@ def evaluate(how: Computation, of: Tensors) -> torch.Tensor:
         of: the tensors.
     """
     x, weight, bias, magnitude, factors, _ = of
-    if how.base != how.own or magnitude is not None or any(how.shares) or x.dim() < 2:
+    is_narrow = how.own == how.base
+    if magnitude is not None or any(how.shares) or x.dim() < 2 or not (is_narrow or len(how.scales) == 1):
         return _shaped(_scaled(how, of, _sum(how, of, _hidden(how, of)[0])), x)
-    dtype = how.base
-    x = _to(x, dtype)
-    y = F.linear(x, _to(weight, dtype), _bias(how, bias, factors))
+    # the same with less of Python, which single tokens wait for
+    y = F.linear(_to(x, how.base), _to(weight, how.base), _bias(how, bias, factors))
+    if not is_narrow:
+        a, b, _ = factors
+        term = F.linear(F.linear(_to(x, how.own), _to(a, how.own)), _to(b, how.own))
+        return y.add_(term, alpha=how.scales[0])  # rounded once
     flat = y if y.dim() == 2 else y.view(-1, y.shape[-1])
-    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    x = _to(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), how.own)
     for number, scale in enumerate(how.scales):
         a, b, _ = of.adapter(number)
-        flat.addmm_(F.linear(x, _to(a, dtype)), _to(b, dtype).t(), alpha=scale)
+        flat.addmm_(F.linear(x, _to(a, how.own)), _to(b, how.own).t(), alpha=scale)
     return y
 
 
