@@ -2,11 +2,16 @@
 # peft: the fork in which tied weights stay tied
 """Checks of the values that users give to fields."""
 
+import dataclasses
 import inspect
+import numbers
+import typing
 from collections.abc import Iterable
+from functools import cache
+from types import NoneType, UnionType
 from typing import Any
 
-from ..utils.error import PeftValueError
+from ..utils.error import PeftTypeError, PeftValueError
 from ..utils.near_names import did_you_mean, nearest
 from ..utils.patterns import compiled
 
@@ -84,6 +89,68 @@ def check_types(config: Any, expected: dict[str, tuple[type, ...]]) -> None:
         if value is not None and not isinstance(value, types):
             names = " or ".join(kind.__name__ for kind in types)
             raise TypeError(f"{name} must be {names}, found {value!r}")
+
+
+def check_plain_types(config: Any) -> None:
+    """
+    Check that fields which are declared as numbers, texts and dictionaries hold such; None is always allowed.
+
+    Args:
+        config: a config.
+
+    Raises:
+        PeftTypeError: for the first field that does not fit.
+    """
+    for name, types in _plain_fields(type(config)).items():
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, types):
+            names = " or ".join(_NAMES[kind] for kind in types)
+            raise PeftTypeError(f"{name} must be {names}, found {value!r}")
+
+
+# numbers of numpy are such, too
+_NAMES = {numbers.Integral: "an integer", numbers.Real: "a number", str: "a text", dict: "a dictionary"}
+
+
+@cache
+def _plain_fields(config_cls: type) -> dict[str, tuple[type, ...]]:
+    """Give the types that the values of fields may have, for those that hold nothing else than these."""
+    found = {}
+    for f in dataclasses.fields(config_cls):
+        # classes of users may have annotations that are texts; of switches any value can be the position
+        if not isinstance(f.type, str) and f.type is not bool:
+            types = _plain_types(float if "alpha" in f.name and f.type is int else f.type)
+            if types:
+                found[f.name] = tuple(dict.fromkeys(types))
+    return found
+
+
+def _plain_types(hint: Any) -> list[type]:
+    """Give the types that an annotation stands for; none if there are others among them."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, UnionType):
+        parts = [_plain_types(argument) for argument in arguments if argument is not NoneType]
+        return [kind for part in parts for kind in part] if all(parts) else []
+    if origin is typing.Literal:
+        return [kind for argument in arguments for kind in _plain_types(type(argument))]
+    kinds = {int: numbers.Integral, bool: numbers.Integral, float: numbers.Real, str: str, dict: dict}
+    kind = kinds.get(origin or hint)
+    return [] if kind is None else [kind]
+
+
+def check_share(config: Any, name: str) -> None:
+    """
+    Check that a field holds a number from 0 to 1.
+
+    Args:
+        config: a config.
+        name: the field.
+
+    Raises:
+        PeftValueError: if it does not.
+    """
+    if not 0 <= getattr(config, name) <= 1:
+        raise PeftValueError(f"{name} must lie between 0 and 1, found {getattr(config, name)}")
 
 
 def check_counts(config: Any, *names: str) -> None:

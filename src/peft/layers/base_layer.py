@@ -159,6 +159,37 @@ class BaseTunerLayer(MergeableLayer):
             self.reset_adapter(adapter_name, config)
         self._trainable_adapters.add(adapter_name)
 
+    @classmethod
+    def prepare_adapter(
+        cls, base: nn.Module, config: Any, present: "BaseTunerLayer | None" = None, **arguments: Any
+    ) -> Mapping[str, Any]:
+        """
+        Refuse an adapter that cannot be made, before anything is changed. To be extended by methods.
+
+        Args:
+            base: the base layer.
+            config: the adapter's config.
+            present: the layer around it that is going to have the adapter, if there is one already.
+            arguments: for `make_adapter`; `parameter_name` too, where a parameter of the base layer is adapted.
+
+        Returns:
+            The arguments, with what was worked out on the way.
+
+        Raises:
+            PeftError: if it cannot be made; which class depends on why.
+        """
+        return arguments
+
+    @classmethod
+    def check_following(cls, base: nn.Module, owner: nn.Module) -> None:
+        """
+        Refuse a layer that cannot follow another one, before anything is changed. To be extended by methods.
+
+        Args:
+            base: its base layer.
+            owner: base layer of the other one, which holds the same weight.
+        """
+
     def make_adapter(self, adapter_name: str, config: Any, **arguments: Any) -> None:
         """
         Make an adapter's tensors, without values, and note its settings. To be supplied by methods.

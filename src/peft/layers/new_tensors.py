@@ -84,13 +84,36 @@ def new_parameter(weight: torch.Tensor, *shape: int, device: torch.device | str 
         PeftTypeError: if a size is no integer.
         PeftValueError: if the size is absurd; see `check_size`.
     """
-    options = _OPTIONS.get()
-    dtype = weight.dtype
-    if dtype.itemsize < 2 or not dtype.is_floating_point or (options.full_precision and dtype.itemsize < 4):
-        dtype = torch.float32
-    device = "meta" if options.on_meta else weight.device if device is None else device
+    dtype, device = _type_and_device(weight, device)
     check_size(shape, weight, dtype, device)
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+
+def _type_and_device(weight: torch.Tensor, device: Any) -> tuple[torch.dtype, Any]:
+    options, dtype = _OPTIONS.get(), weight.dtype
+    if dtype.itemsize < 2 or not dtype.is_floating_point or (options.full_precision and dtype.itemsize < 4):
+        dtype = torch.float32
+    return dtype, "meta" if options.on_meta else weight.device if device is None else device
+
+
+def check_new_parameters(
+    weight: torch.Tensor, *shapes: tuple[int, ...], device: torch.device | str | int | None = None
+) -> None:
+    """
+    Refuse parameters that `new_parameter` would refuse to make, before anything is changed.
+
+    Args:
+        weight: the base weight that they belong to.
+        shapes: their shapes.
+        device: see `new_parameter`.
+
+    Raises:
+        PeftTypeError: if a size is no integer.
+        PeftValueError: if a size is absurd; see `check_size`.
+    """
+    dtype, device = _type_and_device(weight, device)
+    for shape in shapes:
+        check_size(shape, weight, dtype, device)
 
 
 def draw_(tensor: torch.Tensor, weight: torch.Tensor, draw: Callable[[torch.Tensor], Any]) -> None:
@@ -138,10 +161,13 @@ def check_size(
         PeftValueError: if a size is negative, or the tensor is many times as large as the base weight, or larger than
             what memory is left.
     """
-    if not all(isinstance(size, int) and not isinstance(size, bool) for size in shape):
-        raise PeftTypeError(f"sizes of an adapter's tensors are integers, found {shape}; check the config's numbers")
-    if min(shape, default=0) < 0:
-        raise PeftValueError(f"sizes of an adapter's tensors cannot be negative, found {shape}; check the config")
+    for size in shape:
+        if not isinstance(size, int) or size is True or size is False:
+            raise PeftTypeError(
+                f"sizes of an adapter's tensors are integers, found {shape}; check the config's numbers"
+            )
+        if size < 0:
+            raise PeftValueError(f"sizes of an adapter's tensors cannot be negative, found {shape}; check the config")
     count = math.prod(shape)
     if count <= SMALL:
         return

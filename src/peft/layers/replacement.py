@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """The rule of methods that train a copy of the layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,12 @@ class ReplacementLayer(BaseTunerLayer):
 
     def _copies(self) -> nn.ModuleDict:
         return self._modules[self.adapter_layer_names[0]]
+
+    @classmethod
+    def prepare_adapter(cls, base: nn.Module, config: Any, **arguments: Any) -> Mapping[str, Any]:
+        """Refuse to copy a layer whose weights accelerate keeps elsewhere; see `BaseTunerLayer.prepare_adapter`."""
+        refuse_copy_of_offloaded(base)
+        return super().prepare_adapter(base, config, **arguments)
 
     def make_adapter(self, adapter_name: str, config: Any, **arguments: Any) -> None:
         """Copy the base layer."""

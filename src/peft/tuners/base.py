@@ -24,6 +24,7 @@ from ..layers.base_layer import BaseTunerLayer
 from ..layers.merging.layer import unmerge_layers
 from ..layers.merging.model import call_replaced, merge_layers
 from ..layers.merging.state import original_weights
+from ..layers.new_tensors import making_tensors
 from ..layers.training_wrapper import AuxiliaryTrainingWrapper
 from ..layers.undo import who_undoes
 from ..surgery.shield import unshield_tie_weights
@@ -249,7 +250,8 @@ class BaseTuner(Targeting, Placing, nn.Module, ABC):
     ) -> None:
         """Do what `inject_adapter` does; methods extend it. What it changes before it raises is put back."""
         remove_adapter(model, adapter_name)
-        plan = self.plan_adapter(view_of(model), adapter_name, self.peft_config[adapter_name], state_dict)
+        with making_tensors(on_meta=low_cpu_mem_usage):  # which take no memory that might be short then
+            plan = self.plan_adapter(view_of(model), adapter_name, self.peft_config[adapter_name], state_dict)
         self.peft_config[adapter_name] = plan.config
         self.place(plan, autocast_adapter_dtype, low_cpu_mem_usage)
 

@@ -253,6 +253,15 @@ class Placing:
             targets: full name -> layer of the base model, in the model's order and without followers.
         """
 
+    def check_shared(self, config: PeftConfig, targets: dict[str, nn.Module]) -> None:
+        """
+        Refuse an adapter whose shared tensors cannot be made, before anything is changed. Supplied likewise.
+
+        Args:
+            config: the adapter's config.
+            targets: see `make_shared`.
+        """
+
     def _shared_containers(self) -> dict[str, nn.Module]:
         """Give the containers of what layers share; they stand on the tuner and on each layer."""
         names = self.tuner_layer_cls.shared_layer_names

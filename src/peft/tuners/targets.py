@@ -5,6 +5,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -42,6 +43,7 @@ from ..surgery.saved_modules import check_additional_trainable_modules
 from ..tying.groups import module_of
 from ..tying.record import (
     ReachedTie,
+    explaining_tie,
     find_followers,
     find_following_parameters,
     keep_ties,
@@ -131,7 +133,7 @@ class Targeting:
         return AdapterPlan(
             adapter_name,
             config,
-            self._plan_targets(config, modules, whole, classes, parts, single),
+            self._plan_targets(config, modules, whole, classes, parts, single, is_checked),
             matched=tuple(found.names),
             names=tuple(names),
             excluded=tuple(found.excluded),
@@ -148,6 +150,7 @@ class Targeting:
         classes: dict[str, type[BaseTunerLayer] | None],
         parts: dict[str, str],
         single: dict[str, nn.Module],
+        is_checked: bool,
     ) -> tuple[Target, ...]:
         """
         Say with what the layer of each target will be made.
@@ -159,6 +162,7 @@ class Targeting:
             classes: what layer each of them gets; None for what cannot be adapted itself.
             parts: those among them that are adapted along with another one -> that one, by whose names they go too.
             single: full name of a parameter that gets a layer -> module that holds it.
+            is_checked: whether it is known what becomes of each target, so that what cannot be is refused.
         """
         all_names: dict[int, list[str]] = {}
         for name, module in modules.items():
@@ -174,18 +178,43 @@ class Targeting:
 
         arguments_for = self._layer_arguments_for(config)
         own = in_order((name for name in reached if name not in owners), modules)
-        from_all = self._arguments_from_all(config, {name: unwrapped(reached[name]) for name in own})
+        layers = {name: unwrapped(reached[name]) for name in own}
+        from_all = self._arguments_from_all(config, layers)
+        self.check_shared(config, layers)
         targets = []
         for name, module in reached.items():
             owner = owners.get(name)
             arguments = arguments_for(names_of(name if owner is None else owner))
-            arguments = MappingProxyType({**arguments, **from_all.get(name, {})})
+            arguments = {**arguments, **from_all.get(name, {})}
             if name in single:
                 key, layer_class = name.rpartition(".")[2], self.parameter_layer_cls
             else:  # what cannot be adapted itself can follow
                 key, layer_class = None, classes[name] or classes.get(owner)
-            targets.append(Target(name, module, key, layer_class, arguments, owner))
+            if is_checked:
+                with explaining_tie(name, owners, config) if owners else nullcontext():
+                    if owner is not None:
+                        layer_class.check_following(unwrapped(module), unwrapped(reached[owner]))
+                    else:
+                        arguments = self._prepared(config, name, module, key, layer_class, arguments)
+            targets.append(Target(name, module, key, layer_class, MappingProxyType(arguments), owner))
         return tuple(targets)
+
+    def _prepared(
+        self,
+        config: PeftConfig,
+        name: str,
+        module: nn.Module,
+        parameter: str | None,
+        layer_class: type[BaseTunerLayer],
+        arguments: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Refuse a target for which no adapter can be made; see `Target`, and `BaseTunerLayer.prepare_adapter`."""
+        present = self._present_layer(module, parameter)
+        if parameter is None:
+            return layer_class.prepare_adapter(unwrapped(module), config, present=present, **arguments)
+        named = {**arguments, "parameter_name": parameter}
+        layer_class.prepare_adapter(unwrapped(module), config, present=present, **named)
+        return arguments
 
     def _layer_arguments_for(self, config: PeftConfig) -> Callable[[list[str]], dict[str, Any]]:
         """Give a function from the names of a target to what its layer is made with beside the config."""

@@ -2,7 +2,8 @@
 # peft: the fork in which tied weights stay tied
 """AdaLoRA's layers: B diag(E) A, with ranks that can be taken away one by one."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +55,19 @@ class AdaLoraLayer(LoraLayer):
         self._modules.update({name: nn.ParameterDict() for name in (*RANK_AXIS, "ranknum")})
         self.__dict__.update(ranks_made={}, ranks_left={})
 
+    @classmethod
+    def prepare_adapter(
+        cls, base: nn.Module, config: AdaLoraConfig, ranks_left: Sequence[bool] | None = None, **arguments: Any
+    ) -> Mapping[str, Any]:
+        """Refuse ranks that the layer cannot have; see `BaseTunerLayer.prepare_adapter`."""
+        r = arguments["r"] if ranks_left is None else len(ranks_left)
+        return {**super().prepare_adapter(base, config, **{**arguments, "r": r}), "ranks_left": ranks_left}
+
+    @classmethod
+    def _refuse(cls, base: nn.Module, r: int, config: AdaLoraConfig, parameter_name: str | None) -> None:
+        if not isinstance(r, int) or r <= 0:
+            raise PeftValueError(f"the rank init_r must be a positive integer, found {r!r}")
+
     def make_adapter(
         self,
         adapter_name: str,
@@ -78,8 +92,7 @@ class AdaLoraLayer(LoraLayer):
             PeftValueError: if `r` is not positive.
         """
         r = r if ranks_left is None else len(ranks_left)
-        if not isinstance(r, int) or r <= 0:
-            raise PeftValueError(f"the rank init_r must be a positive integer, found {r!r}")
+        self._refuse(self.get_base_layer(), r, config, None)
         made = r if ranks_left is None else sum(map(bool, ranks_left))
         # a setting that stands among the parameters, since the released package has it there; it always has a value
         weight = self.stored_weight()
@@ -196,6 +209,10 @@ class SVDConv2d(WithAdapter, AdaLoraLayer, nn.Module):
 
     factor_layout = (("lora_B", False), ("lora_A", False))
     add_delta_ = AdditiveLayer.add_delta_
+
+    @classmethod
+    def _factor_shapes(cls, base: nn.Module, r: int, parameter_name: str | None) -> Iterator[tuple[int, ...]]:
+        yield from ((r, math.prod(base.weight.shape[1:])), (base.out_channels, r))
 
     def _matrix_shape(self) -> tuple[int, int]:
         weight = self.get_base_weight()

@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """AdaMSS: W + a low-rank change of each cluster of rows, over right singular vectors of W."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,23 @@ from torch import nn
 from ...anatomy.offload import tensor_of
 from ...utils.constants import TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING
 from ...utils.old_names import old_names
-from ..declared.layers import DeclaredAdditive
+from ..declared.layers import DeclaredAdditive, DeclaredLayer
 from ..declared.method import DeclaredModel, method
-from ..declared.tensors import Frozen, Kept, Shape, Tensors, TrainedModule
+from ..declared.tensors import Frozen, Kept, Shape, Tensors, TrainedModule, shape_of
 from .config import AdamssConfig
-from .maths import decompose, get_trainable_subspaces, number_to_keep, start_of, track
+from .maths import check_decomposable, decompose, get_trainable_subspaces, number_to_keep, start_of, track
 
 
 class ClusteredLayer(DeclaredAdditive):
     """A layer with clusters of rows, of which some can be frozen while others are trained."""
+
+    @classmethod
+    def prepare_adapter(
+        cls, base: nn.Module, config: AdamssConfig, present: DeclaredLayer | None = None, **arguments: Any
+    ) -> Mapping[str, Any]:
+        """Refuse a weight that has no clusters; to find them takes long, and is left to when they are needed."""
+        check_decomposable((shape_of(base) if present is None else present.shape).weight)
+        return arguments
 
     def get_delta_bias(self, adapter: str) -> torch.Tensor:
         """

@@ -26,6 +26,22 @@ class Subspaces:
     right: torch.Tensor
 
 
+def check_decomposable(weight: torch.Tensor) -> None:
+    """
+    Refuse a weight that has no decomposition.
+
+    Args:
+        weight: any tensor; of one without storage nothing is known.
+
+    Raises:
+        PeftRuntimeError: if an entry is not finite.
+    """
+    if not weight.is_meta and not torch.isfinite(weight).all():
+        raise PeftRuntimeError(
+            "a weight with entries that are not finite cannot be decomposed; load the base model's weights first"
+        )
+
+
 def decompose(weight: torch.Tensor, r: int, clusters: int, seed: int) -> Subspaces:
     """
     Cut a weight into clusters of rows with similar left singular vectors.
@@ -39,10 +55,7 @@ def decompose(weight: torch.Tensor, r: int, clusters: int, seed: int) -> Subspac
     Raises:
         RuntimeError: if the weight has no decomposition.
     """
-    if not torch.isfinite(weight).all():
-        raise PeftRuntimeError(
-            "a weight with entries that are not finite cannot be decomposed; load the base model's weights first"
-        )
+    check_decomposable(weight)
     right, left = slice_pca(weight[None, None], r, weight.device, random_seed=seed)
     labels, _ = clustering_Z(left[0, 0], min(clusters, weight.shape[0]), 10)
     rows = seg_locations(labels).values()

@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """Layers that are made from declarations: a class for each rule."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,13 +18,13 @@ from ...layers.base_layer import BaseTunerLayer
 from ...layers.merging.changes import changes_adapter
 from ...layers.merging.layer import take_adapter_out
 from ...layers.merging.state import original_weights
-from ...layers.new_tensors import check_size
+from ...layers.new_tensors import check_new_parameters, check_size
 from ...layers.replacement import ReplacementLayer
 from ...layers.saved_form import SavedForm
 from ...layers.weight import WeightLayer
 from ...utils.error import PeftNotImplementedError, PeftValueError
-from ...utils.quantization_utils import ForwardOnlyQuantizationBackend
-from .tensors import Frozen, Kept, Shape, Tensors, Trained, TrainedModule, _matrix_shape, as_rows
+from ...utils.quantization_utils import ForwardOnlyQuantizationBackend, resolve_quantization_backend, stored_weight
+from .tensors import Frozen, Kept, Shape, Tensors, Trained, TrainedModule, _matrix_shape, as_rows, shape_of
 
 
 def with_values(config: PeftConfig, values: Mapping[str, Any]) -> PeftConfig:
@@ -38,6 +38,10 @@ def with_values(config: PeftConfig, values: Mapping[str, Any]) -> PeftConfig:
     copied = object.__new__(type(config))
     copied.__dict__.update(config.__dict__, **values)
     return copied
+
+
+# what stands in `made` for a while; no names of tensors
+_SPECIFIED, _PREPARED, _PREPARED_BIAS = "(specified)", "(delta)", "(bias)"
 
 
 class DeclaredLayer(BaseTunerLayer):
@@ -78,24 +82,68 @@ class DeclaredLayer(BaseTunerLayer):
         """
         return Tensors(self, adapter)
 
-    def make_adapter(self, adapter_name: str, config: PeftConfig, names: Sequence[str] = (), **values: Any) -> None:
+    @classmethod
+    def prepare_adapter(
+        cls, base: nn.Module, config: PeftConfig, present: "DeclaredLayer | None" = None, **arguments: Any
+    ) -> Mapping[str, Any]:
+        """Find the settings, and refuse tensors that cannot be meant; see `BaseTunerLayer.prepare_adapter`."""
+        shape = shape_of(base) if present is None else present.shape
+        settings = cls.settings_for(shape, config, **arguments)
+        weight = stored_weight(base)
+        shapes = [shape for spec in cls.specified(shape, settings).values() for shape in spec.shapes]
+        check_new_parameters(weight, *shapes, device=computing_device(base, weight))
+        return {**arguments, "settings": settings}
+
+    @classmethod
+    def settings_for(cls, shape: Shape, config: PeftConfig, names: Sequence[str] = (), **values: Any) -> PeftConfig:
+        """
+        Give a copy of a config with the values that hold for one layer.
+
+        Args:
+            shape: shape of the layer's weight.
+            config: the adapter's config.
+            names: names of the layer in the model.
+            values: values of the config that are others here.
+        """
+        c = with_values(config, values)
+        if hasattr(cls.declared, "values"):
+            c.__dict__.update(cls.declared.values(c, names, shape))
+        return c
+
+    def update_layer(self, adapter_name: str, config: PeftConfig | None = None, **arguments: Any) -> None:
+        """
+        Add an adapter; see `BaseTunerLayer.update_layer`.
+
+        Args:
+            adapter_name: name.
+            config: the adapter's config.
+            arguments: see there.
+        """
+        super().update_layer(adapter_name, config, **arguments)
+        self.made.get(adapter_name, {}).pop(_SPECIFIED, None)
+
+    def make_adapter(
+        self, adapter_name: str, config: PeftConfig, settings: PeftConfig | None = None, **arguments: Any
+    ) -> None:
         """
         Make an adapter's tensors and note its settings.
 
         Args:
             adapter_name: name.
             config: the adapter's config.
-            names: names of this layer in the model.
-            values: values of the config that are others here.
+            settings: what `prepare_adapter` has found, if it was asked before.
+            arguments: for `prepare_adapter`, which is asked if not.
         """
-        c = with_values(config, values)
-        if hasattr(self.declared, "values"):
-            c.__dict__.update(self.declared.values(c, names, self.shape))
+        if settings is None:
+            prepared = self.prepare_adapter(self.get_base_layer(), config, present=self, **arguments)
+            settings = prepared.get("settings")
+        c = self.settings_for(self.shape, config, **arguments) if settings is None else settings
         self.settings[adapter_name] = c
         if self.dropout_field is not None:
             p = getattr(c, self.dropout_field)
             self._modules[self.dropout_field][adapter_name] = nn.Dropout(p) if p else nn.Identity()
-        specified = dict(self.specified(c))
+        specified = self.specified(self.shape, c)
+        self.made[adapter_name] = {_SPECIFIED: specified}
         for name, spec in specified.items():
             container = self._modules.get(self.tensor_names[name])
             if isinstance(spec, Trained):
@@ -106,7 +154,7 @@ class DeclaredLayer(BaseTunerLayer):
                 container.put(adapter_name, self._made(spec), isinstance(spec, Kept))
         for name in getattr(self.declared, "frozen", ()):
             if name not in getattr(self.declared, "shared", ()):
-                self.frozen(adapter_name, name, specified)
+                self.frozen(adapter_name, name)
 
     def _placed(self, module: nn.Module) -> nn.Module:
         """Bring the tensors of a module to where, and trained ones to the type, that the base weight calls for."""
@@ -128,7 +176,7 @@ class DeclaredLayer(BaseTunerLayer):
         with torch.no_grad():
             return spec.made(weight, device, dtype)
 
-    def frozen(self, adapter: str, name: str, specified: Mapping[str, Any] | None = None) -> torch.Tensor | None:
+    def frozen(self, adapter: str, name: str) -> torch.Tensor | None:
         """
         Give a tensor that the config tells, where and in the type that the adapter's trained ones are.
 
@@ -137,7 +185,6 @@ class DeclaredLayer(BaseTunerLayer):
         Args:
             adapter: name of an adapter that this layer has itself.
             name: name of the tensor in the functions.
-            specified: what the functions tell of the adapter's tensors, where that is known.
         """
         like, made = next(self.adapter_parameters(adapter)), self.made.setdefault(adapter, {})
         tensor = made.get(name)
@@ -146,8 +193,7 @@ class DeclaredLayer(BaseTunerLayer):
             or tensor.device != like.device
             or (tensor.is_floating_point() and tensor.dtype != like.dtype)
         ):
-            if specified is None:
-                specified = dict(self.specified(self.settings[adapter]))
+            specified = made.get(_SPECIFIED) or self.specified(self.shape, self.settings[adapter])
             spec = specified.get(name)
             if spec is None:
                 return None
@@ -160,9 +206,16 @@ class DeclaredLayer(BaseTunerLayer):
         """Leave out what is made anew."""
         return {**self.__dict__, "made": {}}
 
-    def specified(self, c: PeftConfig) -> Iterator[tuple[str, Trained | TrainedModule | Frozen]]:
-        """Yield the tensors that an adapter has, by name."""
-        return ((name, spec) for name, spec in self.declared.tensors(self.shape, c).items() if spec is not None)
+    @classmethod
+    def specified(cls, shape: Shape, c: PeftConfig) -> dict[str, Trained | TrainedModule | Frozen]:
+        """
+        Give the tensors that an adapter has, by name.
+
+        Args:
+            shape: shape of the layer's weight.
+            c: the adapter's settings there.
+        """
+        return {name: spec for name, spec in cls.declared.tensors(shape, c).items() if spec is not None}
 
     def saved_forms(self, adapter_name: str) -> dict[str, SavedForm]:
         """Give the forms, of tensors in checkpoints, that are declared."""
@@ -189,7 +242,9 @@ class DeclaredLayer(BaseTunerLayer):
             adapter: name.
             c: what its start is taken from.
         """
-        for name, spec in self.specified(c):
+        # what was asked to make the tensors is not asked again to start them
+        specified = self.made.get(adapter, {}).get(_SPECIFIED) or self.specified(self.shape, c)
+        for name, spec in specified.items():
             if isinstance(spec, (Trained, TrainedModule)):
                 spec.fill(self._modules[self.tensor_names[name]][adapter])
 
@@ -203,7 +258,7 @@ class DeclaredLayer(BaseTunerLayer):
             values: the other values, which hold from now on.
         """
         c = with_values(self.settings[adapter], values)
-        for name, spec in self.specified(c):
+        for name, spec in self.specified(self.shape, c).items():
             if isinstance(spec, Trained) and self._modules[self.tensor_names[name]][adapter].shape != spec.shape:
                 self.resize(adapter, name, *spec.shape)
         self.settings[adapter] = c
@@ -242,9 +297,6 @@ class DeclaredLayer(BaseTunerLayer):
         return feature_axis(self.get_base_layer(), of_input=False) == feature_axis(owner, of_input=False)
 
 
-_PREPARED, _PREPARED_BIAS = "(delta)", "(bias)"  # of `made`; no names of tensors
-
-
 class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
     """Rule of `delta`, of what is added to the `bias`, and of both."""
 
@@ -253,12 +305,13 @@ class DeclaredAdditive(DeclaredLayer, AdditiveLayer):
     changes_bias: ClassVar[bool] = False
     apply_takes: ClassVar[frozenset[str]] = frozenset()  # what more than usual `apply` is given
 
-    def make_adapter(self, adapter_name: str, config: PeftConfig, names: Sequence[str] = (), **values: Any) -> None:
-        """Make an adapter's tensors, if what its delta is computed from can be read; see `DeclaredLayer`."""
-        backend = self.quantization_backend
-        if self.delta_takes_weight and isinstance(backend, ForwardOnlyQuantizationBackend):
-            backend.get_base_weight(self.get_base_layer())  # refuses
-        super().make_adapter(adapter_name, config, names, **values)
+    @classmethod
+    def prepare_adapter(cls, base: nn.Module, config: PeftConfig, **arguments: Any) -> Mapping[str, Any]:
+        """Refuse, too, if what the delta is computed from cannot be read; see `DeclaredLayer.prepare_adapter`."""
+        backend = resolve_quantization_backend(base) if cls.delta_takes_weight else None
+        if isinstance(backend, ForwardOnlyQuantizationBackend):
+            backend.get_base_weight(base)  # refuses
+        return super().prepare_adapter(base, config, **arguments)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """

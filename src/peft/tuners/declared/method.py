@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...anatomy.offload import computing_device
 from ...config import PeftConfig
+from ...configs.checks import check_plain_types, check_share
 from ...layers.base_layer import BaseTunerLayer
 from ...layers.buffer_dict import BufferDict
 from ...layers.replacement import ReplacementLayer
 from ...layers.shared_tensors import SharedBuffers, SharedGroups, SharedParameters
 from ...registry import register_peft_method
 from ...utils.error import PeftConfigError
-from ...utils.quantization_utils import stored_weight
 from ..base import BaseTuner
 from .either import DeclaredEither
 from .layers import (
@@ -62,6 +61,10 @@ class DeclaredModel(BaseTuner):
         if hasattr(self.declared, "check"):
             others = [c for c in self.peft_config.values() if c is not config and type(c) is type(config)]
             self.declared.check(config, others)
+        check_plain_types(config)
+        dropout = self.tuner_layer_cls.dropout_field
+        if dropout is not None:
+            check_share(config, dropout)
 
     def _layer_arguments_for(self, config: PeftConfig) -> Callable[[list[str]], dict[str, Any]]:
         values_for = super()._layer_arguments_for(config)
@@ -111,6 +114,22 @@ class DeclaredModel(BaseTuner):
         for adapter in self.active_adapters if hasattr(self.declared, "after_step") else ():
             self.declared.after_step(self, self.peft_config[adapter], step)
 
+    def check_shared(self, config: PeftConfig, targets: dict[str, nn.Module]) -> None:
+        """
+        Refuse tensors that layers share, if they cannot be meant.
+
+        Args:
+            config: the adapter's config.
+            targets: full name -> layer of the base model.
+        """
+        shapes = self._shapes(targets) if self.tuner_layer_cls.shared_layer_names else {}
+        if not shapes:
+            return
+        place, groups = SharedPlace.of(shapes.values()), self.tuner_layer_cls.group_fields
+        for name, specs in self.declared.shared_tensors(shapes, config).items():
+            for spec in specs.values() if name in groups else (specs,):
+                place.check(spec)
+
     @torch.no_grad()
     def make_shared(self, adapter_name: str, config: PeftConfig, targets: dict[str, nn.Module]) -> None:
         """
@@ -124,12 +143,7 @@ class DeclaredModel(BaseTuner):
         shapes = self._shapes(targets)
         if not shapes:
             return
-        weights = [stored_weight(shape.layer) for shape in shapes.values()]
-        place = SharedPlace(
-            weights[0],
-            max(weights, key=torch.Tensor.numel),
-            computing_device(next(iter(shapes.values())).layer, weights[0]),
-        )
+        place = SharedPlace.of(shapes.values())
         for name, specs in self.declared.shared_tensors(shapes, config).items():
             container = self._modules[self.tuner_layer_cls.tensor_names[name]]
             if name not in self.tuner_layer_cls.group_fields:

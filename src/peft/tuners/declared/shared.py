@@ -2,14 +2,17 @@
 # peft: the fork in which tied weights stay tied
 """Making the declared tensors that layers share."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from ...anatomy.offload import computing_device
 from ...layers.buffer_dict import BufferDict
 from ...layers.new_tensors import check_size, new_parameter
-from .tensors import Frozen, Kept, Trained
+from ...utils.quantization_utils import stored_weight
+from .tensors import Frozen, Kept, Shape, Trained
 
 
 class SharedPlace(NamedTuple):
@@ -26,6 +29,29 @@ class SharedPlace(NamedTuple):
     largest: torch.Tensor
     device: torch.device
 
+    @classmethod
+    def of(cls, shapes: Iterable[Shape]) -> "SharedPlace":
+        """
+        Find the place for tensors that some layers share.
+
+        Args:
+            shapes: shapes of the layers' weights, at least one.
+        """
+        layers = [shape.layer for shape in shapes]
+        weights = [stored_weight(layer) for layer in layers]
+        return cls(weights[0], max(weights, key=torch.Tensor.numel), computing_device(layers[0], weights[0]))
+
+    def check(self, spec: Trained | Frozen) -> None:
+        """
+        Refuse a tensor that cannot be meant.
+
+        Args:
+            spec: what it is.
+        """
+        dtype = new_parameter(self.first, 0).dtype
+        for shape in spec.shapes:
+            check_size(shape, self.largest, dtype, self.device)
+
     def put(self, container: nn.ParameterDict | BufferDict, key: str, spec: Trained | Frozen) -> None:
         """
         Make a tensor, for real always: a checkpoint may lack what layers share.
@@ -36,8 +62,6 @@ class SharedPlace(NamedTuple):
             spec: what it is.
         """
         dtype = new_parameter(self.first, 0).dtype
-        if spec.shape is not None:
-            check_size(spec.shape, self.largest, dtype, self.device)
         if isinstance(spec, Trained):
             parameter = nn.Parameter(torch.empty(*spec.shape, dtype=dtype, device=self.device))
             spec.fill(parameter)

@@ -147,6 +147,11 @@ class Trained:
     start: float | Callable[[torch.Tensor], Any] = 0.0
     rounded_to: torch.dtype | None = None
 
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The one shape."""
+        return (self.shape,)
+
     def fill(self, tensor: torch.Tensor) -> None:
         """Give a tensor the values that it starts with."""
         if self.rounded_to is None or not self.rounded_to.is_floating_point:
@@ -168,10 +173,12 @@ class TrainedModule:
     Attributes:
         make: gives the module; its parameters are replaced by ones of the device and type that the layer calls for.
         start: writes into its parameters what they start with.
+        shapes: shapes of parameters about which the config decides; those that cannot be meant are refused before.
     """
 
     make: Callable[[], nn.Module]
     start: Callable[[nn.Module], Any]
+    shapes: tuple[tuple[int, ...], ...] = ()
 
     def fill(self, module: nn.Module) -> None:
         """Give the module's parameters the values that they start with."""
@@ -188,7 +195,7 @@ def trained_linear(inputs: int, outputs: int, start: Callable[[torch.Tensor], An
         start: writes into the matrix what it starts with.
     """
     make = partial(nn.Linear, inputs, outputs, bias=False, device="meta")
-    return TrainedModule(make, lambda module: start(module.weight))
+    return TrainedModule(make, lambda module: start(module.weight), ((outputs, inputs),))
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,11 @@ class Frozen:
     make: Callable[[], torch.Tensor]
     shape: tuple[int, ...] | None = None
     rounded: bool = False
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The one shape, if the config decides about it."""
+        return () if self.shape is None else (self.shape,)
 
     def made(self, weight: torch.Tensor, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
         """

@@ -3,6 +3,7 @@
 """What OFT, BOFT and HRA share: matrices that are multiplied from the right without being built, and their rule."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,21 +131,20 @@ class RotationLayer(Unscaled, DeclaredWeight):  # a rotation by half the angle i
             corrects_output=isinstance(base, nn.Embedding),
         )
 
-    def make_adapter(self, adapter_name: str, config: PeftConfig, *arguments: Any, **values: Any) -> None:
+    @classmethod
+    def prepare_adapter(cls, base: nn.Module, config: PeftConfig, **arguments: Any) -> Mapping[str, Any]:
         """
-        Make an adapter's tensors; see `DeclaredLayer.make_adapter`.
-
-        Args:
-            adapter_name: name.
-            config: the adapter's config.
-            arguments: see there.
-            values: values that are to be others.
+        Refuse a convolution in groups; see `BaseTunerLayer.prepare_adapter`.
 
         Raises:
-            PeftNotImplementedError: for a convolution in groups.
+            PeftNotImplementedError: for such a one.
         """
-        self.rows_to_rotate()
-        super().make_adapter(adapter_name, config, *arguments, **values)
+        if isinstance(base, nn.Conv2d) and base.groups > 1:
+            raise PeftNotImplementedError(
+                f"{cls.__name__} cannot rotate the inputs of a Conv2d with groups={base.groups}, since each "
+                "group sees inputs of its own; leave the layer out with exclude_modules, or use another method"
+            )
+        return super().prepare_adapter(base, config, **arguments)
 
     def rotation(self, adapter: str, training: bool = False) -> Rotation:
         """
@@ -168,11 +168,6 @@ class RotationLayer(Unscaled, DeclaredWeight):  # a rotation by half the angle i
             return self.out_features
         if not isinstance(base, nn.Conv2d):
             return self.in_features
-        if base.groups > 1:
-            raise PeftNotImplementedError(
-                f"{type(self).__name__} cannot rotate the inputs of a Conv2d with groups={base.groups}, since each "
-                "group sees inputs of its own; leave the layer out with exclude_modules, or use another method"
-            )
         return base.in_channels * base.kernel_size[0] * base.kernel_size[1]
 
     def get_delta_weight(self, adapter: str, *options: Any) -> torch.Tensor:

@@ -3,7 +3,7 @@
 """FRoD: W + U (S + diag(l - l0)) V', with U and l0 such that W = U diag(l0) V', and V shared by layers of one role."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -184,10 +184,10 @@ class Frod:
             roles.setdefault(role_of(name), {})[block_of(name, i)] = shape
         generator, spec = torch.Generator().manual_seed(c.projection_prng_key), Kept if c.save_projection else Frozen
         tensors: dict[str, dict[str, Frozen]] = {"V": {}, "s_indices": {}, "s_size": {}}
-        bar = tqdm(total=len(roles), desc="bases of roles", disable=not c.progressbar, leave=False)
+        bar = cache(lambda: tqdm(total=len(roles), desc="bases of roles", disable=not c.progressbar, leave=False))
 
         def basis(shapes: list[Shape]) -> torch.Tensor:
-            bar.update()
+            bar().update()
             return common_basis([shape.weight for shape in shapes], c.regularization_alpha)
 
         for role, blocks in sorted(roles.items()):

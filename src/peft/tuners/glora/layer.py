@@ -63,7 +63,8 @@ class Glora:
         def start(part: GloraPath) -> None:
             part.reset_parameters(c.init_weights)
 
-        return {name: TrainedModule(partial(make_part, *part, c.r), start) for name, part in c.parts.items()}
+        factors = tuple((size, c.r) for size in shape)
+        return {name: TrainedModule(partial(make_part, *part, c.r), start, factors) for name, part in c.parts.items()}
 
     def saved_forms(c: GloraConfig) -> dict[str, ZerosInFull]:
         """Save zeros in the place of parts that are not there, as the released package reads them."""

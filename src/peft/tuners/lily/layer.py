@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...configs.checks import check_counts
 from ...layers.new_tensors import draw_
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
-from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
 from ...utils.quantization_utils import stored_weight
 from ..declared.layers import DeclaredTerm
@@ -41,8 +41,7 @@ class Lily:
 
     def check(c: LilyConfig, others: Sequence[LilyConfig]) -> None:
         """Refuse ranks that are none."""
-        if c.r < 1:
-            raise PeftValueError(f"r must be at least 1, found {c.r}")
+        check_counts(c, "r")
 
     def tensors(shape: Shape, c: LilyConfig) -> dict[str, TrainedModule]:
         """Tell A (r, in), the router R (experts, r), and B (experts * r, out)."""

@@ -4,10 +4,11 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Literal
 
 from ...config import PeftConfig
-from ...configs.checks import check_layer_selection, check_types
+from ...configs.checks import check_layer_selection, check_names, check_types
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType, TaskType
 from ...utils.warning import warn
@@ -256,6 +257,7 @@ _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "layers_to_transform": (int, list, tuple, range),
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
+    "alora_invocation_tokens": (list, tuple),
 }
 
 
@@ -374,6 +376,8 @@ class LoraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.LORA
         check_types(self, _FIELD_TYPES)
+        if not isinstance(self.target_parameters, (str, NoneType)):
+            check_names("target_parameters", self.target_parameters)
         check_layer_selection(self)
         self._build_nested_configs()
         self._check_contradictions()

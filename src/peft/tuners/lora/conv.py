@@ -3,6 +3,7 @@
 """LoRA on convolutions: factor A is a convolution like the base layer, factor B one with a kernel of 1."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -39,15 +40,23 @@ class OnConvolution:
     def _groups(self) -> int:
         return self.get_base_layer().groups
 
+    @classmethod
+    def _refuse(cls, base: nn.Module, r: int, config: LoraConfig, parameter_name: str | None) -> None:
+        super()._refuse(base, r, config, parameter_name)
+        if r % base.groups:
+            raise PeftValueError(
+                f"the rank of a convolution with {base.groups} groups must be a multiple of {base.groups}, found r={r}"
+            )
+
+    @classmethod
+    def _factor_shapes(cls, base: nn.Module, r: int, parameter_name: str | None) -> Iterator[tuple[int, ...]]:
+        yield from ((r, base.in_channels, *base.kernel_size), (base.out_channels, r // base.groups))
+
     def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
         """Make the factors, without values; see `LoraLayer`."""
         base = self.get_base_layer()
         if base.groups > 1:
             warn(f"an adapter on a convolution with {base.groups} groups cannot be merged")
-        if r % base.groups:
-            raise PeftValueError(
-                f"the rank of a convolution with {base.groups} groups must be a multiple of {base.groups}, found r={r}"
-            )
         ones = [1] * len(base.kernel_size)
         bias = self.new_parameter(base.out_channels) if config.lora_bias else None
         self.lora_A[adapter] = _factor(
@@ -65,19 +74,24 @@ class OnConvolution:
         """Say where a factor of this layer has its ranks; see `LoraLayer.rank_axis`."""
         return dataclasses.replace(super().rank_axis(name), groups=self._groups)
 
-    def follow(self, adapter_name: str, owner: BaseTunerLayer) -> None:
+    @classmethod
+    def check_following(cls, base: nn.Module, owner: nn.Module) -> None:
         """
-        Take an adapter from another convolution with the same weight; stride, dilation and padding may differ.
+        Refuse factors that are those of another number of groups; see `BaseTunerLayer.check_following`.
 
         Raises:
-            PeftValueError: if the owner's factors are those of another number of groups.
+            PeftValueError: in that case.
         """
-        groups = getattr(owner.get_base_layer(), "groups", 1)
-        if groups not in (1, self._groups):
+        groups = getattr(owner, "groups", 1)
+        if groups not in (1, base.groups):
             raise PeftValueError(
-                f"a convolution with {self._groups} groups cannot stay tied to one with {groups}: factors that fit "
+                f"a convolution with {base.groups} groups cannot stay tied to one with {groups}: factors that fit "
                 "the one do not fit the other; set ensure_weight_tying=False"
             )
+
+    def follow(self, adapter_name: str, owner: BaseTunerLayer) -> None:
+        """Take an adapter from another convolution with the same weight; stride, dilation and padding may differ."""
+        self.check_following(self.get_base_layer(), owner.get_base_layer())
         super().follow(adapter_name, owner)
 
     def factor_weights(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 # peft: the fork in which tied weights stay tied
 """LoRA's layers: one class per kind of base layer, each a few lines on top of the additive rule."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -11,15 +11,18 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ...anatomy.kinds import embed, stores_weight_transposed
+from ...anatomy.kinds import embed, features, stores_weight_transposed
+from ...anatomy.offload import computing_device
 from ...anatomy.walking import unwrapped
 from ...layers.base_layer import BaseTunerLayer
 from ...layers.fused.path import FusedLayer
 from ...layers.fused.terms import LowRank
 from ...layers.merging.changes import changes_adapter
 from ...layers.merging.checks import check_adapters_to_merge
+from ...layers.new_tensors import check_new_parameters
 from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
+from ...utils.quantization_utils import stored_weight
 from .config import LoraConfig, LoraGAConfig
 from .conv import OnConvolution
 from .mixed_batch import MixedBatches
@@ -101,6 +104,50 @@ class LoraLayer(MixedBatches, VariantLayer):
         """
         super().update_layer(adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
 
+    @classmethod
+    def prepare_adapter(
+        cls, base: nn.Module, config: LoraConfig, present: BaseTunerLayer | None = None, **arguments: Any
+    ) -> Mapping[str, Any]:
+        """
+        Refuse ranks, starts and variants that the layer cannot have; see `BaseTunerLayer.prepare_adapter`.
+
+        Raises:
+            PeftValueError: if the rank is not positive, or too large.
+        """
+        parameter_name = arguments.get("parameter_name")
+        if find_variant(config) is not None:
+            make_variant(cls._without_adapter(base, parameter_name), "", config, arguments.get("target_name"))
+        cls._refuse(base, arguments["r"], config, parameter_name)
+        name = parameter_name or cls.weight_name
+        weight = stored_weight(base) if name == "weight" else getattr(base, name)
+        if weight is not None:
+            shapes = cls._factor_shapes(base, arguments["r"], parameter_name)
+            check_new_parameters(weight, *shapes, device=computing_device(base, weight))
+        return arguments
+
+    @classmethod
+    def _without_adapter(cls, base: nn.Module, parameter_name: str | None) -> "LoraLayer":
+        """Make a layer without any adapter around a base layer, which does not notice, for variants to look at."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        if parameter_name is not None:
+            layer.__dict__.update(parameter_name=parameter_name, weight_name=parameter_name)
+        LoraLayer.__init__(layer, base)
+        return layer
+
+    @classmethod
+    def _refuse(cls, base: nn.Module, r: int, config: LoraConfig, parameter_name: str | None) -> None:
+        """Refuse factors that a layer cannot have; kinds of layers add to it."""
+        if not isinstance(r, int) or r <= 0:
+            raise PeftValueError(f"the rank r must be a positive integer, found {r!r}")
+
+    @classmethod
+    def _factor_shapes(cls, base: nn.Module, r: int, parameter_name: str | None) -> Iterator[tuple[int, ...]]:
+        """Yield the shapes of the factors of a rank, if it is known how wide the layer is."""
+        inputs, outputs = features(base)
+        if inputs is not None and outputs is not None:
+            yield from ((r, inputs), (outputs, r))
+
     def make_adapter(self, adapter_name: str, config: LoraConfig, r: int, lora_alpha: float, **kwargs: Any) -> None:
         """
         Make the tensors of an adapter, without values, and note its settings.
@@ -116,9 +163,8 @@ class LoraLayer(MixedBatches, VariantLayer):
         Raises:
             PeftValueError: if `r` is not positive.
         """
-        if not isinstance(r, int) or r <= 0:
-            raise PeftValueError(f"the rank r must be a positive integer, found {r!r}")
         variant = make_variant(self, adapter_name, config, kwargs.get("target_name"))
+        self._refuse(self.get_base_layer(), r, config, self.parameter_name)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         for name in ("use_dora", "use_rslora", "lora_bias"):
             getattr(self, name)[adapter_name] = getattr(config, name)
@@ -391,9 +437,13 @@ class Embedding(WithAdapter, LoraLayer, nn.Module):
     ) -> None:
         super().__init__(base_layer, adapter_name, config, r, lora_alpha, **kwargs)
 
-    def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
+    @classmethod
+    def _refuse(cls, base: nn.Module, r: int, config: LoraConfig, parameter_name: str | None) -> None:
+        super()._refuse(base, r, config, parameter_name)
         if config.lora_bias:
             raise PeftValueError("lora_bias=True does not work on an embedding, which has no bias; leave it out")
+
+    def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
         self.lora_embedding_A[adapter] = self.new_parameter(r, self.in_features)
         self.lora_embedding_B[adapter] = self.new_parameter(self.out_features, r)
 

@@ -44,7 +44,7 @@ from .plain_lora import convert_on_save, without_start
 from .quantized import LAYER_OF_BACKEND
 from .starts import changes_base, check_start, find_start
 from .starts.base_weight import warn_of_changed_bases
-from .tp_layer import LoraParallelLinear, backend_of, check_parallel, parallel_layers, parallel_settings
+from .tp_layer import LoraParallelLinear, backend_of, parallel_layers, parallel_settings
 from .variants import (
     Kasa,
     Monteclora,
@@ -146,6 +146,14 @@ class LoraModel(BaseTuner):
         if issubclass(target.layer_class, LoraParallelLinear):
             arguments.update(backend=backend_of(self.peft_config.values()))
         return super()._create_layer(base, target, adapter_name, config, arguments)
+
+    def _prepared(
+        self, config: LoraConfig, name: str, module: nn.Module, parameter: str | None, *args: Any
+    ) -> dict[str, Any]:
+        *args, arguments = args
+        if parameter is None and find_variant(config) is not None:
+            arguments = {**arguments, "target_name": name}
+        return super()._prepared(config, name, module, parameter, *args, arguments)
 
     def _make_layer(
         self, placement: Placement, planned: Target, stands: nn.Module, config: PeftConfig, arguments: dict[str, Any]
@@ -295,9 +303,6 @@ class LoraModel(BaseTuner):
     def _check_targets(self, model: nn.Module, config: LoraConfig, names: list[str]) -> None:
         """Refuse what fused kernels pass by, and starts that the base weights do not allow."""
         self._check_fused_kernels(model, config, names)
-        for module in map(model.get_submodule, names):
-            if self._layer_class(module) is LoraParallelLinear:
-                check_parallel(unwrapped(module), config)
         if config.lora_bias:
             _warn_of_lost_biases({name: unwrapped(model.get_submodule(name)) for name in names})
         self._check_start(model, config, {name: model.get_submodule(name) for name in names})

@@ -10,7 +10,7 @@ the other factor is whole in each process, and the same.
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -160,6 +160,12 @@ class LoraParallelLinear(WithAdapter, LoraLayer, nn.Module):
         # classes, because a module can be neither copied nor pickled
         self.__dict__["_kinds"] = (backend.ColumnParallelLinear, backend.RowParallelLinear)
         super().__init__(base_layer, adapter_name, config, r, lora_alpha, **kwargs)
+
+    @classmethod
+    def prepare_adapter(cls, base: nn.Module, config: LoraConfig, **arguments: Any) -> Mapping[str, Any]:
+        """Refuse what parts of a weight cannot have; see `BaseTunerLayer.prepare_adapter`."""
+        check_parallel(base, config)
+        return super().prepare_adapter(base, config, **arguments)
 
     def _wrap(self, base_layer: nn.Module) -> None:
         super()._wrap(base_layer)

@@ -4,6 +4,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from ...layers.call_context import alone_with
 from ...layers.merging.layer import merge_layer
 from ...layers.standing_in import standing_in
 from ...utils.error import PeftNotImplementedError, PeftTypeError, PeftValueError
+from ...utils.quantization_utils import resolve_quantization_backend
 from ...utils.tensor_parallel import _LoraParameterProxy, is_divided
 from ...utils.warning import warn
 from ..families.ranks import RankAxis
@@ -187,17 +189,23 @@ class OnAttention(OnWholeWeight):
         super()._wrap(base_layer)
         self.__dict__.update(in_features=self.embed_dim, out_features=3 * self.embed_dim)
 
-    def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
-        weight = self.get_base_weight()
-        if weight is None:
-            base = self.get_base_layer()
+    @classmethod
+    def _refuse(cls, base: nn.Module, r: int, config: LoraConfig, parameter_name: str | None) -> None:
+        super()._refuse(base, r, config, parameter_name)
+        if base.in_proj_weight is None:
             raise PeftValueError(
                 f"MultiheadAttention with kdim={base.kdim} and vdim={base.vdim} keeps three weights for embed_dim="
                 f"{base.embed_dim}; LoRA adapts those with one only. Name the parameters q_proj_weight, k_proj_weight "
                 "and v_proj_weight in target_parameters instead"
             )
-        if config.lora_bias and self.get_base_layer().in_proj_bias is None:
+        if config.lora_bias and base.in_proj_bias is None:
             raise PeftValueError("lora_bias=True needs a MultiheadAttention with bias; leave it out")
+
+    @classmethod
+    def _factor_shapes(cls, base: nn.Module, r: int, parameter_name: str | None) -> Iterator[tuple[int, ...]]:
+        yield from ((r, base.embed_dim), (3 * base.embed_dim, r))
+
+    def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
         warn_of_dropout(config)
         self._make_linear_factors(adapter, r, config.lora_bias)
 
@@ -254,37 +262,43 @@ class OnParameter(OnWholeWeight):
         """Give the parameter that is adapted."""
         return self.get_base_weight()
 
-    def _check_config(self, config: LoraConfig) -> None:
-        """
-        Refuse what cannot be had without knowing how the parameter is used.
-
-        Raises:
-            PeftValueError: in that case.
-        """
-        if self.quantization_backend is not None:
+    @classmethod
+    def _refuse(cls, base: nn.Module, r: int, config: LoraConfig, parameter_name: str | None) -> None:
+        """Refuse, too, what cannot be had without knowing how the parameter is used."""
+        super()._refuse(base, r, config, parameter_name)
+        backend = resolve_quantization_backend(base)
+        if backend is not None:
             raise PeftNotImplementedError(
-                f"target_parameters cannot adapt {self.parameter_name!r} of a {type(self.get_base_layer()).__name__}, "
-                f"which is quantised ({self.quantization_backend.name}); name the module in target_modules instead"
+                f"target_parameters cannot adapt {parameter_name!r} of a {type(base).__name__}, "
+                f"which is quantised ({backend.name}); name the module in target_modules instead"
             )
         useless = [
             name for name in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora") if getattr(config, name)
         ]
         if useless:
             raise PeftValueError(f"{', '.join(useless)} does not work with target_parameters; leave it out")
-        plain = self.weight_name == "weight" and type(self.get_base_layer()) not in (nn.Embedding, Conv1D)
-        if find_start(config.init_lora_weights).needs_matrix and not (plain and self.num_experts == 1):
+        start, weight = find_start(config.init_lora_weights, config), getattr(base, parameter_name)
+        is_plain = parameter_name == "weight" and type(base) not in (nn.Embedding, Conv1D)
+        if start.needs_matrix and not (is_plain and math.prod(weight.shape[:-2]) == 1):
             raise PeftValueError(
-                f"init_lora_weights={config.init_lora_weights!r} does not work for {self.parameter_name!r} in "
+                f"init_lora_weights={config.init_lora_weights!r} does not work for {parameter_name!r} in "
                 "target_parameters; use True or 'gaussian'"
             )
-        if self.get_base_weight().dim() not in (2, 3):
+        if weight.dim() not in (2, 3):
             raise PeftValueError(
-                f"target_parameters adapts matrices, and one matrix per expert; {self.parameter_name!r} has the shape "
-                f"{tuple(self.get_base_weight().shape)}. Use modules_to_save to train it in full"
+                f"target_parameters adapts matrices, and one matrix per expert; {parameter_name!r} has the shape "
+                f"{tuple(weight.shape)}. Use modules_to_save to train it in full"
             )
+        refusal = start.refusal(base, r) if start.needs_matrix else None
+        if refusal is not None:
+            raise refusal
+
+    @classmethod
+    def _factor_shapes(cls, base: nn.Module, r: int, parameter_name: str | None) -> Iterator[tuple[int, ...]]:
+        *experts, rows, columns = getattr(base, parameter_name).shape
+        yield from ((r * math.prod(experts), columns), (rows, r * math.prod(experts)))
 
     def _make_factors(self, adapter: str, r: int, config: LoraConfig) -> None:
-        self._check_config(config)
         self._make_linear_factors(adapter, r * self.num_experts, with_bias=False)
 
     def rank_axis(self, name: str) -> RankAxis:

@@ -68,8 +68,8 @@ class Peanut:
 
         return {
             "A": trained_linear(out, c.r, start_first),
-            "encoders": TrainedModule(make, start_all),
-            "decoders": TrainedModule(make, start_all),
+            "encoders": TrainedModule(make, start_all, ((c.depth, c.r, c.r),)),
+            "decoders": TrainedModule(make, start_all, ((c.depth, c.r, c.r),)),
             "B": trained_linear(c.r, out, nn.init.zeros_ if c.init_weights else start),
         }
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...configs.checks import check_counts
 from ...layers.call_context import calling, task_of_rows
 from ...utils.constants import TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
@@ -18,7 +19,7 @@ from ..declared.method import method
 from ..declared.tensors import Shape, Tensors, Trained, TrainedModule
 from .config import PolyConfig
 from .maths import draw_skills_, mix
-from .router import PolyRouter, get_router
+from .router import PolyRouter, check_router, get_router
 
 
 class PolyTerm(DeclaredTerm):
@@ -66,10 +67,9 @@ class Poly:
     trained, modules = ("A", "B"), ("router",)
 
     def check(c: PolyConfig, others: Sequence[PolyConfig]) -> None:
-        """Refuse sizes that there are not."""
-        for name in ("r", "n_tasks", "n_skills", "n_splits"):
-            if getattr(c, name) < 1:
-                raise PeftValueError(f"{name} must be at least 1, found {getattr(c, name)}")
+        """Refuse sizes and routers that there are not."""
+        check_router(c)
+        check_counts(c, "r", "n_tasks", "n_skills", "n_splits")
 
     def tensors(shape: Shape, c: PolyConfig) -> dict[str, Any]:
         """Tell the skills, A (splits, skills, in / splits, r), B (splits, skills, r, out / splits), and the router."""
@@ -79,7 +79,7 @@ class Poly:
         return {
             "A": Trained((*sizes, inputs, c.r), draw_skills_),
             "B": Trained((*sizes, c.r, out), 0.0 if c.init_weights else draw_skills_),
-            "router": TrainedModule(partial(get_router, c, device="meta"), PolyRouter.reset),
+            "router": TrainedModule(partial(get_router, c, device="meta"), PolyRouter.reset, ((c.n_tasks, *sizes),)),
         }
 
     def apply(t: Tensors, x: torch.Tensor, shape: Shape, c: PolyConfig) -> torch.Tensor:

@@ -75,6 +75,20 @@ class PolyRouter(Router):
         return shares / (shares.sum(dim=-1, keepdim=True) + EPS)
 
 
+def check_router(config: PolyConfig) -> None:
+    """
+    Refuse a kind of router that there is not.
+
+    Args:
+        config: an adapter's config.
+
+    Raises:
+        PeftValueError: for such a one.
+    """
+    if config.poly_type != "poly":
+        raise PeftValueError(f'poly_type must be "poly", found {config.poly_type!r}')
+
+
 def get_router(poly_config: PolyConfig, device: torch.device | str | None = None) -> PolyRouter:
     """
     Make the router that a config asks for.
@@ -86,6 +100,5 @@ def get_router(poly_config: PolyConfig, device: torch.device | str | None = None
     Raises:
         PeftValueError: for a kind of router that there is not.
     """
-    if poly_config.poly_type != "poly":
-        raise PeftValueError(f'poly_type must be "poly", found {poly_config.poly_type!r}')
+    check_router(poly_config)
     return PolyRouter(poly_config, device)

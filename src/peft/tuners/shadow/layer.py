@@ -2,16 +2,17 @@
 # peft: the fork in which tied weights stay tied
 """Blocks that are corrected by a shadow state, and update it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...configs.checks import check_counts
 from ...layers.base_layer import BaseTunerLayer
 from ...layers.call_context import current_call
-from ...layers.new_tensors import on_meta
-from ...utils.error import PeftNotImplementedError, PeftValueError
+from ...layers.new_tensors import check_new_parameters, on_meta
+from ...utils.error import PeftNotImplementedError
 from .config import ShadowConfig
 
 
@@ -70,10 +71,16 @@ class ShadowLayer(BaseTunerLayer, nn.Module):
         self.make_adapter(adapter_name, config)
         self._trainable_adapters.add(adapter_name)
 
+    @classmethod
+    def prepare_adapter(cls, base: nn.Module, config: ShadowConfig, **arguments: Any) -> Mapping[str, Any]:
+        """Refuse networks that cannot be made; see `BaseTunerLayer.prepare_adapter`."""
+        check_counts(config, "r")
+        weight, width = next(base.parameters()), arguments["hidden_size"]
+        check_new_parameters(weight, (width, config.r), (width, config.update_hidden_size or config.r))
+        return super().prepare_adapter(base, config, **arguments)
+
     def make_adapter(self, adapter_name: str, config: ShadowConfig, **arguments: Any) -> None:
         """Make and start the networks of an adapter."""
-        if config.r < 1:
-            raise PeftValueError(f"r must be at least 1, found {config.r}")
         width, update = self.hidden_size, config.update_hidden_size or config.r
         made = {
             "shadow_down": nn.Linear(width, config.r, bias=False),

@@ -3,6 +3,7 @@
 """SHiRA: W + a sparse matrix, whose entries at fixed places are trained."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..declared.method import method
 from ..declared.tensors import Kept, Shape, Tensors, Trained
 from ..families.sparse import SparseLayer, add_entries
 from .config import ShiraConfig
-from .maths import random_mask
+from .maths import places, random_mask
 
 
 class ScaledSparseLayer(SparseLayer):
@@ -61,9 +62,10 @@ class Shira:
 
     trained, kept = ("weight",), ("indices",)
 
-    def values(c: ShiraConfig, names: Sequence[str], shape: Shape) -> dict[str, float]:
-        """Start with a scale of one."""
-        return {"scaling": 1.0}
+    def values(c: ShiraConfig, names: Sequence[str], shape: Shape) -> dict[str, Any]:
+        """Start with a scale of one, and with the mask that a function of the user's gives."""
+        given = None if c.mask_fn is None or c.r <= 0 else places(c.mask_fn, shape.layer, c.r)
+        return {"scaling": 1.0, "given": given}
 
     def tensors(shape: Shape, c: ShiraConfig) -> dict[str, Any]:
         """Tell the numbers, (k,), and their rows and columns, (2, k)."""
@@ -73,15 +75,13 @@ class Shira:
                 f"r must be positive, and r * (inputs + outputs) at most the {out * inputs} entries of a target's "
                 f"weight, found {c.r}, which makes {count}"
             )
-        choose, seed = (random_mask, {"random_seed": c.random_seed}) if c.mask_fn is None else (c.mask_fn, {})
         if c.mask_fn is None and c.mask_type != "random" and not c.inference_mode:  # what is loaded brings positions
             raise PeftValueError(f"mask_type={c.mask_type!r} needs a function; set config.mask_fn before")
 
         def indices() -> torch.Tensor:
-            chosen = choose(shape.layer, c.r, **seed).nonzero().T
-            if chosen.shape != (2, count):
-                raise PeftValueError(f"a mask must have {count} ones, found {chosen.shape[1]}")
-            return chosen.int()
+            given, c.given = c.given, None  # given away once, so that it is not kept twice
+            choose = partial(random_mask, random_seed=c.random_seed) if c.mask_fn is None else c.mask_fn
+            return places(choose, shape.layer, c.r) if given is None else given
 
         return {"weight": Trained((count,), 0.0 if c.init_weights else nn.init.normal_), "indices": Kept(indices)}
 

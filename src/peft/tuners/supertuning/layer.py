@@ -58,7 +58,7 @@ class Supertuning:
             raise PeftValueError(f"sparsity={c.sparsity} leaves none of {out * inputs} entries to train; lower it")
 
         def places() -> torch.Tensor:
-            return maths.places_by_magnitude(shape.weight, count, c.select_top)
+            return maths.places_by_magnitude(shape.weight, count, bool(c.select_top))
 
         normal_, uniform_ = (maths.rounded(start, shape.dtype) for start in (nn.init.normal_, maths.uniform_))
         tensors = {

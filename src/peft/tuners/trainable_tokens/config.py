@@ -5,6 +5,7 @@
 from dataclasses import dataclass, field
 
 from ...config import TyingConfig
+from ...configs.checks import check_types
 from ...configs.fields import option
 from ...registry import PeftType
 from ...utils.old_names import old_names
@@ -38,6 +39,7 @@ class TrainableTokensConfig(TyingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.TRAINABLE_TOKENS
+        check_types(self, {"token_indices": (list, tuple, set, range)})
 
 
 __getattr__ = old_names(__name__)

@@ -63,6 +63,8 @@ class UniLoraConfig(TyingConfig):
         for name in ("r", "theta_d_length", "init_theta_d_bound"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        if self.proj_seed < 0:
+            raise ValueError(f"proj_seed must be at least 0, found {self.proj_seed}")
         if self.bias not in ("none", "all", "unilora_only"):
             raise ValueError(f'bias must be "none", "all" or "unilora_only", found {self.bias!r}')
         check_layer_selection(self, pattern_needs_indices=False)

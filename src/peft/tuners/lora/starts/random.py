@@ -3,8 +3,10 @@
 """Starts that draw the factors at random, without a look at the base weight."""
 
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 from ....layers.new_tensors import draw_
 from ....utils.error import PeftValueError
@@ -83,6 +85,18 @@ class Orthogonal(Neutral):
 
     needs_matrix = True
 
+    def refusal(self, base: nn.Module, rank: int, *layer: Any) -> Exception | None:
+        """Say that a rank is odd, or that a convolution has groups; see `Start.refusal`."""
+        if isinstance(base, nn.Embedding):
+            return None
+        if getattr(base, "groups", 1) > 1:
+            return PeftValueError(
+                "init_lora_weights='orthogonal' does not work for convolutions with groups; use True"
+            )
+        if rank % 2:
+            return PeftValueError(f"init_lora_weights='orthogonal' needs an even rank, found r={rank}")
+        return None
+
     def start(self, layer: LowRankLayer, adapter: str) -> None:
         """
         Draw both factors.
@@ -93,12 +107,11 @@ class Orthogonal(Neutral):
         if layer.is_embedding:
             super().start(layer, adapter)
             return
-        into, out = layer.factor_weights(adapter)
         rank = layer.r[adapter]
-        if out.shape[1] != rank:
-            raise PeftValueError("init_lora_weights='orthogonal' does not work for convolutions with groups; use True")
-        if rank % 2:
-            raise PeftValueError(f"init_lora_weights='orthogonal' needs an even rank, found r={rank}")
+        refusal = self.refusal(layer.get_base_layer(), rank)
+        if refusal is not None:
+            raise refusal
+        into, out = layer.factor_weights(adapter)
         base, half = layer.stored_weight(), rank // 2
         between = torch.linalg.qr(torch.randn(rank, rank, device="cpu", dtype=torch.float32)).Q
         draw_(into, base, lambda a: a.copy_((a.new_empty(a.shape[1], half).normal_() @ between[0::2]).T * 0.1))
