@@ -97,6 +97,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".tuners.lora.calibration.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
         ".tuners.lora.calibration.lora_ga": ["preprocess_loraga"],
         ".tuners.lora.loftq": ["replace_lora_weights_loftq"],
+        ".models.arrow": ["create_arrow_model"],
         ".tuners.lora.config": [
             "ArrowConfig",
             "BdLoraConfig",

@@ -56,7 +56,6 @@ def named(*patterns: str) -> Condition:
 
 # What needs one of these has to fail; once it passes, the entry has to go.
 FEATURES_NOT_IMPLEMENTED = {
-    "LoRA: Arrow": named("ops/arrow_*"),
     "LoRA: EVA, CorDA, LoRA-GA": uses("init_lora_weights", "eva", "corda", "lora_ga"),
     "convert_to_lora": named("ops/convert_to_lora_f*", "ops/convert_to_lora_threshold"),
 }

@@ -52,6 +52,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".ln_tuning.model": ["LNTuningModel"],
         ".lora.calibration.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
         ".lora.calibration.lora_ga": ["preprocess_loraga"],
+        "peft.models.arrow": ["create_arrow_model"],
         ".lora.config": [
             "ArrowConfig",
             "BdLoraConfig",

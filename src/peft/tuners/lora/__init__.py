@@ -38,6 +38,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".conversion": ["convert_to_lora", "save_as_lora"],
         ".layer": ["Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "ParamWrapper"],
         ".model": ["LoraModel"],
+        "peft.models.arrow": ["create_arrow_model"],
         ".starts": ["Start", "register_start"],
         ".variants": ["LoraVariant", "register_variant"],
         "peft.registry": ["register_peft_method"],

@@ -10,6 +10,7 @@ from .alora import (
     get_alora_offsets_for_generate,
     is_alora_relevant_in_batch,
 )
+from .arrow import Arrow, ArrowLoraLinearLayer
 from .base import LoraVariant
 from .bdlora import BdLora, BlockDiagonalLinear
 from .dora import Dora
@@ -33,6 +34,8 @@ from .velora import Velora, VeloraFunction
 
 __all__ = [
     "ActivatedLora",
+    "Arrow",
+    "ArrowLoraLinearLayer",
     "BdLora",
     "BlockDiagonalLinear",
     "Dora",
@@ -60,7 +63,7 @@ __all__ = [
 ]
 
 # the released package has a class for each kind of layer, which is one here
-ALoraLinearVariant = ActivatedLora
+ALoraLinearVariant, ArrowLinearVariant = ActivatedLora, Arrow
 MontecloraLinearVariant, VeloraLinearVariant = Monteclora, Velora
 BdLoraLinearVariant, KasaLinearVariant, QALoraLinearVariant = BdLora, Kasa, QaLora
 DoraLinearVariant = DoraEmbeddingVariant = DoraConv1dVariant = DoraConv2dVariant = DoraConv3dVariant = Dora

@@ -8,14 +8,11 @@ import torch
 from torch import nn
 
 from ....anatomy.walking import adapter_modules
-from ....utils.error import PeftNotImplementedError, PeftValueError
+from ....utils.error import PeftValueError
 from ..config import LoraConfig
 from ..low_rank import LowRankLayer
 from .base import LoraVariant
 
-
-# fields that ask for variants of later versions of this package
-_PLANNED = ("arrow_config",)
 
 _VARIANTS: dict[str, type[LoraVariant]] = {}
 
@@ -42,7 +39,7 @@ def register_variant(name: str) -> Callable[[type[LoraVariant]], type[LoraVarian
     """
 
     def enter(variant_cls: type[LoraVariant]) -> type[LoraVariant]:
-        if name in _VARIANTS or name in _PLANNED:
+        if name in _VARIANTS:
             raise PeftValueError(f"a variant named {name!r} is registered already; choose another name")
         variant_cls.field = name
         _VARIANTS[name] = variant_cls
@@ -53,13 +50,12 @@ def register_variant(name: str) -> Callable[[type[LoraVariant]], type[LoraVarian
 
 def names_asked_for(config: LoraConfig) -> list[str]:
     """
-    Name the variants that a config asks for, those of later versions of this package too.
+    Name the variants that a config asks for.
 
     Args:
         config: an adapter's config.
     """
-    asked = [name for name, variant_cls in _VARIANTS.items() if variant_cls.is_asked(config)]
-    return asked + [name for name in _PLANNED if getattr(config, name, None)]
+    return [name for name, variant_cls in _VARIANTS.items() if variant_cls.is_asked(config)]
 
 
 def variants_by_field() -> dict[str, type[LoraVariant]]:
@@ -76,15 +72,12 @@ def find_variant(config: LoraConfig) -> type[LoraVariant] | None:
 
     Raises:
         PeftValueError: if it asks for two variants at once.
-        PeftNotImplementedError: if this version does not have the variant.
     """
     asked = names_asked_for(config)
     if not asked:
         return None
     if len(asked) > 1:
         raise PeftValueError(f"{', '.join(asked)} cannot be combined; ask for one of them")
-    if asked[0] in _PLANNED:
-        raise PeftNotImplementedError(f"LoRA of this version does not have: {asked[0]}; leave it out")
     return _VARIANTS[asked[0]]
 
 
