@@ -47,7 +47,20 @@ __all__ = [
 
 # methods whose adapters can be swapped -> fields of their configs that say how tensors are used, so must not change
 CONFIG_KEYS_TO_CHECK = {
-    PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "alora_invocation_tokens"]
+    PeftType.LORA: [
+        "use_rslora",
+        "lora_dropout",
+        "alpha_pattern",
+        "use_dora",
+        "alora_invocation_tokens",
+        "use_qalora",
+        "qalora_group_size",
+        "use_bdlora",
+        "kasa_config",
+        "velora_config",
+        "monteclora_config",
+        "arrow_config",
+    ]
 }
 
 # what a config says about ranks and scalings, which is all that a swap changes in it
@@ -289,6 +302,12 @@ def _check_room(
                 f"{name!r} is a convolution of {groups} groups, which have equal shares of the ranks, and target_rank="
                 f"{target_rank} is no multiple of that; nothing was changed"
             )
+        variant = layer.variants.get(adapter)
+        if variant is not None and not variant.has_room:
+            raise PeftValueError(
+                f"adapter {adapter!r} is {variant.name}, whose tensors have no room for other ranks than its own; "
+                "leave target_rank out and swap adapters of one rank"
+            )
         if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
             raise PeftValueError(
                 f"{name!r} has a factor per expert in one tensor, to which no ranks can be added; leave target_rank "
@@ -386,7 +405,7 @@ def _note_sizes(layer: LoraLayer, adapter: str) -> None:
         factor = layer._modules[attribute][adapter]
         if isinstance(factor, nn.Linear):
             factor.out_features, factor.in_features = factor.weight.shape
-        elif isinstance(factor, nn.Module):  # a convolution
+        elif hasattr(factor, "groups"):  # a convolution
             factor.out_channels, factor.in_channels = factor.weight.shape[0], factor.weight.shape[1] * factor.groups
 
 

@@ -130,6 +130,8 @@ def variant(name: str | None) -> dict[str, Any]:
     return {name: VALUES.get(name, lambda: True)(), **more}
 
 
+# the router of Arrow has nothing of its own that is trained: it mixes other adapters
+VARIANTS = [name for name in variants_by_field() if name != "arrow_config"]
 TARGETS: dict[str, dict[str, Any]] = {
     "linear": {"target_modules": ["lin"]},
     "transposed": {"target_modules": ["turned"]},
@@ -140,7 +142,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 OPTIONS: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
     "start": {str(name): (lambda name=name: {"init_lora_weights": name}) for name in starts()},
-    "variant": {str(name): (lambda name=name: variant(name)) for name in (None, *variants_by_field())},
+    "variant": {str(name): (lambda name=name: variant(name)) for name in (None, *VARIANTS)},
     "targets": {name: (lambda values=values: copy.deepcopy(values)) for name, values in TARGETS.items()},
     "bias": {bias: (lambda bias=bias: {"bias": bias}) for bias in ("none", "all", "lora_only")},
     "dropout": {str(p): (lambda p=p: {"lora_dropout": p}) for p in (0.0, 0.3)},

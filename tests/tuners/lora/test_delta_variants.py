@@ -24,6 +24,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft.optimizers import create_lorafa_optimizer, create_riemannian_optimizer
 
 
@@ -43,6 +44,8 @@ CHANGE_BASE = {"KaSA"}
 
 # those whose factors are not kept as the matrices whose product is the delta
 WRITTEN_OUT = {"KaSA", "BD-LoRA", "QA-LoRA"}
+# those that have tensors or blocks for each rank beside the factors
+WITHOUT_ROOM = {"KaSA", "BD-LoRA", "MonteCLoRA"}
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -275,3 +278,32 @@ def make_optimizer(how: str, model: PeftModel) -> torch.optim.Optimizer:
     if how == "LoRA-FA":
         return create_lorafa_optimizer(model, r=2, lora_alpha=6, lr=0.1)
     return create_riemannian_optimizer(model, torch.optim.SGD, lr=0.1)
+
+
+@each_variant
+def test_hotswapping(variant: str, tmp_path: Path) -> None:
+    model, other = adapted(variant), adapted(variant)
+    randomise(other, seed=9)
+    other.save_pretrained(tmp_path)
+    assert differs(logits(model, features()), logits(other, features()))
+    prepare_model_for_compiled_hotswap(model)
+    hotswap_adapter(model, tmp_path, "default")
+    assert_close(logits(model, features()), logits(other, features()))
+    plain = get_peft_model(stack(), LoraConfig(r=2, lora_alpha=6, target_modules=["up", "head"]))
+    with refused(plain, ValueError, "the two adapters differ in"):
+        hotswap_adapter(plain, tmp_path, "default")
+
+
+@each_variant
+def test_room_for_greater_ranks(variant: str) -> None:
+    model = adapted(variant)
+    x, expected = features(), logits(model, features())
+    if variant in WITHOUT_ROOM:
+        with refused(model, ValueError, "have no room for other ranks"):
+            prepare_model_for_compiled_hotswap(model, target_rank=4)
+        return
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    assert_close(logits(model, x), expected)
+    model.train()(x).square().sum().backward()
+    model.eval().merge_adapter()
+    assert_close(logits(model, x), expected)

@@ -219,6 +219,7 @@ class Arrow(OfLinearLayers):
     """
 
     name = "Arrow (arrow_config)"
+    has_room = False
 
     def __init__(self, layer: LowRankLayer, adapter: str, config: LoraConfig) -> None:
         super().__init__(layer, adapter, config)

@@ -32,12 +32,14 @@ class LoraVariant:
     Attributes:
         adds_delta: whether all that it does to the weight is to add the product of the factors as `written_out` gives
             them, whatever the weight is. It then merges, unmerges and follows tied layers by that.
+        has_room: whether factors may have more ranks than the adapter, filled with zeros.
 
     Raises:
         PeftValueError: if the variant does not exist for that kind of layer.
     """
 
     adds_delta = False
+    has_room = True
     # full name of the target, where the layer was made for one
     target: str | None = None
     name = "the variant"

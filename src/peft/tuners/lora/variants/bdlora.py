@@ -81,7 +81,16 @@ class BlockDiagonalLinear(nn.Module):
 
     def _set(self, weight: nn.Parameter, nblocks: int, bias: nn.Parameter | None = None) -> None:
         self.weight, self.nblocks, self.bias = weight, nblocks, bias
-        self.out_features, self.in_features = weight.shape[0], weight.shape[1] * nblocks
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the matrix."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the matrix."""
+        return self.weight.shape[1] * self.nblocks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -111,6 +120,7 @@ class BdLora(OwnStart):
     """
 
     name = "BD-LoRA (use_bdlora)"
+    has_room = False
     adds_delta = True
 
     def __init__(self, layer: LowRankLayer, adapter: str, config: LoraConfig) -> None:

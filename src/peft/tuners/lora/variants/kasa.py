@@ -41,6 +41,7 @@ class Kasa(LoraVariant):
     """
 
     name = "KaSA (kasa_config)"
+    has_room = False
     adds_delta = True
 
     def __init__(self, layer: LowRankLayer, adapter: str, config: LoraConfig) -> None:

@@ -252,6 +252,7 @@ class Monteclora(OfLinearLayers):
     """
 
     name = "MonteCLoRA (monteclora_config)"
+    has_room = False
     adds_delta = True
 
     def __init__(self, layer: LowRankLayer, adapter: str, config: LoraConfig) -> None:
