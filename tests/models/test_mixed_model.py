@@ -13,6 +13,8 @@ from torch import nn
 
 from peft import (
     AdaLoraConfig,
+    BeftConfig,
+    HiraConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
@@ -22,15 +24,19 @@ from peft import (
     PeftMixedModel,
     PeftModel,
     PromptTuningConfig,
+    RoadConfig,
+    ShiraConfig,
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
     weight_tying_report,
 )
+from peft.registry import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners import MixedModel
 from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.mixed import COMPATIBLE_TUNER_TYPES
 
 
 ADAPTERS = "lora_|hada_|lokr_|oft_"
@@ -343,11 +349,52 @@ class TestFiles:
             model.load_adapter(tmp_path / "nothing", "more")
 
 
+class TestMethods:
+    """The registry says which methods mix, and the model takes all of those."""
+
+    def test_the_table_has_what_the_model_takes(self) -> None:
+        names = {"ADALORA", "BEFT", "HIRA", "IA3", "LOHA", "LOKR", "LORA", "OFT", "ROAD", "SHIRA"}
+        assert {method.value for method in PEFT_TYPE_TO_MIXED_MODEL_MAPPING} == names
+        assert set(COMPATIBLE_TUNER_TYPES) == set(PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
+
+    @pytest.mark.parametrize("inside", [True, False])
+    @pytest.mark.parametrize(
+        "config",
+        [
+            BeftConfig(target_modules=["q_proj", "v_proj"]),
+            HiraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+            IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=["v_proj"]),
+            RoadConfig(group_size=4, target_modules=["q_proj", "v_proj"]),
+            ShiraConfig(r=1, target_modules=["q_proj", "v_proj"]),
+        ],
+        ids=lambda config: config.peft_type.value,
+    )
+    def test_methods_around_and_inside_another(self, config: PeftConfig, inside: bool) -> None:
+        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        order = [config, lora] if inside else [lora, config]
+        base, ids = llama(attention_bias=True), token_ids()
+        plain = logits(base, ids)
+        model = PeftMixedModel(base, order[0], "first")
+        model.add_adapter("second", order[1])
+        model.set_adapter(["first", "second"])
+        randomise(model, f"lora_|{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}")
+        model.eval()
+        both = logits(model, ids)
+        for name in ("first", "second"):
+            model.set_adapter(name)
+            assert differs(logits(model, ids), both) and differs(logits(model, ids), plain)
+        model.set_adapter(["first", "second"])
+        model.merge_adapter()
+        assert_close(logits(model, ids), both)
+        model.unmerge_adapter()
+        assert_close(logits(copy.deepcopy(model).unload(), ids), plain)
+        assert_close(logits(model.merge_and_unload(), ids), both)
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         "config",
         [
-            IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
             VeraConfig(r=2, target_modules=["q_proj"]),
             PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
         ],
@@ -355,7 +402,7 @@ class TestRefused:
     def test_methods_that_cannot_be_mixed(self, config: PeftConfig) -> None:
         method = config.peft_type.value
         base = llama()
-        with refused(base, ValueError, method, "LORA, LOHA"):
+        with refused(base, ValueError, method, "LOHA, LOKR, LORA"):
             PeftMixedModel(base, config)
         model = mixed(("lora",))
         with refused(model, ValueError, method):

@@ -332,6 +332,25 @@ def test_output_projection_alone(tmp_path: Path) -> None:
     assert_life_of_adapter(Attention, model, (x,), tmp_path)
 
 
+def test_the_fast_path_of_a_transformer_layer_has_the_adapter() -> None:
+    """
+    `nn.TransformerEncoderLayer` reads `out_proj.weight` of its attention where nothing is trained.
+
+    So `out_proj` of an adapted layer is the adapted projection. The base module's own, which it is in the released
+    package, would leave the adapter out there.
+    """
+    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
+    model = adapted(net, ["self_attn"])
+    x = torch.randn(2, 3, 8)
+    expected = model.train()(x).detach()
+    with torch.no_grad():
+        assert_close(model.eval()(x), expected)
+    layer = net[0].self_attn
+    assert_close(
+        layer.out_proj.weight, layer.base_layer.out_proj.base_layer.weight + layer.out_proj.get_delta_weight("default")
+    )
+
+
 def test_attention_with_biases() -> None:
     """Biases of the factors are added and merged."""
     net, x = Attention(), sequence()

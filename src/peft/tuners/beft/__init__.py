@@ -11,7 +11,7 @@ from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 
-add_method("BEFT", "peft.tuners.beft.config:BeftConfig", "peft.tuners.beft.model:BeftModel")
+add_method("BEFT", "peft.tuners.beft.config:BeftConfig", "peft.tuners.beft.model:BeftModel", is_mixed_compatible=True)
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,

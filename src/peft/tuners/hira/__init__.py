@@ -10,7 +10,7 @@ from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 
-add_method("HIRA", "peft.tuners.hira.config:HiraConfig", "peft.tuners.hira.model:HiraModel")
+add_method("HIRA", "peft.tuners.hira.config:HiraConfig", "peft.tuners.hira.model:HiraModel", is_mixed_compatible=True)
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,

@@ -11,7 +11,13 @@ from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 
-add_method("IA3", "peft.tuners.ia3.config:IA3Config", "peft.tuners.ia3.model:IA3Model", prefix="ia3_")
+add_method(
+    "IA3",
+    "peft.tuners.ia3.config:IA3Config",
+    "peft.tuners.ia3.model:IA3Model",
+    prefix="ia3_",
+    is_mixed_compatible=True,
+)
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,

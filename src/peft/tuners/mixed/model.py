@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...config import PeftConfig
-from ...registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+from ...registry import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from ...surgery.saved_modules import check_additional_trainable_modules, set_additional_trainable_modules
 from ...surgery.switching import remove_empty_layers
 from ...surgery.transaction import all_or_nothing
@@ -20,21 +20,9 @@ from ...utils.old_names import old_names
 from ..base import BaseTuner, BaseTunerLayer
 
 
-# methods whose adapters can be active beside those of others
-COMPATIBLE_TUNER_TYPES = (
-    PeftType.LORA,
-    PeftType.LOHA,
-    PeftType.LOKR,
-    PeftType.ADALORA,
-    PeftType.OFT,
-    PeftType.SHIRA,
-)
-# what the names of their tensors start with
-PREFIXES = [
-    PEFT_TYPE_TO_PREFIX_MAPPING[method]
-    for method in dict.fromkeys(COMPATIBLE_TUNER_TYPES)
-    if method in PEFT_TYPE_TO_PREFIX_MAPPING
-]
+# methods whose adapters can be active beside those of others, and what the names of their tensors start with
+COMPATIBLE_TUNER_TYPES = tuple(PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
+PREFIXES = [PEFT_TYPE_TO_PREFIX_MAPPING[method] for method in COMPATIBLE_TUNER_TYPES]
 
 
 class MixedModel(BaseTuner):
@@ -78,13 +66,14 @@ class MixedModel(BaseTuner):
     def _tuner_of(self, config: PeftConfig) -> BaseTuner:
         """Give the tuner of an adapter's method, up to date with this one."""
         method = config.peft_type
-        if method not in COMPATIBLE_TUNER_TYPES:
+        if method not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:
+            known = sorted(getattr(other, "value", other) for other in PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
             raise PeftValueError(
                 f"adapters of method {getattr(method, 'value', method)} cannot be active beside others; methods that "
-                f"can: {', '.join(known.value for known in COMPATIBLE_TUNER_TYPES)}"
+                f"can: {', '.join(known)}"
             )
         if method not in self._tuners:
-            self._tuners[method] = PEFT_TYPE_TO_TUNER_MAPPING[method](self.model, {}, "")
+            self._tuners[method] = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[method](self.model, {}, "")
             self._tuners[method].__dict__["in_mixed_model"] = True
         tuner = self._tuners[method]
         tuner.peft_config, tuner.active_adapter = self.peft_config, self.active_adapter

@@ -11,7 +11,7 @@ from ...registry import add_method
 from ...utils.lazy import lazy_exports
 
 
-add_method("ROAD", "peft.tuners.road.config:RoadConfig", "peft.tuners.road.model:RoadModel")
+add_method("ROAD", "peft.tuners.road.config:RoadConfig", "peft.tuners.road.model:RoadModel", is_mixed_compatible=True)
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
