@@ -14,7 +14,15 @@ from support.method_options import REQUIRED
 from peft import LoraConfig, PeftConfig, PeftType, PromptLearningConfig, TaskType, get_peft_config
 from peft.configs.commits import installed_commit
 from peft.registry import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.lora.config import EvaConfig, LoftQConfig, LoraRuntimeConfig
+from peft.tuners.lora.config import (
+    ArrowConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraRuntimeConfig,
+    VeloraConfig,
+)
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
@@ -82,16 +90,39 @@ def test_nested_config_from_a_dictionary() -> None:
         LoraConfig(init_lora_weights="eva", eva_config={"rho": 0.5})
 
 
-def test_config_for_an_initialisation_that_is_not_used() -> None:
+@pytest.mark.parametrize("settings", [LoftQConfig(), {"loftq_bits": 8}])
+def test_settings_of_loftq_without_it_are_left_out(settings: LoftQConfig | dict[str, Any]) -> None:
     with warned("loftq_config", "init_lora_weights"):
-        config = LoraConfig(loftq_config=LoftQConfig())
+        config = LoraConfig(loftq_config=settings)
     assert config.loftq_config == {}
 
 
-@pytest.mark.parametrize("kwargs", [{"init_lora_weights": "eva"}, {"eva_config": EvaConfig()}])
-def test_initialisation_without_its_config(kwargs: dict[str, Any]) -> None:
-    with warned("init_lora_weights", "eva_config"):
-        LoraConfig(**kwargs)
+@pytest.mark.parametrize(("init", "config_cls"), [("eva", EvaConfig), ("corda", CordaConfig)])
+def test_initialisation_without_its_config_has_the_defaults(init: str, config_cls: type) -> None:
+    with warned(f"init_lora_weights='{init}' without {init}_config"):
+        config = LoraConfig(init_lora_weights=init)
+    assert getattr(config, f"{init}_config") == config_cls()
+
+
+@pytest.mark.parametrize(("init", "config_cls"), [("eva", EvaConfig), ("corda", CordaConfig)])
+def test_config_of_an_initialisation_that_is_not_used(init: str, config_cls: type) -> None:
+    with warned(f"{init}_config has no effect", "init_lora_weights"):
+        config = LoraConfig(**{f"{init}_config": config_cls()})
+    assert getattr(config, f"{init}_config") == config_cls()
+
+
+@pytest.mark.parametrize(
+    ("config_cls", "options"),
+    [(VeloraConfig, {"init_type": "mean"}), (KasaConfig, {"beta": -1.0}), (KasaConfig, {"gamma": -1.0})],
+)
+def test_settings_of_a_variant_that_make_no_sense(config_cls: type, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="|".join(options)):
+        config_cls(**options)
+
+
+def test_names_of_experts_are_found_out_and_not_given() -> None:
+    with pytest.raises(TypeError, match="task_adapter_names"):
+        ArrowConfig(task_adapter_names=["a"])
 
 
 def test_check_kwargs() -> None:

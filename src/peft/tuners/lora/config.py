@@ -245,7 +245,7 @@ _NESTED = {
     "kasa_config": KasaConfig,
 }
 
-# initialisations that read a config of their own: init_lora_weights -> (field, needed or only recommended)
+# initialisations that read a config of their own: init_lora_weights -> its field
 _INIT_CONFIGS = {"eva": "eva_config", "corda": "corda_config"}
 
 
@@ -426,10 +426,10 @@ class LoraConfig(PeftConfig):
                     f"found {type(value).__name__}"
                 )
         if isinstance(self.loftq_config, LoftQConfig):
-            given = vars(self.loftq_config)
-            self.loftq_config = dict(given) if self.init_lora_weights == "loftq" else {}
-            if not self.loftq_config:
-                warn("loftq_config has no effect unless init_lora_weights='loftq'; it is left out")
+            self.loftq_config = dict(vars(self.loftq_config))
+        if self.loftq_config and self.init_lora_weights != "loftq":
+            warn("loftq_config has no effect unless init_lora_weights='loftq'; it is left out")
+            self.loftq_config = {}
 
     def _check_contradictions(self) -> None:
         if self.target_parameters is not None and isinstance(self.target_parameters, str):
@@ -447,8 +447,12 @@ class LoraConfig(PeftConfig):
         if init == "loftq" and not self.loftq_config:
             raise ValueError("init_lora_weights='loftq' needs its settings: give loftq_config=LoftQConfig(...)")
         for name, config_field in _INIT_CONFIGS.items():
-            if (init == name) != (getattr(self, config_field) is not None):
-                warn(f"init_lora_weights={name!r} and {config_field} belong together; only one of them was given")
+            given = getattr(self, config_field) is not None
+            if init == name and not given:
+                warn(f"init_lora_weights={name!r} without {config_field}; the settings are those of its defaults")
+                setattr(self, config_field, _NESTED[config_field]())
+            elif init != name and given:
+                warn(f"{config_field} has no effect unless init_lora_weights={name!r}")
         factored = init in ("corda", "lora_ga", "olora") or str(init).startswith("pissa")
         if factored and self.use_rslora and (self.rank_pattern or self.alpha_pattern):
             settings = " (with corda_config)" if init == "corda" else ""
