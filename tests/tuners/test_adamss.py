@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft import AdamssConfig, PeftModel, get_peft_model
+from peft import AdamssConfig, AdamssModel, PeftModel, get_peft_model
 
 
 cluster = pytest.importorskip("sklearn.cluster", reason="the method needs scikit-learn")
@@ -209,3 +209,9 @@ def test_helpers() -> None:
     assert {label: own.tolist() for label, own in rows.items()} == {0: [1], 1: [], 2: [0, 2]}
     assert helpers.get_trainable_subspaces(3) == [0, 1, 2]
     assert layer_module.clustering_Z is helpers.clustering_Z
+
+
+def test_the_model_takes_its_config_by_name() -> None:
+    config = AdamssConfig(r=4, num_subspaces=2, target_modules=["0"])
+    model = AdamssModel(nn.Sequential(nn.Linear(8, 8)), config=config, adapter_name="one")
+    assert model.targeted_module_names == ["0"] and model.active_adapters == ["one"]

@@ -25,6 +25,7 @@ from ...layers.base_layer import BaseTunerLayer
 from ...utils.error import PeftKeyError, PeftTypeError, PeftValueError
 from ...utils.files import replacing_adapter
 from ...utils.near_names import explain_unknown_adapters
+from ...utils.old_names import old_names
 from ...utils.warning import warn
 from .config import LoraConfig
 from .layer import Embedding, Linear
@@ -376,3 +377,6 @@ def _warn_of_loss(converted: Mapping[str, _Converted], rank: int) -> None:
             f"largest relative error is {worst.error:.3g}, of {name!r}. Give a larger rank, or a share to keep such "
             "as 0.999"
         )
+
+
+__getattr__ = old_names(__name__)
