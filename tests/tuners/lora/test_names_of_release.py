@@ -15,7 +15,14 @@ from peft.peft_model import get_alora_offsets_for_forward, get_alora_offsets_for
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import LoraEmbeddingATPHolder, _LoraParameterProxy
 from peft.tuners.lora.model import add_lora_tp_hooks_dtensor, get_tp_plan_and_mesh
-from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant, is_alora_relevant_in_batch
+from peft.tuners.lora.starts import find_start
+from peft.tuners.lora.variants import (
+    ALoraLinearVariant,
+    DoraLinearVariant,
+    MiCAEmbeddingVariant,
+    MiCALinearVariant,
+    is_alora_relevant_in_batch,
+)
 from peft.tuners.mixed.model import PREFIXES
 
 
@@ -167,3 +174,16 @@ class TestTensorParallelism:
 
 def test_prefixes_of_methods_that_mix() -> None:
     assert {"lora_", "lokr_", "hada_", "oft_"} <= set(PREFIXES)
+
+
+def test_mica_is_a_start() -> None:
+    """Those who look for its class find it, although layers have no variant of that name."""
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(5, 4)), LoraConfig(r=2, target_modules=["0"], init_lora_weights="mica")
+    )
+    layer = model.base_model.model[0]
+    assert isinstance(find_start("mica"), MiCALinearVariant) and MiCAEmbeddingVariant is MiCALinearVariant
+    assert (
+        not layer.lora_B["default"].weight.requires_grad
+        and layer.resolve_lora_variant(config=model.peft_config["default"]) is None
+    )

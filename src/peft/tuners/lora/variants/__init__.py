@@ -3,6 +3,7 @@
 """What an adapter of LoRA may do otherwise: strategies, by what in the config asks for them, a file for each."""
 
 from ....utils.old_names import old_names
+from ..starts.mica import Mica
 from .alora import (
     ActivatedLora,
     calculate_alora_offsets,
@@ -67,6 +68,7 @@ ALoraLinearVariant, ArrowLinearVariant = ActivatedLora, Arrow
 MontecloraLinearVariant, VeloraLinearVariant = Monteclora, Velora
 BdLoraLinearVariant, KasaLinearVariant, QALoraLinearVariant = BdLora, Kasa, QaLora
 DoraLinearVariant = DoraEmbeddingVariant = DoraConv1dVariant = DoraConv2dVariant = DoraConv3dVariant = Dora
+MiCALinearVariant = MiCAEmbeddingVariant = Mica  # a start here, which leaves B as it is
 
 
 __getattr__ = old_names(__name__)
