@@ -16,7 +16,7 @@ class IncrementalPCA:
 
     Each batch is decomposed together with what is known of those before: the components, scaled by their singular
     values, and one row for the shift of the mean (Ross, Lim, Lin, Yang 2008, "Incremental Learning for Robust Visual
-    Tracking").
+    Tracking"). Means and variances are held in float64, and decompositions are computed in the type of the rows.
 
     Args:
         n_components: how many to keep; as many as rows and features allow if None.
@@ -47,7 +47,7 @@ class IncrementalPCA:
         >>> from peft.utils.incremental_pca import IncrementalPCA
         >>> rows = torch.arange(12.0).outer(torch.tensor([3.0, 4.0]))
         >>> IncrementalPCA(n_components=1, batch_size=4).fit(rows).components_
-        tensor([[0.6000, 0.8000]], dtype=torch.float64)
+        tensor([[0.6000, 0.8000]])
     """
 
     components_: torch.Tensor
@@ -127,7 +127,8 @@ class IncrementalPCA:
         if self.n_samples_seen_:
             weight = (self.n_samples_seen_ / (self.n_samples_seen_ + rows) * rows) ** 0.5
             shift = weight * (self.mean_ - batch_mean)
-            matrix = torch.cat([self.singular_values_.unsqueeze(1) * self.components_, matrix, shift.unsqueeze(0)])
+            known = self.singular_values_.unsqueeze(1) * self.components_
+            matrix = torch.cat([known.to(matrix), matrix, shift.to(matrix).unsqueeze(0)])
         s, vh = self._decompose(matrix)
         total = self.n_samples_seen_ + rows
         vh = vh * vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
