@@ -10,9 +10,11 @@ from support.helpers import assert_close, assert_equal, gpt2, linears, llama, lo
 from torch import nn
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.calibration.corda import decompose
 from peft.tuners.lora.calibration.covariance import Covariances
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import CordaEigens, preprocess_corda
+from peft.tuners.lora.maths import leading_eigenvectors
 
 
 pytestmark = pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
@@ -288,3 +290,40 @@ def test_a_refused_adapter_can_be_made_afterwards() -> None:
         get_peft_model(net, wrong)
     expected = logits(net, token_ids())
     assert_close(logits(get_peft_model(net, config()), token_ids()), expected, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ large layers
+@pytest.mark.parametrize("shape", [(256, 320), (320, 256)])
+@pytest.mark.parametrize("trailing", [False, True])
+def test_a_few_vectors_of_a_large_layer_are_those_of_a_whole_decomposition(
+    trailing: bool, shape: tuple[int, int]
+) -> None:
+    with seeded():
+        weight = torch.randn(shape)
+        rows = torch.randn(2 * shape[1], shape[1]) * torch.logspace(0, -1, shape[1])
+    damped = rows.T @ rows / len(rows)
+    damped += 0.01 * damped.diagonal().mean() * torch.eye(shape[1])
+    found = decompose(weight, damped, 4, trailing)
+    u, s, vh = torch.linalg.svd(weight.double() @ damped.double(), full_matrices=False)
+    chosen = slice(-4, None) if trailing else slice(4)
+    v = torch.linalg.inv(damped.double()) @ vh.T[:, chosen]
+    assert_close(found.S_WC.double() / s[chosen], torch.ones(4).double(), atol=1e-5)
+    assert_close((found.U_WC * u[:, chosen]).sum(0).abs(), torch.ones(4).double(), atol=1e-4)
+    product = u[:, chosen] * s[chosen] @ v.T
+    assert_close(
+        found.U_WC.double() * found.S_WC @ found.V_WC.T.double(), product, atol=1e-4 * float(product.abs().max())
+    )
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_eigenvectors_by_multiplication_alone(is_flat: bool) -> None:
+    with seeded():
+        basis = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64)).Q
+    values = torch.ones(300).double() if is_flat else torch.logspace(0, -6, 300, dtype=torch.float64)
+    matrix = basis * values @ basis.T
+    found = leading_eigenvectors(lambda x: matrix @ x, 300, 4, matrix.device)
+    if is_flat:
+        assert found is None or (matrix @ found - found).norm() < 1e-9
+    else:
+        assert_close((found * basis[:, :4]).sum(0).abs(), torch.ones(4).double(), atol=1e-9)
+    assert leading_eigenvectors(lambda x: matrix @ x, 100, 4, matrix.device) is None

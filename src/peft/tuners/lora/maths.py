@@ -3,13 +3,15 @@
 """LoRA's computations with tensors alone: what starts, and what variants need."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 
 # singular vectors beyond those wanted that a randomised decomposition computes (Halko et al. 2011 advise 5 to 10)
 _OVERSAMPLING = 8
+# blocks of a Krylov space that are orthogonalised, and how often it is begun anew
+_KRYLOV_BLOCKS, _KRYLOV_RESTARTS = 6, 4
 # start of a sequence in which some tokens do not stand, beyond any length
 NEVER = 1 << 40
 # rows of a merged weight that are computed at a time where the factors have another type than the weight
@@ -41,6 +43,50 @@ def leading_singular_vectors(
         basis = torch.linalg.qr(weight @ basis).Q
     u, s, vh = torch.linalg.svd(basis.T @ weight, full_matrices=False)
     return basis @ u, s, vh
+
+
+def leading_eigenvectors(
+    apply: Callable[[torch.Tensor], torch.Tensor], size: int, count: int, device: torch.device
+) -> torch.Tensor | None:
+    """
+    Find the eigenvectors of the greatest eigenvalues of a symmetric positive matrix that is only multiplied with.
+
+    Blocks of a Krylov space (Musco, Musco 2015, arXiv:1504.05477), begun anew from what was found until it is precise
+    to ten digits. It starts from the same numbers whenever it is called.
+
+    Args:
+        apply: multiplies the matrix with (size, some), in float64.
+        size: rows of the matrix.
+        count: how many eigenvectors.
+        device: where they are.
+
+    Returns:
+        (size, count), in descending order of eigenvalues; None where a full decomposition is as fast, or where the
+        eigenvalues are too near to each other.
+    """
+    width = count + _OVERSAMPLING
+    if size < 2 * width * _KRYLOV_BLOCKS:
+        return None
+    start = torch.randn(size, width, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float64)
+    block = torch.linalg.qr(start.to(device)).Q
+    for _ in range(_KRYLOV_RESTARTS):
+        basis, images = [block], []
+        for _ in range(_KRYLOV_BLOCKS - 1):
+            images.append(apply(basis[-1]))
+            known, new = torch.cat(basis, dim=1), images[-1]
+            for _ in range(2):  # once leaves what rounding has brought in
+                new = new - known @ (known.T @ new)
+            basis.append(torch.linalg.qr(new).Q)
+        images.append(apply(basis[-1]))
+        space, image = torch.cat(basis, dim=1), torch.cat(images, dim=1)
+        values, vectors = torch.linalg.eigh(space.T @ image)
+        values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
+        block = space @ vectors
+        residual = (image @ vectors[:, :count] - block[:, :count] * values[:count]).norm(dim=0)
+        if residual.max() <= 1e-10 * values[0]:
+            return block[:, :count]
+        block = torch.linalg.qr(block).Q
+    return None
 
 
 def trailing_left_vectors(weight: torch.Tensor, count: int) -> torch.Tensor:

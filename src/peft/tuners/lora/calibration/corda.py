@@ -20,6 +20,7 @@ from ....utils.error import PeftValueError
 from ....utils.seeding import seeded
 from ....utils.warning import warn
 from ..config import CordaConfig, LoraConfig
+from ..maths import leading_eigenvectors, trailing_left_vectors
 from ..starts.corda import CordaEigens
 from .cache_file import CacheFile
 from .covariance import Covariances
@@ -215,8 +216,8 @@ def decompose(weight: torch.Tensor, damped: torch.Tensor, rank: int, trailing: b
     """
     Decompose W = U S (K^-1 V)' by way of W K = U S V', for a symmetric K.
 
-    K^-1 V is W' U / S, so K is never inverted; and U or V come from a Gram matrix of the smaller side, in float64,
-    which is as precise as a decomposition of W K in float32, and much faster.
+    K^-1 V is W' U / S, so K is never inverted, and U is enough. Only the vectors that are wanted are computed where
+    that is faster; in float64, in which a Gram matrix tells as much as its factor does in float32.
 
     Args:
         weight: W (out, in), float32.
@@ -227,17 +228,36 @@ def decompose(weight: torch.Tensor, damped: torch.Tensor, rank: int, trailing: b
     Returns:
         The columns, in the order of descending singular values.
     """
-    wide = weight.double() @ damped.double()
-    is_tall = wide.shape[0] > wide.shape[1]
-    _, vectors = torch.linalg.eigh(wide.T @ wide if is_tall else wide @ wide.T)
-    vectors = vectors.flip(1)
-    vectors = vectors[:, -rank:] if trailing else vectors[:, :rank]
-    images = wide @ vectors if is_tall else wide.T @ vectors
-    s = images.norm(dim=0)
-    s = s.clamp(min=torch.finfo(torch.float32).eps * wide.norm())
-    u = images / s if is_tall else vectors
-    v = weight.double().T @ u / s
-    return CordaEigens(s.float(), u.float().contiguous(), v.float().contiguous())
+    w, k = weight.double(), damped.double()
+    u = _trailing_vectors(w @ k, rank) if trailing else _leading_vectors(w, k, rank)
+    back = w.T @ u
+    s = (k @ back).norm(dim=0)
+    s = s.clamp(min=max(torch.finfo(torch.float32).eps * float(s.max()), torch.finfo(torch.float32).tiny))
+    return CordaEigens(s.float(), u.float().contiguous(), (back / s).float().contiguous())
+
+
+def _leading_vectors(w: torch.Tensor, k: torch.Tensor, rank: int) -> torch.Tensor:
+    """Give the left singular vectors of W K for its largest singular values."""
+    found = leading_eigenvectors(lambda x: w @ (k @ (k @ (w.T @ x))), len(w), rank, w.device)
+    if found is not None:
+        return found
+    product = w @ k
+    if product.shape[0] <= product.shape[1]:
+        return torch.linalg.eigh(product @ product.T).eigenvectors.flip(1)[:, :rank]
+    right = torch.linalg.eigh(product.T @ product).eigenvectors.flip(1)[:, :rank]
+    return torch.linalg.qr(product @ right).Q
+
+
+def _trailing_vectors(product: torch.Tensor, rank: int) -> torch.Tensor:
+    """Give the left singular vectors of a matrix for its smallest singular values, the smallest one last."""
+    rows, columns = product.shape
+    if rows <= columns:
+        factor, failed = torch.linalg.cholesky_ex(product @ product.T)
+        if not failed:
+            found = leading_eigenvectors(lambda x: torch.cholesky_solve(x, factor), rows, rank, product.device)
+            if found is not None:
+                return found.flip(1)
+    return trailing_left_vectors(product, rank)
 
 
 # ------------------------------------------------------------------------------------------------ the cache file
