@@ -154,7 +154,7 @@ class IncrementalPCA:
 
     def _moments_with(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Give mean and variance of all rows with new ones, and the mean of the new ones, in float64."""
-        var, mean = torch.var_mean(rows.double(), dim=0, correction=0)
+        var, mean = (found.double() for found in torch.var_mean(rows, dim=0, correction=0))
         if not self.n_samples_seen_:
             return mean, var, mean
         before, new = self.n_samples_seen_, len(rows)
@@ -171,7 +171,7 @@ class IncrementalPCA:
             rows = rows.float()
         if not rows.isfinite().all():
             raise PeftValueError("rows hold nan or infinite entries, which have no principal components")
-        return rows.clone() if self.copy else rows
+        return rows
 
     def _components_for(self, rows: int, features: int) -> int:
         """Say how many components to keep after a batch; refuse one that does not fit."""
