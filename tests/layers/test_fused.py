@@ -15,11 +15,15 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from peft import LoraConfig, disable_fused, get_peft_model
 from peft.layers.fused import linear
 from peft.layers.fused.path import Path
 
+
+# the processor, unless another default is set for the tests
+DEVICE = torch.get_default_device().type
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -96,6 +100,7 @@ def outcome(model: nn.Module, x: torch.Tensor, fused: bool) -> list[torch.Tensor
 
 
 # ------------------------------------------------------------------------------------------------ outputs, gradients
+@pytest.mark.skipif(DEVICE != "cpu", reason="other devices may sum in other orders")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("case", ["plain", "dropout", "rank-stabilised"])
 def test_float32_is_the_same_bit_by_bit_on_the_cpu(case: str, bias: bool) -> None:
@@ -118,6 +123,18 @@ def test_outputs_and_gradients_are_those_of_the_ordinary_way(case: str, adapters
         torch.testing.assert_close(fused, ordinary)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_layers_that_store_their_weight_transposed(case: str) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["0"], r=4, init_lora_weights=False, fan_in_fan_out=True, **CASES[case])
+    model = get_peft_model(nn.Sequential(Conv1D(8, 12)), config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    x = torch.randn(3, 5, 12, requires_grad=True)
+    for fused, ordinary in zip(outcome(model, x, True), outcome(model, x, False), strict=True):
+        torch.testing.assert_close(fused, ordinary)
+
+
 @pytest.mark.parametrize("adapters", [1, 2])
 @pytest.mark.parametrize("shape", [(12,), (4, 12), (2, 3, 12)])
 @pytest.mark.parametrize(
@@ -130,7 +147,7 @@ def test_evaluation_gives_the_outputs_of_the_ordinary_way(
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         assert is_fused(lambda: model(x))
         found = model(x)
         with disable_fused():
@@ -146,12 +163,14 @@ def test_evaluation_gives_the_outputs_of_the_ordinary_way(
 def test_types_are_those_of_the_ordinary_way(
     case: str, autocast: bool, base_dtype: torch.dtype, adapters_dtype: torch.dtype
 ) -> None:
+    if DEVICE != "cpu" and "dropout" in case and (autocast or base_dtype != adapters_dtype):
+        pytest.skip("what a kernel draws there depends on the type, and so differs")
     model = adapted(adapters=1 if "DoRA" in case else 2, dtype=base_dtype, **CASES[case])
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(adapters_dtype)
     x = torch.randn(64, 12, dtype=base_dtype, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         found, expected = outcome(model, x, True), outcome(model, x, False)
     for fused, ordinary in zip(found, expected, strict=True):
         assert fused.dtype == ordinary.dtype
@@ -279,7 +298,7 @@ def test_the_input_is_what_is_kept(share: float, monkeypatch: pytest.MonkeyPatch
     layer.base_layer.to(torch.bfloat16)
     x, kept = torch.randn(50, 12, dtype=torch.bfloat16, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             layer(x)
     held = {t.data_ptr() for t in (x, *layer.parameters())}
     assert x.data_ptr() in {t.data_ptr() for t in kept}

@@ -47,7 +47,7 @@ def draw_again(x: torch.Tensor, p: float, state: State) -> torch.Tensor:
         The mask, of the shape of `x`.
     """
     if not x.is_cuda:
-        generator = torch.Generator()
+        generator = torch.Generator(device="cpu")
         generator.set_state(state)
         return _factors(x, p, generator)
     # the mask comes from a kernel that draws from the device's own generator, as it does in `torch.utils.checkpoint`

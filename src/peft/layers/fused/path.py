@@ -14,7 +14,9 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from transformers.pytorch_utils import Conv1D
 
+from ...anatomy.kinds import stores_weight_transposed
 from ...utils.computed_weights import find_computed_weight
 from ..base_layer import BaseTunerLayer
 from ..call_context import names_of_rows
@@ -26,6 +28,7 @@ from .terms import LowRank
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (torch.Tensor, nn.Parameter)
 _DROPOUTS = (nn.Dropout, nn.Identity)
+_WITH_GENERATORS = ("cpu", "cuda")
 _LARGEST = 1e4
 
 
@@ -98,13 +101,14 @@ class Path:
         terms: what its adapters add; empty if the layer is computed in the ordinary way.
     """
 
-    __slots__ = ("active", "base", "dictionaries", "modules", "must_be_empty", "parts", "terms")
+    __slots__ = ("active", "base", "dictionaries", "is_transposed", "modules", "must_be_empty", "parts", "terms")
 
     def __init__(self, layer: FusedLayer) -> None:
         self.modules, self.active = layer._modules, layer._active_adapter
         self.terms: tuple[LowRank, ...] = tuple(_terms(layer)) if _is_plain(layer) else ()
         if self.terms:
-            self.base: nn.Linear = layer.base_layer
+            self.base: nn.Module = layer.base_layer
+            self.is_transposed = stores_weight_transposed(self.base)
             self.parts = tuple(tuple(_parts(term)) for term in self.terms)
             modules = (self.base, *(part for parts in self.parts for _, part in parts))
             self.dictionaries = tuple(part.__dict__ for part in modules)
@@ -154,6 +158,10 @@ class Path:
         """
         parameters = self.base._parameters
         weight, bias, magnitude, norm = parameters.get("weight"), parameters.get("bias"), None, None
+        if type(weight) not in _PLAIN:
+            return None
+        if self.is_transposed:
+            weight = weight.t()
         factors: list[torch.Tensor | None] = []
         scales, shares = [], []
         for term, parts in zip(self.terms, self.parts, strict=True):
@@ -186,14 +194,14 @@ class Path:
 def _types(
     layer: FusedLayer,
     x: torch.Tensor,
-    weight: torch.Tensor | None,
+    weight: torch.Tensor,
     bias: torch.Tensor | None,
     factors: list[torch.Tensor | None],
     scales: list[float],
     shares: list[float],
 ) -> Computation | None:
     """Find the types that the ordinary way would compute in; None if it would refuse, or mixes others."""
-    if type(weight) not in _PLAIN or x.shape[-1:] != weight.shape[-1:]:
+    if x.shape[-1:] != weight.shape[-1:]:
         return None
     base, own = weight.dtype, None
     for number, factor in enumerate(factors):
@@ -206,9 +214,9 @@ def _types(
         # products take the number as one of the tensors' type, and refuse what that does not have
         if not (0 <= share < 1 and type(scale) in (float, int) and -_LARGEST < scale < _LARGEST):
             return None
-    if x.is_cuda and any(shares) and torch.cuda.is_current_stream_capturing():
-        return None  # the state of the generator, which masks are found again by, cannot be read then
     device = x.device.type
+    if any(shares) and (device not in _WITH_GENERATORS or (x.is_cuda and torch.cuda.is_current_stream_capturing())):
+        return None  # the state of the generator, which masks are found again by, cannot be read
     if torch.is_autocast_enabled(device):
         types = (x.dtype, base, own, base if bias is None else bias.dtype)
         base = own = torch.get_autocast_dtype(device)
@@ -226,8 +234,7 @@ def _is_plain(layer: FusedLayer) -> bool:
     base = layer.base_layer
     declaring = next(kind for kind in type(layer).__mro__ if "fused_term" in kind.__dict__)
     return (
-        isinstance(base, nn.Linear)
-        and type(base).forward is nn.Linear.forward
+        any(isinstance(base, kind) and type(base).forward is kind.forward for kind in (nn.Linear, Conv1D))
         and type(base).__call__ is nn.Module.__call__
         and all(getattr(type(layer), name) is getattr(declaring, name) for name in layer.computing_methods)
         and not any(name in layer.__dict__ for name in layer.computing_methods)
