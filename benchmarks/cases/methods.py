@@ -53,7 +53,7 @@ class Steps:
     def seconds(self) -> dict[str, float]:
         """Time both."""
         (step,) = best_of(4, self._model.train() and self.step)
-        (token,) = best_of(8, self._model.eval() and self.token, calls=4)
+        (token,) = best_of(25, self._model.eval() and self.token, calls=4)
         return {"step": step, "token": token}
 
     def peak(self) -> int:

@@ -106,10 +106,11 @@ class CPTEmbedding(BasePromptEncoder):
         if self.training:
             with torch.no_grad():
                 delta.copy_(projected)
-        # the gradient is that of the sum, as if there were no balls; labels and what has no type get none
-        fixed = (self._types() % 4 == 0)[:, None]
-        moved = projected + torch.where(fixed, 0.0, delta - delta.detach())
-        return (self.embedding.weight + moved)[indices]
+        if torch.is_grad_enabled():
+            # the gradient is that of the sum, as if there were no balls; labels and what has no type get none
+            fixed = (self._types() % 4 == 0)[:, None]
+            projected = projected + torch.where(fixed, 0.0, delta - delta.detach())
+        return (self.embedding.weight + projected)[indices]
 
     def _types(self) -> torch.Tensor:
         return torch.tensor(self.config.cpt_tokens_type_mask, device=self.embedding.weight.device)
