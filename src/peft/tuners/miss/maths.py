@@ -31,8 +31,9 @@ def repeated_product(x: torch.Tensor, block: torch.Tensor, outputs: int) -> torc
         Outputs, (..., out).
     """
     r, columns = block.shape
-    pieces = F.pad(x, (0, -x.shape[-1] % r)).unflatten(-1, (-1, r))
-    y = pieces.sum(-2) @ block
+    missing = -x.shape[-1] % r
+    pieces = F.pad(x, (0, missing)) if missing else x  # padding by nothing is a copy
+    y = pieces.reshape(*x.shape[:-1], -1, r).sum(-2) @ block
     return y if columns == outputs else y.repeat(*(1,) * (y.dim() - 1), outputs // columns)
 
 
