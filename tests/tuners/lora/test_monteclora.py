@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.helpers import assert_close, assert_equal, differs, features, logits, randomise, stack, warned
+from support.helpers import assert_close, assert_equal, differs, features, logits, randomise, refused, stack, warned
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -184,6 +184,15 @@ def test_the_mixin(wrapped: bool) -> None:
     torch.manual_seed(0)
     assert_close(loss, model(features()).square().sum() + model.base_model._get_monteclora_loss())
     assert_close(MonteTrainer().compute_loss(stack(), features()), stack()(features()).square().sum())
+
+
+def test_it_is_not_converted_when_it_is_saved(tmp_path: Path) -> None:
+    settings = MontecloraConfig(num_samples=3)
+    config = LoraConfig(r=2, target_modules=["up"], monteclora_config=settings, init_lora_weights="pissa")
+    model = get_peft_model(stack(), config)
+    model.save_pretrained(tmp_path / "start")
+    with refused(model, ValueError, "doubles ranks"):
+        model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start")
 
 
 @pytest.mark.parametrize("changes", [{"num_samples": 0}, {"dirichlet_prior": 0.0}, {"buffer_size": 0}])

@@ -21,6 +21,7 @@ from ...config import PeftConfig
 from ...utils.error import PeftValueError
 from .config import LoraConfig
 from .starts import find_start
+from .variants import find_variant
 
 
 # ending of a key -> dimension along which the factor has its rank
@@ -99,6 +100,12 @@ def plain_config(config: PeftConfig) -> LoraConfig:
         raise PeftValueError(
             f"init_lora_weights={config.init_lora_weights!r} rounds the base weights, and no plain LoRA of twice the "
             "rank can tell what they were; save it without path_initial_model_for_weight_conversion"
+        )
+    variant_cls = find_variant(config)
+    if variant_cls is not None and not variant_cls.has_room:
+        raise PeftValueError(
+            f"path_initial_model_for_weight_conversion doubles ranks, which the tensors of {variant_cls.name} do not "
+            "allow; save the adapter without it"
         )
     patterns = config.rank_pattern or config.alpha_pattern
     if config.use_rslora and patterns:

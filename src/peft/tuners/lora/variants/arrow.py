@@ -234,7 +234,7 @@ class Arrow(OfLinearLayers):
             PeftValueError: in that case.
         """
         for name, other in others.items():
-            variant_cls = find_variant(other)
+            variant_cls = find_variant(other) if isinstance(other, LoraConfig) else None
             if variant_cls is not None and variant_cls is not cls and not variant_cls.adds_delta:
                 raise PeftValueError(
                     f"adapter {name!r} uses {variant_cls.name}, and an expert that Arrow routes to has to be a "
