@@ -55,10 +55,7 @@ def named(*patterns: str) -> Condition:
 
 
 # What needs one of these has to fail; once it passes, the entry has to go.
-FEATURES_NOT_IMPLEMENTED = {
-    "LoRA: EVA, CorDA, LoRA-GA": uses("init_lora_weights", "eva", "corda", "lora_ga"),
-    "convert_to_lora": named("ops/convert_to_lora_f*", "ops/convert_to_lora_threshold"),
-}
+FEATURES_NOT_IMPLEMENTED: dict[str, Condition] = {}
 
 
 # Where the release does something wrong, the case has to fail, for the reason that stands here.
