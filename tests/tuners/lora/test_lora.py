@@ -618,7 +618,6 @@ def test_layers_of_both_layouts(fan_in_fan_out: bool) -> None:
         ({"r": 2.5}, ValueError, ("positive", "2.5")),
         ({"rank_pattern": {"lin": 0}}, ValueError, ("positive", "0")),
         ({"init_lora_weights": "warm"}, ValueError, ("init_lora_weights", "warm", "gaussian")),
-        ({"init_lora_weights": "mica"}, NotImplementedError, ("init_lora_weights", "mica")),
         ({"bias": "some"}, NotImplementedError, ("bias='some'", "none", "all", "lora_only")),
         ({"megatron_config": {"a": 1}}, ImportError, ("megatron_config", "megatron.core")),
         ({"target_modules": ["emb"], "lora_bias": True}, ValueError, ("lora_bias", "embedding")),

@@ -664,4 +664,3 @@ def test_what_is_refused() -> None:
     with refused(model, ValueError, "DoRA", "default"):
         model(IDS, adapter_names=["default"] * 3)
     assert_equal(logits(model, IDS, adapter_names=["__base__"] * 3), logits(llama(), IDS))
-    assert not model.supports_lora_conversion()

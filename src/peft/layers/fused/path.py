@@ -101,10 +101,20 @@ class Path:
         terms: what its adapters add; empty if the layer is computed in the ordinary way.
     """
 
-    __slots__ = ("active", "base", "dictionaries", "is_transposed", "modules", "must_be_empty", "parts", "terms")
+    __slots__ = (
+        "active",
+        "base",
+        "dictionaries",
+        "is_transposed",
+        "modules",
+        "must_be_empty",
+        "parts",
+        "scaling",
+        "terms",
+    )
 
     def __init__(self, layer: FusedLayer) -> None:
-        self.modules, self.active = layer._modules, layer._active_adapter
+        self.modules, self.active, self.scaling = layer._modules, layer._active_adapter, layer.__dict__.get("scaling")
         self.terms: tuple[LowRank, ...] = tuple(_terms(layer)) if _is_plain(layer) else ()
         if self.terms:
             self.base: nn.Module = layer.base_layer
@@ -119,8 +129,13 @@ class Path:
         return type(None), ()
 
     def is_for(self, layer: FusedLayer) -> bool:
-        """Say whether the layer has the modules and the active adapters for which this was found."""
-        return self.active is layer._active_adapter and self.modules is layer._modules
+        """Say whether the layer has the modules, the active adapters and the scalings for which this was found."""
+        own = layer.__dict__
+        return (
+            self.active is layer._active_adapter
+            and self.modules is own["_modules"]
+            and self.scaling is own.get("scaling")
+        )
 
     def is_open(self, layer: FusedLayer, x: torch.Tensor) -> bool:
         """
