@@ -25,11 +25,11 @@ from .either import DeclaredEither
 from .layers import (
     DeclaredActivation,
     DeclaredAdditive,
-    DeclaredMixing,
     DeclaredReplacement,
     DeclaredTerm,
     DeclaredWeight,
 )
+from .mixing import DeclaredMixing
 from .shared import SharedPlace
 from .tensors import Shape, Tensors, shape_of
 from .views import frozen_tensor, setting

@@ -10,8 +10,8 @@ from torch import nn
 from ...utils.constants import TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
 from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
-from ..declared.layers import DeclaredMixing
 from ..declared.method import method
+from ..declared.mixing import DeclaredMixing
 from ..declared.tensors import Shape, Tensors, Trained
 from .config import RoadConfig
 from .maths import determinants, pair_factors, turn_pairs
