@@ -215,3 +215,8 @@ def test_the_model_takes_its_config_by_name() -> None:
     config = AdamssConfig(r=4, num_subspaces=2, target_modules=["0"])
     model = AdamssModel(nn.Sequential(nn.Linear(8, 8)), config=config, adapter_name="one")
     assert model.targeted_module_names == ["0"] and model.active_adapters == ["one"]
+
+
+def test_fields_that_choose_layers_go_with_any_targets() -> None:
+    for fields in ({"layers_pattern": "h"}, {"layers_to_transform": [0]}):
+        assert AdamssConfig(target_modules=".*x", **fields).target_modules == ".*x"

@@ -228,5 +228,9 @@ def test_what_cannot_be_composed(tmp_path: Path) -> None:
 def test_configs_that_cannot_work(frozen: int) -> None:
     with pytest.raises(ValueError, match="num_frozen_tokens"):
         config(4, num_frozen_tokens=frozen)
-    with pytest.raises(TypeError, match="num_virtual_tokens"):
-        CartridgeConfig()
+
+
+def test_the_number_of_tokens_is_needed_by_a_model_first() -> None:
+    base, alone = llama(), CartridgeConfig(task_type="CAUSAL_LM")
+    with refused(base, ValueError, "num_virtual_tokens"):
+        get_peft_model(base, alone)

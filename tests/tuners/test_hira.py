@@ -140,3 +140,7 @@ def test_refused(fields: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         get_peft_model(net, HiraConfig(target_modules=["0"], **fields))
     assert net[0] is base
+
+
+def test_a_pattern_of_layers_alone() -> None:
+    assert HiraConfig(target_modules=["q_proj"], layers_pattern="h").layers_pattern == "h"

@@ -10,7 +10,7 @@ from ...config import TyingConfig
 from ...configs.checks import check_counts, check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
-from ...utils.error import PeftImportError, PeftValueError
+from ...utils.error import PeftImportError
 from ...utils.old_names import old_names
 
 
@@ -79,17 +79,17 @@ class AdamssConfig(TyingConfig):
             raise PeftImportError("AdaMSS needs scikit-learn; run pip install scikit-learn")
         self.init_weights = self.init_weights or None
         if self.init_weights not in ("orthogonal", None):
-            raise PeftValueError(f"init_weights must be 'orthogonal', None or False, found {self.init_weights!r}")
+            raise ValueError(f"init_weights must be 'orthogonal', None or False, found {self.init_weights!r}")
         if self.use_asa:
             for name in ("mask_interval", "asa_target_subspaces", "asa_schedule_exponent"):
                 if getattr(self, name) <= 0:
-                    raise PeftValueError(f"{name} must be positive, found {getattr(self, name)!r}")
+                    raise ValueError(f"{name} must be positive, found {getattr(self, name)!r}")
             if self.init_warmup >= self.final_warmup:
-                raise PeftValueError(
+                raise ValueError(
                     f"init_warmup must be less than final_warmup, found {self.init_warmup} and {self.final_warmup}"
                 )
         check_counts(self, "r", "num_subspaces", "subspace_rank")
-        check_layer_selection(self, pattern_needs_indices=False)
+        check_layer_selection(self, (), pattern_needs_indices=False)
 
 
 __getattr__ = old_names(__name__)

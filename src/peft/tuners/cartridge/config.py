@@ -35,9 +35,7 @@ class CartridgeConfig(PromptLearningConfig):
         super().__post_init__()
         self.peft_type = PeftType.CARTRIDGE
         tokens = self.num_virtual_tokens
-        if tokens is None:
-            raise TypeError("num_virtual_tokens is needed: how many tokens a cartridge has")
-        if not 0 <= self.num_frozen_tokens <= tokens:
+        if self.num_frozen_tokens < 0 or (tokens is not None and self.num_frozen_tokens > tokens):
             raise ValueError(
                 f"num_frozen_tokens must be from 0 to num_virtual_tokens={tokens}, found {self.num_frozen_tokens}"
             )

@@ -55,7 +55,7 @@ class HiraConfig(TyingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.HIRA
-        check_layer_selection(self)
+        check_layer_selection(self, pattern_needs_indices=False)
 
 
 __getattr__ = old_names(__name__)

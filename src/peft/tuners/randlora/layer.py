@@ -86,10 +86,8 @@ class RandLora:
     def tensors(shape: Shape, c: RandLoraConfig) -> dict[str, Any]:
         """Tell the scalings of the bases, lambda (r, n) and gamma (n, smaller side)."""
         start, gamma = (0.0, 1 / min(shape)) if c.init_weights else (nn.init.normal_, 1 / max(shape))
-        return {
-            "lambda_": Trained((c.r, c.n), start, shape.dtype),
-            "gamma": Trained((c.n, min(shape)), gamma, shape.dtype),
-        }
+        scales = Trained((c.r, c.n), start, shape.dtype)
+        return {"lambda_": scales, "gamma": Trained((c.n, min(shape)), gamma, shape.dtype)}
 
     def low_rank(t: Tensors, shape: Shape, c: RandLoraConfig) -> tuple[torch.Tensor, torch.Tensor]:
         """Give Q, (larger, n r), and the scaled P, (n r, smaller); their inner indices are not in the same order."""

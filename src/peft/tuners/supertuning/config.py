@@ -8,7 +8,6 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Names, option, shared_field
 from ...registry import PeftType
-from ...utils.error import PeftValueError
 from ...utils.old_names import old_names
 from ...utils.warning import warn
 
@@ -56,11 +55,11 @@ class SupertuningConfig(TyingConfig):
         self.peft_type = PeftType.SUPERTUNING
         for name in ("sparsity", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise PeftValueError(f"{name} must be at least 0 and less than 1, found {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be at least 0 and less than 1, found {getattr(self, name)!r}")
         if self.r is not None and (not isinstance(self.r, int) or self.r < 1):
-            raise PeftValueError(f"r must be a whole number, 1 at least, or None, found {self.r!r}")
+            raise ValueError(f"r must be a whole number, 1 at least, or None, found {self.r!r}")
         if self.r is None and self.lora_alpha is not None:
-            raise PeftValueError(f"lora_alpha={self.lora_alpha!r} has no effect without r; give r, or leave it out")
+            raise ValueError(f"lora_alpha={self.lora_alpha!r} has no effect without r; give r, or leave it out")
         if self.r is not None and self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
         if not self.save_precomputed_indices:

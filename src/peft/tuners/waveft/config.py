@@ -8,7 +8,6 @@ from ...config import TyingConfig
 from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
-from ...utils.error import PeftValueError
 from ...utils.near_names import did_you_mean, nearest
 from ...utils.old_names import old_names
 
@@ -77,7 +76,7 @@ class WaveFTConfig(TyingConfig):
         super().__post_init__()
         self.peft_type = PeftType.WAVEFT
         if self.wavelet_family not in WAVELET_REDUCTIONS:
-            raise PeftValueError(
+            raise ValueError(
                 f"wavelet_family must be one of db1 to db38, sym2 to sym20 and coif1 to coif17, found "
                 f"{self.wavelet_family!r}{did_you_mean(nearest(str(self.wavelet_family), WAVELET_REDUCTIONS))}"
             )
