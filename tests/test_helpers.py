@@ -44,6 +44,16 @@ def adapted() -> nn.Module:
 
 
 # ------------------------------------------------------------------------------------------ scaling
+def test_rescaling_after_a_forward_pass() -> None:
+    """However a layer is computed, it does not hold on to the numbers that it was computed with before."""
+    net, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)).eval()
+    before, base = model(x), net[0].base_layer(x)
+    with rescale_adapter_scale(model, 0.25):
+        assert_close(model(x), base + 0.25 * (before - base))
+    assert_equal(model(x), before)
+
+
 @pytest.mark.parametrize("multiplier", [0.25, 2, 0, -1.0])
 def test_rescaling_for_a_while(multiplier: float) -> None:
     model, by_hand = adapted(), adapted()
