@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # peft: the fork in which tied weights stay tied
 """
-`python -m peft.compare_ties`: on how many small models does a tie survive what is done with an adapter?
+`python -m peft.compare_ties` counts on how many small models a tie survives what is done with an adapter.
 
 The file needs no other of this package, so it can be run with any interpreter that has some `peft` installed; with
 `--python` it runs itself there as well, and prints both beside each other.
