@@ -15,6 +15,9 @@ from .base import LoraVariant
 
 
 _VARIANTS: dict[str, type[LoraVariant]] = {}
+# fields that ask for variants by having a value, and variants that are asked for otherwise
+_FIELDS: list[str] = []
+_ASKED_OTHERWISE: list[type[LoraVariant]] = []
 
 
 def register_variant(name: str) -> Callable[[type[LoraVariant]], type[LoraVariant]]:
@@ -43,6 +46,10 @@ def register_variant(name: str) -> Callable[[type[LoraVariant]], type[LoraVarian
             raise PeftValueError(f"a variant named {name!r} is registered already; choose another name")
         variant_cls.field = name
         _VARIANTS[name] = variant_cls
+        if variant_cls.is_asked.__func__ is LoraVariant.is_asked.__func__:
+            _FIELDS.append(name)
+        else:
+            _ASKED_OTHERWISE.append(variant_cls)
         return variant_cls
 
     return enter
@@ -73,6 +80,9 @@ def find_variant(config: LoraConfig) -> type[LoraVariant] | None:
     Raises:
         PeftValueError: if it asks for two variants at once.
     """
+    # asked for each layer, and nearly always the answer
+    if not any(map(vars(config).get, _FIELDS)) and not any(v.is_asked(config) for v in _ASKED_OTHERWISE):
+        return None
     asked = names_asked_for(config)
     if not asked:
         return None
