@@ -74,10 +74,7 @@ class WaveFT:
     def delta(t: Tensors, shape: Shape, c: WaveFTConfig) -> torch.Tensor:
         """Put the coefficients in their places and transform them, (out, in)."""
         filters = t.filters if c.use_idwt else None
-        if filters is not None and maths.are_few(t.spectrum, filters, shape):
-            return maths.sum_of_wavelets(t.spectrum * c.scaling, t.places, filters, shape)
-        grid = maths.scatter(t.spectrum * c.scaling, t.places, maths.grid_size(shape, filters))
-        return maths.synthesise_matrix(grid, filters, shape)
+        return maths.matrix_of(t.spectrum * c.scaling, t.places, filters, shape)
 
     def apply(t: Tensors, x: torch.Tensor, shape: Shape, c: WaveFTConfig) -> torch.Tensor:
         """Take the input apart, multiply by the few coefficients, and put the output together."""

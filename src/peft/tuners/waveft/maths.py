@@ -309,6 +309,23 @@ def sum_of_wavelets(
     return values.new_zeros(shape[0] * shape[1]).index_add(0, flat, entries).view(tuple(shape))
 
 
+def matrix_of(
+    values: torch.Tensor, places: torch.Tensor, filters: torch.Tensor | None, shape: Sequence[int]
+) -> torch.Tensor:
+    """
+    Put a matrix together from some coefficients, in the way that costs less.
+
+    Args:
+        values: coefficients, (n,).
+        places: their rows and columns among all coefficients, (2, n).
+        filters: both filters, (2, L); None for coefficients that are not transformed.
+        shape: size of the matrix.
+    """
+    if filters is not None and are_few(values, filters, shape):
+        return sum_of_wavelets(values, places, filters, shape)
+    return synthesise_matrix(scatter(values, places, grid_size(shape, filters)), filters, shape)
+
+
 # ------------------------------------------------------------------------------------------------ names of the release
 class WaveletDetailTuple2d(NamedTuple):
     """
