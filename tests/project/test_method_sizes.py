@@ -18,7 +18,7 @@ LIMIT = 60
 EXCEPTIONS = {
     "LORA": (
         5300,
-        "seven kinds of layers, parameters as targets, starts, some of which learn from data, variants, and conversion",
+        "seven kinds of layers, parameters as targets, starts, some of which learn from data, variants, conversion",
     ),
     "FROD": (160, "it factors weights anew by the basis of a file, and has bases by role beside the layers"),
     "ADALORA": (350, "it hands out ranks while training, which no other method does"),
