@@ -28,14 +28,15 @@ EXCEPTIONS = {
         350,
         "whole attention modules are wrapped, of three architectures, without a base weight to merge",
     ),
-    "SHADOW": (620, "a second model beside the first one, with its loss, its cache, and a life of its own"),
+    "SHADOW": (640, "a second model beside the first one, with its loss, its cache, and a life of its own"),
     "CARTRIDGE": (210, "frozen rows, starts from caches and texts, and cartridges put together"),
     "CPT": (130, "balls around a context, and a loss of its own"),
     "XLORA": (400, "a classifier, two passes per call, experts that are read, and a log of their weights"),
     "HIRA": (80, "one product instead of two, where a base layer is its weight and no digits get lost"),
     "OSF": (100, "it starts from a decomposition that is made once, and its model has a signature of its own"),
-    "ADAMSS": (165, "it freezes what matters least while training, and tells callers of it"),
+    "ADAMSS": (175, "it freezes what matters least while training, and tells callers of it"),
     "UNILORA": (85, "callers set where entries of its vector go, and what they are multiplied by there"),
+    "WAVEFT": (65, "places and families of wavelets are checked while planning"),
     "MULTITASK_PROMPT_TUNING": (80, "prompts of several tasks"),
 }
 

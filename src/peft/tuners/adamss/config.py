@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...config import TyingConfig
-from ...configs.checks import check_counts, check_layer_selection
+from ...configs.checks import check_layer_selection
 from ...configs.fields import Indices, Names, option, shared_field
 from ...registry import PeftType
 from ...utils.error import PeftImportError
@@ -88,7 +88,6 @@ class AdamssConfig(TyingConfig):
                 raise ValueError(
                     f"init_warmup must be less than final_warmup, found {self.init_warmup} and {self.final_warmup}"
                 )
-        check_counts(self, "r", "num_subspaces", "subspace_rank")
         check_layer_selection(self, (), pattern_needs_indices=False)
 
 

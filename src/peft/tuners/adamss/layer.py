@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...anatomy.offload import tensor_of
+from ...configs.checks import check_counts
 from ...utils.constants import TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING
 from ...utils.old_names import old_names
 from ..declared.layers import DeclaredAdditive, DeclaredLayer
@@ -180,6 +181,10 @@ class Adamss:
     """A layer with a low-rank change of each cluster of its rows."""
 
     modules, kept, frozen = ("A", "B"), ("newB",), ("order",)
+
+    def check(c: AdamssConfig, others: Sequence[AdamssConfig]) -> None:
+        """Refuse what is no number of vectors, clusters or ranks."""
+        check_counts(c, "r", "num_subspaces", "subspace_rank")
 
     def values(c: AdamssConfig, names: Sequence[str], shape: Shape) -> dict[str, Any]:
         """Cut the weight, with the bias as its last column, into clusters, and draw their starts."""
