@@ -50,6 +50,7 @@ def save_adapters(
     Raises:
         PeftValueError: if an adapter cannot be converted.
     """
+    state_dict = model.state_dict() if state_dict is None else state_dict  # once for all that is asked of it
     contents = {name: collect_tensors(model, state_dict, name, save_embedding_layers) for name in adapter_names}
     configs = {name: _config_to_save(model, name, tensors) for name, tensors in contents.items()}
     for name, tensors in contents.items():
