@@ -36,7 +36,6 @@ EXCEPTIONS = {
     "OSF": (100, "it starts from a decomposition that is made once, and its model has a signature of its own"),
     "ADAMSS": (175, "it freezes what matters least while training, and tells callers of it"),
     "UNILORA": (85, "callers set where entries of its vector go, and what they are multiplied by there"),
-    "WAVEFT": (65, "places and families of wavelets are checked while planning"),
     "MULTITASK_PROMPT_TUNING": (80, "prompts of several tasks"),
 }
 
