@@ -223,7 +223,7 @@ class XLoraModel(AdapterModule, BaseTuner):
         self.enable_adapters(False)
         self.lora_model.disable_adapter_layers()
 
-    def _inject(self, *args: Any) -> None:
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a second adapter."""
         raise PeftNotImplementedError(
             "a model has one X-LoRA adapter, with one classifier for all its experts; name more experts in `adapters`"
