@@ -19,12 +19,12 @@ from torch import nn
 
 from peft import (
     AutoPeftModelForCausalLM,
-    IA3Config,
     LoHaConfig,
     LoraConfig,
     PeftMixedModel,
     PeftModel,
     PromptTuningConfig,
+    VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -369,10 +369,10 @@ def second_adapter_of_another_method(folder: Path) -> Scene:
     return model, lambda: model.add_adapter("b", LoHaConfig(target_modules=["q_proj"]))
 
 
-@answered_with(ValueError, "IA3", "LORA")
+@answered_with(ValueError, "VERA", "LORA")
 def method_that_cannot_be_mixed(folder: Path) -> Scene:
     model = get_peft_model(stack(), LoraConfig(target_modules=["up"]), mixed=True)
-    return model, lambda: model.add_adapter("b", IA3Config(target_modules=["up"], feedforward_modules=[]))
+    return model, lambda: model.add_adapter("b", VeraConfig(target_modules=["up"]))
 
 
 @answered_with(ValueError, "'frnech'", "french", "__base__")

@@ -155,8 +155,7 @@ class LowRankLayer(Scaled, AdditiveLayer):
 
     def keeps_matrices(self, adapter: str) -> bool:
         """Say whether an adapter's factors are kept as the matrices whose product is the delta without scaling."""
-        kept = zip(self.factor_weights(adapter), self.factors_written_out(adapter), strict=True)
-        return all(factor is matrix for factor, matrix in kept)
+        return True
 
     def delta_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """

@@ -65,6 +65,14 @@ class VariantLayer(LowRankLayer):
             return factor
         return self.variants[adapter].written_out(self, adapter, name, factor)
 
+    def keeps_matrices(self, adapter: str) -> bool:
+        """Say whether the variant, if there is one, takes the factors for what they are."""
+        variant = self.variants.get(adapter)
+        if variant is None:
+            return True
+        factors = zip(self.factor_names, self.factor_weights(adapter), strict=True)
+        return all(variant.written_out(self, adapter, name, factor) is factor for name, factor in factors)
+
     # ------------------------------------------------------------------------------------------------------- forward
     def adapter_forward(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the layer with adapters that it has; see `AdditiveLayer.adapter_forward`."""
