@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..anatomy.embeddings import without_adapters_around
+from ..anatomy.view import viewing
 from ..checkpoints.checks import refuse_without_storage
 from ..checkpoints.keys import keys_in_parts
 from ..checkpoints.state_dict import collect_tensors
@@ -51,13 +52,14 @@ def save_adapters(
         PeftValueError: if an adapter cannot be converted.
     """
     state_dict = model.state_dict() if state_dict is None else state_dict  # once for all that is asked of it
-    contents = {name: collect_tensors(model, state_dict, name, save_embedding_layers) for name in adapter_names}
-    configs = {name: _config_to_save(model, name, tensors) for name, tensors in contents.items()}
-    for name, tensors in contents.items():
-        refuse_without_storage(tensors)
-        _warn_of_parts(model, name, state_dict)
-        if path_initial is not None:
-            contents[name], configs[name] = _without_start(model, tensors, configs[name], path_initial)
+    with viewing(model):
+        contents = {name: collect_tensors(model, state_dict, name, save_embedding_layers) for name in adapter_names}
+        configs = {name: _config_to_save(model, name, tensors) for name, tensors in contents.items()}
+        for name, tensors in contents.items():
+            refuse_without_storage(tensors)
+            _warn_of_parts(model, name, state_dict)
+            if path_initial is not None:
+                contents[name], configs[name] = _without_start(model, tensors, configs[name], path_initial)
     os.makedirs(folder, exist_ok=True)
     model.create_or_update_model_card(folder)
     for name, tensors in contents.items():

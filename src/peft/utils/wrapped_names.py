@@ -38,7 +38,7 @@ def plain_name(name: str) -> str:
         >>> plain_name("_orig_mod.layers.0._fsdp_wrapped_module.weight")
         'layers.0.weight'
     """
-    if "_mod" not in name:  # nearly all names
+    if "_orig_mod" not in name and "_wrapped_module" not in name:  # nearly all names
         return name
     return _LAST.sub("", _INNER.sub("", name))
 
