@@ -223,7 +223,14 @@ class XLoraModel(AdapterModule, BaseTuner):
         self.enable_adapters(False)
         self.lora_model.disable_adapter_layers()
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         """Refuse a second adapter."""
         raise PeftNotImplementedError(
             "a model has one X-LoRA adapter, with one classifier for all its experts; name more experts in `adapters`"
