@@ -3,14 +3,13 @@
 """Which LoRA should I use? Every start, variant and optimiser on the same small task, with the same rank."""
 
 import argparse
-import csv
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, pstdev
 
 import matplotlib
 import torch
+from examples.comparisons import parse, parser_for, write_csv
 from examples.lora_variants.settings import Setting, batches_of, settings, size_of
 from examples.small_model import Base, Texts, bits_per_byte, read_texts, train
 from examples.tables import table
@@ -143,18 +142,9 @@ def draw(results: list[Result], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> list[Result]:
     """Compare the forms of LoRA; see `--help`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few steps, one learning rate, one seed: a minute")
+    parser = parser_for("lora_variants", __doc__, quick="a few steps, one learning rate, one seed: a minute")
     parser.add_argument("--only", nargs="*", help="names, as the table has them; all if left out")
-    parser.add_argument("--steps", type=int, help="batches that an adapter is trained on")
-    parser.add_argument("--seeds", type=int, help="how often it is trained")
-    parser.add_argument("--output", type=Path, default=Path("outputs/lora_variants"))
-    arguments = parser.parse_args(argv)
-    arguments.steps = arguments.steps or (10 if arguments.quick else 100)
-    arguments.seeds = arguments.seeds or (1 if arguments.quick else 3)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    arguments = parse(parser, argv)
 
     available = settings()
     unknown = set(arguments.only or ()) - set(available)
@@ -165,10 +155,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     chosen = [available[name] for name in arguments.only or available]
     results = [compare(setting, base, texts, arguments) for setting in tqdm(chosen, desc="forms of LoRA")]
     print(as_table(results))
-    with (arguments.output / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [name for name in asdict(results[0]) if name != "losses"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(map(asdict, results))
+    write_csv(results, arguments.output / "results.csv", without=["losses"])
     draw(results, arguments.output / "comparison.png")
     print(f"saved in {arguments.output}")
     return results

@@ -2,18 +2,15 @@
 # peft: the fork in which tied weights stay tied
 """Which method should I use? Every registered one on the same small task, with the same budget."""
 
-import argparse
-import csv
 import tempfile
-import warnings
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib
 import torch
+from examples.comparisons import parse, parser_for, write_csv
 from examples.method_comparison.comparing import Result, compare
 from examples.method_comparison.methods import methods
 from examples.small_model import Base, bits_per_byte, read_texts
@@ -58,19 +55,10 @@ def draw(results: list[Result], before: float, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> list[Result]:
     """Compare the methods; see `--help`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few steps, one learning rate, one seed: two minutes")
+    parser = parser_for("method_comparison", __doc__, quick="a few steps, one learning rate, one seed: two minutes")
     parser.add_argument("--methods", nargs="*", help="names; all that are registered if left out")
-    parser.add_argument("--steps", type=int, help="batches that an adapter is trained on")
-    parser.add_argument("--seeds", type=int, help="how often it is trained")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--output", type=Path, default=Path("outputs/method_comparison"))
-    arguments = parser.parse_args(argv)
-    arguments.steps = arguments.steps or (10 if arguments.quick else 100)
-    arguments.seeds = arguments.seeds or (1 if arguments.quick else 3)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    arguments = parse(parser, argv)
 
     texts = read_texts()
     base = Base(texts, steps=50 if arguments.quick else 1500)
@@ -85,10 +73,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
         else:
             results = [work(method) for method in tqdm(chosen, desc="methods")]
     print(as_table(results, before))
-    with (arguments.output / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(results[0])))
-        writer.writeheader()
-        writer.writerows(map(asdict, results))
+    write_csv(results, arguments.output / "results.csv")
     draw(results, before, arguments.output / "comparison.png")
     print(f"saved in {arguments.output}")
     return results

@@ -8,30 +8,15 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-)
 
 from .anatomy.embeddings import input_embedding, without_adapters_around
 from .checkpoints.load_report import LoadReport, PeftLoadError
 from .checkpoints.vocabulary import embeddings_of
 from .config import PeftConfig
+from .models import tasks
 from .models.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from .models.tasks import (
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-)
 from .utils.constants import TOKENIZER_CONFIG_NAME
 from .utils.error import PeftError, PeftPathError, PeftValueError
 from .utils.hub import check_file_exists_on_hf_hub
@@ -234,7 +219,7 @@ def _grow_vocabulary(base: nn.Module, name: str, place: dict[str, Any], trust_re
     """Give a base model room for the tokens that a tokenizer has which was saved with the adapter."""
     if _rows_of(base) is None or not _has_tokenizer(name, place):
         return
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **place)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **place)
     if len(tokenizer) > _rows_of(base):
         base.resize_token_embeddings(len(tokenizer))
 
@@ -276,40 +261,40 @@ class AutoPeftModel(_BaseAutoPeftModel):
 class AutoPeftModelForCausalLM(_BaseAutoPeftModel):
     """An adapter for generating text, and its base model; see `from_pretrained`."""
 
-    _target_class = AutoModelForCausalLM
-    _target_peft_class = PeftModelForCausalLM
+    _target_class = transformers.AutoModelForCausalLM
+    _target_peft_class = tasks.PeftModelForCausalLM
 
 
 class AutoPeftModelForSeq2SeqLM(_BaseAutoPeftModel):
     """An adapter for generating text from text, and its base model; see `from_pretrained`."""
 
-    _target_class = AutoModelForSeq2SeqLM
-    _target_peft_class = PeftModelForSeq2SeqLM
+    _target_class = transformers.AutoModelForSeq2SeqLM
+    _target_peft_class = tasks.PeftModelForSeq2SeqLM
 
 
 class AutoPeftModelForSequenceClassification(_BaseAutoPeftModel):
     """An adapter for classifying texts, and its base model; see `from_pretrained`."""
 
-    _target_class = AutoModelForSequenceClassification
-    _target_peft_class = PeftModelForSequenceClassification
+    _target_class = transformers.AutoModelForSequenceClassification
+    _target_peft_class = tasks.PeftModelForSequenceClassification
 
 
 class AutoPeftModelForTokenClassification(_BaseAutoPeftModel):
     """An adapter for classifying tokens, and its base model; see `from_pretrained`."""
 
-    _target_class = AutoModelForTokenClassification
-    _target_peft_class = PeftModelForTokenClassification
+    _target_class = transformers.AutoModelForTokenClassification
+    _target_peft_class = tasks.PeftModelForTokenClassification
 
 
 class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel):
     """An adapter for finding answers in texts, and its base model; see `from_pretrained`."""
 
-    _target_class = AutoModelForQuestionAnswering
-    _target_peft_class = PeftModelForQuestionAnswering
+    _target_class = transformers.AutoModelForQuestionAnswering
+    _target_peft_class = tasks.PeftModelForQuestionAnswering
 
 
 class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
     """An adapter for a model that gives features, and its base model; see `from_pretrained`."""
 
-    _target_class = AutoModel
-    _target_peft_class = PeftModelForFeatureExtraction
+    _target_class = transformers.AutoModel
+    _target_peft_class = tasks.PeftModelForFeatureExtraction

@@ -31,7 +31,7 @@ EXCEPTIONS = {
     "SHADOW": (640, "a second model beside the first one, with its loss, its cache, and a life of its own"),
     "CARTRIDGE": (210, "frozen rows, starts from caches and texts, and cartridges put together"),
     "CPT": (130, "balls around a context, and a loss of its own"),
-    "XLORA": (405, "a classifier, two passes per call, experts that are read, and a log of their weights"),
+    "XLORA": (400, "a classifier, two passes per call, experts that are read, and a log of their weights"),
     "HIRA": (80, "one product instead of two, where a base layer is its weight and no digits get lost"),
     "OSF": (100, "it starts from a decomposition that is made once, and its model has a signature of its own"),
     "ADAMSS": (175, "it freezes what matters least while training, and tells callers of it"),

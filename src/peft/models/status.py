@@ -18,6 +18,9 @@ from ..utils.error import PeftTypeError, PeftValueError
 
 
 IRREGULAR = "irregular"
+Irregular = Literal["irregular"]
+Switch = bool | Irregular
+Names = list[str]
 
 
 @dataclass
@@ -40,11 +43,11 @@ class TunerLayerStatus:
     name: str
     module_type: str
     enabled: bool
-    active_adapters: list[str]
-    merged_adapters: list[str]
-    requires_grad: dict[str, bool | Literal["irregular"]]
-    available_adapters: list[str]
-    devices: dict[str, list[str]]
+    active_adapters: Names
+    merged_adapters: Names
+    requires_grad: dict[str, Switch]
+    available_adapters: Names
+    devices: dict[str, Names]
     quantization_backend: str | None
 
 
@@ -76,12 +79,12 @@ class TunerModelStatus:
     trainable_params: int
     total_params: int
     num_adapter_layers: int
-    enabled: bool | Literal["irregular"]
-    active_adapters: list[str] | Literal["irregular"]
-    merged_adapters: list[str] | Literal["irregular"]
-    requires_grad: dict[str, bool | Literal["irregular"]]
-    available_adapters: list[str]
-    devices: dict[str, list[str]]
+    enabled: Switch
+    active_adapters: Names | Irregular
+    merged_adapters: Names | Irregular
+    requires_grad: dict[str, Switch]
+    available_adapters: Names
+    devices: dict[str, Names]
     quantization_backend: str | None
 
 
@@ -246,7 +249,7 @@ def _is_layer(status: TunerLayerStatus) -> bool:
     return status.module_type != "ModulesToSaveWrapper"
 
 
-def _active_in(layers: list[TunerLayerStatus]) -> list[str] | Literal["irregular"]:
+def _active_in(layers: list[TunerLayerStatus]) -> Names | Irregular:
     """Find the adapters that are active wherever they are."""
     active = dict.fromkeys(name for layer in layers for name in layer.active_adapters)
     for layer in layers:
@@ -255,7 +258,7 @@ def _active_in(layers: list[TunerLayerStatus]) -> list[str] | Literal["irregular
     return list(active)
 
 
-def _merged_in(layers: list[TunerLayerStatus]) -> list[str] | Literal["irregular"]:
+def _merged_in(layers: list[TunerLayerStatus]) -> Names | Irregular:
     """Find the adapters that are merged wherever they could be."""
     merged = dict.fromkeys(name for layer in layers for name in layer.merged_adapters)
     can_merge = [layer for layer in layers if _is_layer(layer)]

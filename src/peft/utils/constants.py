@@ -50,3 +50,7 @@ def __getattr__(name: str) -> Any:
         return (torch.float16, torch.bfloat16, torch.float32)
     tables = _target_module_tables() if name.startswith("TRANSFORMERS_MODELS_TO_") else {}
     return tables[name] if name in tables else find_old_name(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_target_module_tables()])

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import filter as matching
 from typing import Any
 
 from .old_names import find_old_name
@@ -21,12 +22,13 @@ def lazy_exports(
 
     Args:
         package: `__name__` of the package or module.
-        exports: module path (absolute, or relative with a leading dot) -> names that it provides.
+        exports: module path (absolute, or relative with a leading dot) -> names that it provides. A name with a star
+            stands for all that the module lists; that module is imported at once.
 
     Returns:
         The two functions and the list, to be assigned in it.
     """
-    home = {name: module for module, names in exports.items() for name in names}
+    home = {name: module for module, names in exports.items() for name in _listed(package, module, names)}
 
     def __getattr__(name: str) -> Any:
         if name in home:
@@ -42,3 +44,9 @@ def lazy_exports(
         return sorted({*vars(sys.modules[package]), *home})
 
     return __getattr__, __dir__, sorted(home)
+
+
+def _listed(package: str, module: str, names: Iterable[str]) -> Iterable[str]:
+    """Put names of a module in the place of those with a star."""
+    for name in names:
+        yield from matching(dir(importlib.import_module(module, package)), name) if "*" in name else (name,)

@@ -63,12 +63,19 @@ class LoraLayer(MixedBatches, VariantLayer):
         kwargs: kept for callers of the released package.
     """
 
+    # whether the adapted weight is one matrix, which files of plain LoRA have factors for
+    adapts_matrix: bool = False
     # adapters of which the factor that gives the output is never trained
     _with_fixed_output: Set[str] = frozenset()
 
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         super().__init__(base_layer)
         self.__dict__.update(ephemeral_gpu_offload=ephemeral_gpu_offload, cast_input_dtype_enabled=True, variants={})
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """LoRA on a matrix is LoRA, and its variants say whether they are; see `BaseTunerLayer`."""
+        variant = self.variants.get(adapter_name)
+        return self.adapts_matrix and (variant is None or variant.supports_lora_conversion())
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> type[LoraVariant] | None:
         """
@@ -342,6 +349,8 @@ class Linear(OnLinear, WithAdapter, FusedLayer, LoraLayer, nn.Module):
         kwargs: see `WithAdapter`.
     """
 
+    adapts_matrix = True
+
     computing_methods = (*FusedLayer.computing_methods, "prepared_input", "output_of")
 
     def __init__(
@@ -400,11 +409,6 @@ class Linear(OnLinear, WithAdapter, FusedLayer, LoraLayer, nn.Module):
         variant = self.variants.get(adapter)
         return term if variant is None else variant.fused_term(self, term)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """LoRA is LoRA, and its variants say it."""
-        variant = self.variants.get(adapter_name)
-        return variant is None or variant.supports_lora_conversion()
-
 
 class Embedding(WithAdapter, LoraLayer, nn.Module):
     """
@@ -421,6 +425,7 @@ class Embedding(WithAdapter, LoraLayer, nn.Module):
     """
 
     is_embedding = True
+    adapts_matrix = True
     fan_in_fan_out = False
     factor_names = ("lora_embedding_A", "lora_embedding_B")
     factor_layout = (("lora_embedding_A", True), ("lora_embedding_B", True))
@@ -450,11 +455,6 @@ class Embedding(WithAdapter, LoraLayer, nn.Module):
     def token_axes(self, adapter_name: str) -> dict[str, tuple[int, float]] | None:
         """Say which factor has a column for each token; see `BaseTunerLayer.token_axes`."""
         return None if adapter_name in self.variants else {f"lora_embedding_A.{adapter_name}": (1, 0.0)}
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """See `Linear.supports_lora_conversion`."""
-        variant = self.variants.get(adapter_name)
-        return variant is None or variant.supports_lora_conversion()
 
     def delta_forward(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Look up rows of A and bring them to full width; dropout has no meaning for token ids."""

@@ -223,18 +223,13 @@ class XLoraModel(AdapterModule, BaseTuner):
         self.enable_adapters(False)
         self.lora_model.disable_adapter_layers()
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
-    ) -> None:
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a second adapter."""
         raise PeftNotImplementedError(
             "a model has one X-LoRA adapter, with one classifier for all its experts; name more experts in `adapters`"
         )
+
+    _inject = add_adapter
 
     def delete_adapter(self, adapter_name: str) -> None:
         """
