@@ -371,6 +371,8 @@ def test_merging_and_changes_are_refused(experts: dict[str, str]) -> None:
             merging()
     with refused(model, NotImplementedError, "one X-LoRA adapter"):
         model.add_adapter("other", XLoraConfig(hidden_size=8, adapters=experts))
+    with refused(model, NotImplementedError, "one X-LoRA adapter"):
+        model.base_model.inject_adapter(model.get_base_model(), "default")
     with refused(model, NotImplementedError, "unload()"):
         model.delete_adapter("default")
     with refused(model, NotImplementedError, "adapter_names"):
